@@ -1,0 +1,1041 @@
+"""What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order in which data meets it:
+command line ► images and labels ► label corruption ► batches ► ResNet-9 ► checkpoints ► influence ► results.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.module.conv2d import TrackedConv2d
+from kronfluence.module.linear import TrackedLinear
+from kronfluence.module.tracked_module import ModuleMode, TrackedModule
+from kronfluence.module.tracker.factor import CovarianceTracker, LambdaTracker
+from kronfluence.module.tracker.pairwise_score import PairwiseScoreTracker
+from kronfluence.module.tracker.precondition import PreconditionTracker
+from kronfluence.module.tracker.self_score import SelfScoreTracker
+from kronfluence.task import Task
+from kronfluence.utils.constants import (
+    ACTIVATION_COVARIANCE_MATRIX_NAME,
+    ACTIVATION_EIGENVECTORS_NAME,
+    ALL_MODULE_NAME,
+    GRADIENT_COVARIANCE_MATRIX_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
+    LAMBDA_MATRIX_NAME,
+    NUM_ACTIVATION_COVARIANCE_PROCESSED,
+    NUM_GRADIENT_COVARIANCE_PROCESSED,
+    NUM_LAMBDA_PROCESSED,
+    PAIRWISE_SCORE_MATRIX_NAME,
+    PRECONDITIONED_GRADIENT_NAME,
+    SELF_SCORE_VECTOR_NAME,
+)
+from kronfluence.utils.dataset import DataLoaderKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+
+
+class UserError(Exception):
+    """A mistake only the user can put right; its text is one sentence that says what to do."""
+
+
+class NumericalError(Exception):
+    """A NaN or an infinity where a number was due; its text is one sentence that says where and why."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main):
+    """Calls `main` and turns what can go wrong into one line on standard error.
+
+    Exit status 2 for a mistake of the user, 1 for a result that is not a number, 130 for Ctrl-C.
+    """
+    program = Path(sys.argv[0]).name
+    # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
+    warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
+    try:
+        main()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NumericalError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def number(kind, description, allowed):
+    """Returns an argparse type: `kind(text)` where `allowed` holds of it, else an error that asks for `description`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
+whole_number = number(int, "a whole number of at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
+positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
+
+
+def damping(text):
+    """Reads a damping factor: a number of at least 0, or None for `heuristic`."""
+    if text == "heuristic":
+        return None
+    return number(float, "a number of at least 0, or 'heuristic'", lambda value: 0 <= value < math.inf)(text)
+
+
+def shared_parser(description, corrupt_default):
+    """Returns a parser with the flags that all scripts have."""
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    flag = parser.add_argument
+    flag("--dataset", choices=("cifar10", "imagefolder", "synthetic"), default="cifar10", help="which images to use")
+    flag("--dataset_dir", default="./data", help="folder of the images (synthetic needs none)")
+    flag("--checkpoint_dir", default="./checkpoints", help="folder of the trained model")
+    flag(
+        "--corrupt_percentage",
+        type=corrupt_fraction,
+        default=corrupt_default,
+        metavar="FRACTION",
+        help="fraction of the training labels that is replaced by wrong ones; 0 means none",
+    )
+    flag(
+        "--num_train_examples",
+        type=positive_int,
+        metavar="N",
+        help="use only N training images, the same ones in every script",
+    )
+    flag(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto computes in bfloat16 where that is fast; sums and scores are always float32",
+    )
+    flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes CUDA where there is one")
+    return parser
+
+
+def influence_parser(description, corrupt_default):
+    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share."""
+    parser = shared_parser(description, corrupt_default)
+    flag = parser.add_argument
+    flag("--output_dir", default="./influence_results", help="folder that gets a folder of results per model")
+    flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="approximation of the curvature")
+    flag(
+        "--train_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="training images per step (default: 128 on the CPU, 1024 on CUDA)",
+    )
+    flag(
+        "--damping_factor",
+        type=damping,
+        default=1e-8,
+        metavar="X",
+        help="added to every eigenvalue; 'heuristic' means 0.1 x the mean eigenvalue of each layer",
+    )
+    flag("--seed", type=whole_number, default=1004, help="draws the pseudo-labels of the Fisher matrix")
+    flag("--profile", action="store_true", help="print and save kronfluence's table of time per phase")
+    return parser
+
+
+def choose_device(name):
+    """Returns the torch device for a `--device` value. Raises UserError for `cuda` where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(precision, device):
+    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# Images and labels
+# --------------------------------------------------------------------------------------------------
+
+IMAGE_SIZE = 32
+# Seeds of what has to be the same in every script, whatever --seed says.
+ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, SYNTHETIC_SEED = 11, 12, 13, 14
+DEFAULT_QUERIES = 2000
+NUM_SYNTHETIC = {"train": 5000, "test": 1000}
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images in memory.
+
+    images: uint8 [N, 3, 32, 32]; labels: int64 [N]; class_names: one per class; paths: one per image, or empty
+    where images have no files of their own.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: list
+    paths: list
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices):
+        """Returns the examples at `indices`, an int64 tensor [M], in that order."""
+        paths = [self.paths[i] for i in indices.tolist()] if self.paths else []
+        return replace(self, images=self.images[indices], labels=self.labels[indices], paths=paths)
+
+    def to(self, device):
+        """Returns the same data with its tensors on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def load_split(dataset, dataset_dir, split):
+    """Loads the `split` ('train' or 'test') of a `--dataset` as ImageData on the CPU.
+
+    Raises UserError where the images cannot be found or read.
+    """
+    loaders = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": generate_digits}
+    return loaders[dataset](dataset_dir, split)
+
+
+def load_train_data(dataset, dataset_dir, num_train_examples=None):
+    """Loads the training images, or `num_train_examples` of them that are the same in every script."""
+    data = load_split(dataset, dataset_dir, "train")
+    if num_train_examples is None:
+        return data
+    if num_train_examples > len(data):
+        raise UserError(f"--num_train_examples {num_train_examples}: there are only {len(data)} training images")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(SUBSET_SEED))
+    return data.take(order[:num_train_examples])
+
+
+def load_test_data(dataset, dataset_dir, class_names):
+    """Loads the test images. Raises UserError where their classes are not `class_names`, those of the training."""
+    data = load_split(dataset, dataset_dir, "test")
+    if data.class_names != class_names:
+        differing = sorted(set(data.class_names) ^ set(class_names))
+        raise UserError(
+            f"--dataset_dir {dataset_dir}: train and test must have the same class folders, but only one has "
+            + ", ".join(repr(name) for name in differing)
+        )
+    return data
+
+
+def first_queries(test, num_queries):
+    """Returns the first `num_queries` test images; by default DEFAULT_QUERIES, or all where there are fewer."""
+    if num_queries is not None and num_queries > len(test):
+        raise UserError(f"--num_query_examples {num_queries}: there are only {len(test)} test images")
+    return test.take(torch.arange(min(num_queries or DEFAULT_QUERIES, len(test))))
+
+
+def torchvision_datasets():
+    """Imports torchvision.datasets, which fails where torch and torchvision were built for different hardware."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"torchvision cannot be imported ({reason}): install the build that matches torch {torch.__version__}, "
+            "or use --dataset synthetic, which does not need it"
+        ) from error
+    return datasets
+
+
+def load_cifar10(dataset_dir, split):
+    """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files."""
+    datasets = torchvision_datasets()
+    try:
+        with contextlib.suppress(RuntimeError):  # what it raises for missing or damaged files: then download
+            return from_torchvision(datasets.CIFAR10(dataset_dir, train=split == "train"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            return from_torchvision(datasets.CIFAR10(dataset_dir, train=split == "train", download=True))
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"CIFAR-10 was not found whole in {dataset_dir} and cannot be downloaded ({reason}): name its folder with "
+            "--dataset_dir, or use your own images with --dataset imagefolder, or --dataset synthetic, which needs none"
+        ) from error
+
+
+def from_torchvision(dataset):
+    """Converts torchvision's CIFAR10 object to ImageData."""
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
+    return ImageData(images, torch.tensor(dataset.targets), list(dataset.classes), [])
+
+
+def load_imagefolder(dataset_dir, split):
+    """Loads `<dataset_dir>/<split>/<class>/*`, resized to 32x32 RGB, in a fixed shuffled order.
+
+    Class folders come sorted, and a query set or a subset must not follow the classes, hence the shuffle.
+    """
+    from PIL import Image
+
+    folder = Path(dataset_dir) / split
+    datasets = torchvision_datasets()
+    try:
+        found = datasets.ImageFolder(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--dataset imagefolder: {folder} must hold one folder of images per class ({str(error).splitlines()[0]})"
+        ) from error
+    if len(found.classes) < 2:
+        raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, but has 1")
+
+    order = torch.randperm(len(found.samples), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+    samples = [found.samples[i] for i in order]
+    images = np.empty((len(samples), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for row, (path, _) in zip(images, tqdm(samples, desc=f"Reading {split} images", leave=False), strict=True):
+        try:
+            with Image.open(path) as image:
+                row[:] = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is not an image that can be read ({error}): remove or replace it") from error
+    return ImageData(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        labels=torch.tensor([label for _, label in samples]),
+        class_names=found.classes,
+        paths=[path for path, _ in samples],
+    )
+
+
+def generate_digits(dataset_dir, split):
+    """Draws the digits 0 to 9 in random colours, places, sizes and rotations over textured backgrounds.
+
+    `dataset_dir` is not used; the images depend on `split` alone.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    number_of_images = NUM_SYNTHETIC[split]
+    random = np.random.default_rng([SYNTHETIC_SEED, len(split)])
+    labels = random.integers(10, size=number_of_images)
+    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
+    images = np.empty((number_of_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for row, label in zip(images, labels, strict=True):
+        # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
+        dark, bright = random.integers(0, 90, size=3), random.integers(165, 256, size=3)
+        colour, paper = (dark, bright) if random.random() < 0.5 else (bright, dark)
+        coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
+        texture = np.asarray(Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+        background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
+        canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+        font = fonts[random.integers(len(fonts))]
+        ImageDraw.Draw(canvas).text((IMAGE_SIZE, IMAGE_SIZE), str(label), fill=255, font=font, anchor="mm")
+        canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
+        left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
+        mask = np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
+        row[:] = (background * (1 - mask) + colour * mask).clip(0, 255)
+    return ImageData(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        labels=torch.from_numpy(labels),
+        class_names=[str(digit) for digit in range(10)],
+        paths=[],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Label corruption
+# --------------------------------------------------------------------------------------------------
+
+
+def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
+    """Gives exactly round(fraction * N) randomly chosen examples a label drawn uniformly from the other classes.
+
+    labels: int64 [N] on the CPU. Returns new labels, int64 [N], and is_corrupted, bool [N].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
+    labels, is_corrupted = labels.clone(), torch.zeros(len(labels), dtype=torch.bool)
+    labels[chosen] = (labels[chosen] + shift) % num_classes
+    is_corrupted[chosen] = True
+    return labels, is_corrupted
+
+
+def with_corrupted_labels(data, fraction):
+    """Returns `data` with the labels that `--corrupt_percentage` stands for, and is_corrupted, bool [N]."""
+    labels, is_corrupted = corrupt_labels(data.labels, fraction or 0, len(data.class_names))
+    return replace(data, labels=labels), is_corrupted
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------
+
+CHANNEL_MEAN, CHANNEL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
+CROP_PADDING = 4
+
+
+def normalize(images):
+    """Converts uint8 images [B, 3, 32, 32] to standardised float32, channels last in memory."""
+    mean = torch.tensor(CHANNEL_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(CHANNEL_STD, device=images.device).view(1, 3, 1, 1)
+    return (images.to(torch.float32, memory_format=torch.channels_last) / 255 - mean) / std
+
+
+def crop_and_flip(images, offsets, flips):
+    """Shifts each image by its own offsets over a black border, and mirrors it where its flip says so.
+
+    images: uint8 [B, 3, 32, 32]; offsets: int64 [B, 2], the crop's top and left in 0..8; flips: bool [B].
+    """
+    padded = F.pad(images, [CROP_PADDING] * 4)  # (B, 3, 40, 40)
+    windows = padded.unfold(2, IMAGE_SIZE, 1).unfold(3, IMAGE_SIZE, 1)  # (B, 3, 9, 9, 32, 32), a view
+    crops = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
+
+
+# --------------------------------------------------------------------------------------------------
+# ResNet-9
+# --------------------------------------------------------------------------------------------------
+
+
+def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
+    """Convolution without bias, batch-norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Residual(nn.Sequential):
+    """Adds its input to what its layers make of it."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class ResNet9(nn.Module):
+    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            conv_block(3, 64),
+            conv_block(64, 128, kernel_size=5, stride=2, padding=2),
+            Residual(conv_block(128, 128), conv_block(128, 128)),
+            conv_block(128, 256),
+            nn.MaxPool2d(2),
+            Residual(conv_block(256, 256), conv_block(256, 256)),
+            conv_block(256, 128, padding=0),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(128, num_classes, bias=False)
+
+    def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
+        features = self.features(images).to(self.head.weight.dtype)
+        # Logits in bfloat16 would tie, and losses and margins with them.
+        with torch.autocast(images.device.type, enabled=False):
+            return 0.2 * self.head(features)
+
+
+def construct_resnet9(num_classes=10):
+    """Returns a ResNet-9 with random weights, channels last in memory."""
+    return ResNet9(num_classes).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def compute_logits(model, images, batch_size, dtype):
+    """Returns the logits, float32 [N, num_classes], of uint8 images [N, 3, 32, 32], without augmentation."""
+    model.eval()
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model(normalize(batch)) for batch in images.split(batch_size)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yields a temporary path beside `path` that takes its place when the block succeeds, and vanishes otherwise."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made a folder ({error.strerror}): choose another one") from error
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(*parts):
+    """Returns the SHA-256, as hex digits, over tensors and strings in the order given."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def checkpoint_path(checkpoint_dir, fraction):
+    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: clean labels)."""
+    return Path(checkpoint_dir) / (f"model_corrupt_{fraction:g}.pth" if fraction else "model.pth")
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts) to `path`, whole or not at all.
+
+    `metadata` must hold `class_names`; see train.py for the rest.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save({"weights": weights, "metadata": metadata}, temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
+
+    Raises UserError where there is none, or where the file is something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"there is no checkpoint {path}: run train.py with the same --checkpoint_dir, --dataset and "
+            "--corrupt_percentage first"
+        )
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        metadata = checkpoint["metadata"]
+        model = construct_resnet9(len(metadata["class_names"]))
+        model.load_state_dict(checkpoint["weights"])
+    except Exception as error:  # a foreign file can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint of train.py ({reason:.100}): train again") from error
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def require_same_data(path, metadata, data):
+    """Raises UserError where the checkpoint was trained on other images or labels than those of `data`."""
+    if metadata["class_names"] != data.class_names:
+        raise UserError(f"{path} was trained on other classes than those of --dataset and --dataset_dir")
+    if metadata["labels_sha256"] != sha256(data.labels) or metadata["images_sha256"] != sha256(data.images):
+        fraction = metadata["corrupt_percentage"]
+        raise UserError(
+            f"{path} was trained on other images or labels ({metadata['dataset']}, {metadata['num_train']} images, "
+            f"--corrupt_percentage {fraction:g}) than these {len(data)}: give the flags it was trained with"
+        )
+
+
+def fingerprint(model, data):
+    """Returns 8 hex digits that change with any weight, training label or training image."""
+    weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
+    return sha256(*weights, data.labels, data.images)[:8]
+
+
+# --------------------------------------------------------------------------------------------------
+# Influence: what is measured
+# --------------------------------------------------------------------------------------------------
+
+
+def margin(logits, labels):
+    """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label."""
+    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return label_logit - others.logsumexp(1)
+
+
+class ClassificationTask(Task):
+    """Cross-entropy as training loss, and minus the margin as what influence is measured on.
+
+    With that sign a positive score means: training on this image more would raise the query's margin.
+    A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    """
+
+    def compute_train_loss(self, batch, model, sample=False):
+        """Returns the summed cross-entropy, against labels drawn from the model's own distribution if `sample`.
+
+        A pseudo-label is where the example's own uniform number falls in the cumulative distribution, so it
+        depends neither on the batch it comes in nor on the process.
+        """
+        images, labels, uniforms = batch
+        logits = model(images)
+        if sample:
+            cumulative = logits.detach().softmax(1).cumsum(1)  # (B, num_classes)
+            labels = (cumulative < uniforms[:, None]).sum(1).clamp(max=logits.shape[1] - 1)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def compute_measurement(self, batch, model):
+        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.2, with the opposite sign)."""
+        images, labels, _ = batch
+        return -margin(model(images), labels).sum()
+
+
+class InfluenceDataset(torch.utils.data.Dataset):
+    """ImageData as kronfluence takes it: whole batches by index, each example with its uniform random number."""
+
+    def __init__(self, data, seed):
+        self.data = data
+        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, indices):
+        indices = torch.as_tensor(indices, device=self.data.labels.device)
+        return normalize(self.data.images[indices]), self.data.labels[indices], self.uniforms[indices]
+
+
+def whole_batch(batch):
+    """The collate function for a data set that hands out whole batches."""
+    return batch
+
+
+# --------------------------------------------------------------------------------------------------
+# Influence: per-sample gradients, formed once and in the eigenbasis
+#
+# A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
+# G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
+# two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
+# it is needed, multiply in the compute dtype and add up in float32. Whether a layer is rotated at all follows from
+# the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
+# --------------------------------------------------------------------------------------------------
+
+
+def per_sample_gradient(a, g):
+    """Returns G = sum_t g_t a_t^T, [B, O, I], of patches a [B, T, I] and output gradients g [B, T, O]."""
+    return g.transpose(1, 2) @ a
+
+
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, I]; q_a [I, I] and q_g [O, O] hold eigenvectors in columns, None for no rotation."""
+    if q_a is None:
+        return per_sample_gradient(a, g)
+    g = g @ q_g
+    if a.shape[1] < g.shape[2]:  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+        return per_sample_gradient(a @ q_a, g)
+    return per_sample_gradient(a, g) @ q_a
+
+
+class BatchHooks:
+    """Hands each batch's patches and output gradients, in the compute dtype, to `update(a, g)`.
+
+    A mixin for kronfluence's trackers; `arguments` names the arguments that hold the compute dtype.
+    """
+
+    arguments = "score_args"
+
+    def register_hooks(self):
+        def forward_hook(module, inputs, outputs):
+            activation = inputs[0].detach()
+            outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
+
+        @torch.no_grad()
+        def backward_hook(activation, gradient):
+            dtype = getattr(self.module, self.arguments).per_sample_gradient_dtype
+            a, _ = self.module.get_flattened_activation(activation.to(dtype))  # (B*T, I)
+            g, _ = self.module.get_flattened_gradient(gradient.to(dtype))  # (B*T, O)
+            batch_size = len(activation)
+            self.update(a.view(batch_size, -1, a.shape[1]), g.reshape(batch_size, -1, g.shape[1]))
+
+        self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
+
+    def factor(self, name, like):
+        """Returns a factor, moved once to the device and dtype of `like`; None where the strategy has none."""
+        storage = self.module.storage
+        if storage[name] is not None:
+            storage[name] = storage[name].to(like)
+        return storage[name]
+
+    def eigenvectors(self, like):
+        """Returns Q_A [I, I] and Q_G [O, O], or None twice."""
+        return self.factor(ACTIVATION_EIGENVECTORS_NAME, like), self.factor(GRADIENT_EIGENVECTORS_NAME, like)
+
+    def inverse_eigenvalues(self, like):
+        """Returns 1 / (lambda + damping), [O, I], which kronfluence prepares; None for the identity."""
+        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like))
+
+    def add(self, name, value):
+        """Adds to a factor that is zero at first."""
+        storage = self.module.storage
+        storage[name] = value if storage[name] is None else storage[name].add_(value)
+
+
+def accumulator(tensor):
+    """Returns the tensor in the dtype that sums are kept in: float32, or float64 for a float64 model."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class CovarianceSums(BatchHooks, CovarianceTracker):
+    """Sums a a^T and g g^T over examples and positions."""
+
+    arguments = "factor_args"
+
+    def update(self, a, g):
+        for rows, covariance, count in (
+            (a.flatten(0, 1), ACTIVATION_COVARIANCE_MATRIX_NAME, NUM_ACTIVATION_COVARIANCE_PROCESSED),
+            (g.flatten(0, 1), GRADIENT_COVARIANCE_MATRIX_NAME, NUM_GRADIENT_COVARIANCE_PROCESSED),
+        ):
+            self.add(covariance, accumulator(rows.T @ rows))
+            self.add(count, torch.tensor([len(rows)]))
+
+
+class LambdaSums(BatchHooks, LambdaTracker):
+    """Sums the squares of the rotated per-sample gradients over examples: EKFAC's eigenvalues times N."""
+
+    arguments = "factor_args"
+
+    def update(self, a, g):
+        gradient = rotated_gradient(a, g, *self.eigenvectors(g))
+        self.add(LAMBDA_MATRIX_NAME, accumulator(gradient).square().sum(0))
+        self.add(NUM_LAMBDA_PROCESSED, torch.tensor([len(gradient)]))
+
+
+class SelfInfluence(BatchHooks, SelfScoreTracker):
+    """G^T H^-1 G of each example: the squared rotated gradient, weighted by 1 / (lambda + damping)."""
+
+    def update(self, a, g):
+        squared = accumulator(rotated_gradient(a, g, *self.eigenvectors(g))).square()
+        weights = self.inverse_eigenvalues(g)
+        scores = squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
+        self.module.storage[SELF_SCORE_VECTOR_NAME] = scores
+
+
+class PreconditionedQuery(BatchHooks, PreconditionTracker):
+    """H^-1 G of each query, rotated back, [Q, O, I], so that no training gradient needs a rotation."""
+
+    def update(self, a, g):
+        q_a, q_g = self.eigenvectors(g)
+        gradient = rotated_gradient(a, g, q_a, q_g)
+        weights = self.inverse_eigenvalues(g)
+        if weights is not None:
+            gradient = (gradient * weights).to(g.dtype)
+        if q_a is not None:
+            gradient = q_g @ gradient @ q_a.T
+        self.module.storage[PRECONDITIONED_GRADIENT_NAME] = gradient
+
+
+class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
+    """Dot products [Q, B] of the preconditioned queries with the per-sample gradients: one matrix product."""
+
+    def update(self, a, g):
+        queries = self.module.storage["accumulated_preconditioned_gradient"].flatten(1)  # (Q, O*I)
+        scores = queries @ per_sample_gradient(a, g).flatten(1).T
+        self.module.storage[PAIRWISE_SCORE_MATRIX_NAME] = accumulator(scores)
+
+
+class EigenbasisTrackers:
+    """A mixin that gives kronfluence's tracked modules the trackers above."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._trackers |= {
+            ModuleMode.COVARIANCE: CovarianceSums(self),
+            ModuleMode.LAMBDA: LambdaSums(self),
+            ModuleMode.SELF_SCORE: SelfInfluence(self),
+            ModuleMode.PRECONDITION_GRADIENT: PreconditionedQuery(self),
+            ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(self),
+        }
+
+
+class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
+    """A convolution that kronfluence tracks by the trackers above."""
+
+
+class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
+    """A linear layer that kronfluence tracks by the trackers above."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Influence: factors and scores
+# --------------------------------------------------------------------------------------------------
+
+QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
+
+
+class InfluenceRun:
+    """kronfluence's Analyzer on one checkpoint and data set, with results that are reused only where they belong.
+
+    Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`. `phases` gets the times.
+    """
+
+    def __init__(self, model, data, name, *, output_dir, strategy, dtype, seed, batch_size, profile, phases):
+        TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
+        device = data.images.device
+        self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
+        self.dataset = InfluenceDataset(data, seed)
+        self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
+        self.batch_size = batch_size or (1024 if device.type == "cuda" else 128)
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        self.factors_name = f"{strategy}-{precision}-seed{seed}"
+        try:
+            self.analyzer = Analyzer(
+                analysis_name=self.folder.name,
+                model=prepare_model(model, ClassificationTask()),
+                task=ClassificationTask(),
+                cpu=device.type == "cpu",
+                profile=profile,
+                output_dir=str(output_dir),
+            )
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from error
+        self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=whole_batch))
+
+    def stage(self, phase, folder, pattern, upstream, compute):
+        """Calls `compute`, which writes the files `pattern` into `folder`, unless an earlier run's are there unharmed.
+
+        `upstream` is what the files were computed from; they are reused only where it is unchanged and their
+        sizes and checksums still are what was recorded after they had been written. Returns the record.
+        """
+        record_path = folder / f"{phase}.complete.json"
+        with self.phases(phase):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(record_path.read_text())
+                if record == {"upstream": upstream, "files": file_checksums(folder, pattern)}:
+                    print(f"Reusing the {phase} in {folder}")
+                    return record
+            record_path.unlink(missing_ok=True)
+            for path in folder.glob(pattern):
+                path.unlink()
+            compute()
+            record = {"upstream": upstream, "files": file_checksums(folder, pattern)}
+            write_json(record_path, record)
+        return record
+
+    def fit_factors(self):
+        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their checksums."""
+        factor_args = FactorArguments(
+            strategy=self.strategy,
+            amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+            covariance_max_examples=None,
+            lambda_max_examples=None,
+            per_sample_gradient_dtype=self.dtype,
+        )
+        common = {"factors_name": self.factors_name, "factor_args": factor_args, "overwrite_output_dir": True}
+        fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
+        folder = self.analyzer.factors_output_dir(self.factors_name)
+        record = self.stage(
+            "covariance",
+            folder,
+            "*covariance*.safetensors",
+            None,
+            lambda: self.analyzer.fit_covariance_matrices(**fitting),
+        )
+        record = self.stage(
+            "eigendecomposition",
+            folder,
+            "*eigen*.safetensors",
+            record,
+            lambda: self.analyzer.perform_eigendecomposition(**common),
+        )
+        return self.stage(
+            "lambda", folder, "*lambda*.safetensors", record, lambda: self.analyzer.fit_lambda_matrices(**fitting)
+        )
+
+    def self_influence(self, damping_factor):
+        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it."""
+        return self.scores(
+            "self",
+            damping_factor,
+            "",
+            lambda **common: self.analyzer.compute_self_scores(
+                train_dataset=self.dataset, per_device_train_batch_size=self.batch_size, **common
+            ),
+        )
+
+    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+        """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
+
+        `query_batch_size` preconditioned query gradients (9 MB each in float32) are held at a time; the training
+        gradients are formed anew for every such batch.
+        """
+        queries = InfluenceDataset(query_data, self.seed)
+        query_batch_size = min(query_batch_size, len(queries))
+        chunk = min(QUERY_CHUNK, query_batch_size)
+        suffix = f"-queries{len(queries)}-{sha256(query_data.images, query_data.labels)[:8]}"
+        return self.scores(
+            "pairwise",
+            damping_factor,
+            suffix,
+            lambda **common: self.analyzer.compute_pairwise_scores(
+                query_dataset=queries,
+                per_device_query_batch_size=chunk,
+                train_dataset=self.dataset,
+                per_device_train_batch_size=self.batch_size,
+                **common,
+            ),
+            query_gradient_accumulation_steps=math.ceil(query_batch_size / chunk),
+        )
+
+    def scores(self, kind, damping_factor, suffix, compute, **score_arguments):
+        """Computes, or reuses, the scores of one `kind` ('self' or 'pairwise'). Raises NumericalError for a NaN."""
+        record = self.fit_factors()
+        damping_name = "heuristic" if damping_factor is None else f"{damping_factor:g}"
+        scores_name = f"{kind}-{self.factors_name}-damping{damping_name}{suffix}"
+        score_args = ScoreArguments(
+            damping_factor=damping_factor,
+            amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+            per_sample_gradient_dtype=self.dtype,
+            **score_arguments,
+        )
+        folder = self.analyzer.scores_output_dir(scores_name)
+        self.stage(
+            "scores",
+            folder,
+            "*_scores.safetensors",
+            record,
+            lambda: compute(
+                scores_name=scores_name,
+                factors_name=self.factors_name,
+                score_args=score_args,
+                overwrite_output_dir=True,
+            ),
+        )
+        load = self.analyzer.load_self_scores if kind == "self" else self.analyzer.load_pairwise_scores
+        scores = load(scores_name)[ALL_MODULE_NAME]
+        if not scores.isfinite().all():
+            raise NumericalError(
+                f"{(~scores.isfinite()).sum()} of {scores.numel()} {kind} scores are NaN or infinite: training "
+                "may have diverged, or the damping is too small; try --damping_factor heuristic"
+            )
+        return scores, next(folder.glob("*_scores.safetensors"))
+
+    def report_profile(self):
+        """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""
+        if table := self.analyzer.profiler.summary():
+            with atomic_path(self.folder / f"profile_{self.strategy}.txt") as temporary:
+                temporary.write_text(table)
+            print(table)
+
+
+def file_checksums(folder, pattern):
+    """Returns size and SHA-256 of the files that match, by name."""
+    checksums = {}
+    for path in sorted(folder.glob(pattern)):
+        with path.open("rb") as file:
+            checksums[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return checksums
+
+
+# --------------------------------------------------------------------------------------------------
+# Result files
+# --------------------------------------------------------------------------------------------------
+
+
+class Phases:
+    """Wall-clock seconds by phase: `with phases("load"): ...`; phases of the same name add up."""
+
+    def __init__(self, *names):
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+    def summary(self):
+        """Returns the seconds by phase, and `total` since construction, to a millisecond."""
+        seconds = self.seconds | {"total": time.perf_counter() - self.start}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def peak_memory_bytes(device):
+    """Returns the peak of allocated CUDA memory, or of the process's resident memory on a CPU (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    # In kilobytes on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment(device):
+    """Returns what a figure depends on beside the code: hardware and versions."""
+    from importlib.metadata import version
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {package: version(package) for package in ("torch", "kronfluence", "numpy")}
+    return {
+        "device": device.type,
+        "device_name": name,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
+def run_record(phases, device):
+    """Returns what both json files say of the run itself: seconds by phase, peak memory, hardware, versions."""
+    return {"seconds": phases.summary(), "peak_memory_bytes": peak_memory_bytes(device), **environment(device)}
+
+
+def report_files(paths, phases):
+    """Prints the seconds by phase and the paths of those files that exist."""
+    seconds = phases.summary()
+    total = seconds.pop("total")
+    print(f"{total:.1f} s in all: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    for path in paths:
+        if path.exists():
+            print(f"wrote {path}")
+
+
+def write_json(path, content):
+    """Writes `content` to a json file, whole or not at all; NaN is refused."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure to a png file, whole or not at all, and closes it."""
+    import matplotlib.pyplot as plt
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def show_image(axes, image, title, colour="black"):
+    """Draws one uint8 image [3, 32, 32] without ticks, under a small title."""
+    axes.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+    axes.set_title(title, fontsize=7, color=colour, pad=2)
+    axes.set_xticks([])
+    axes.set_yticks([])

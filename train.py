@@ -1,0 +1,159 @@
+"""Trains ResNet-9 and writes the checkpoint that analyze.py and detect_mislabeled_dataset.py explain.
+
+SGD without momentum, random crops and flips, a learning rate that rises for a fifth of the steps and then falls to
+zero. `python train.py --help` lists the flags; their defaults are the recipe for CIFAR-10.
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import pipeline
+
+
+def parse_arguments():
+    """Reads the command line."""
+    parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
+    flag = parser.add_argument
+    flag("--train_batch_size", type=pipeline.positive_int, default=512, help="images per step")
+    flag("--eval_batch_size", type=pipeline.positive_int, default=1024, help="images per step of the evaluation")
+    flag("--learning_rate", type=pipeline.positive_float, default=0.4, help="peak of the schedule")
+    flag("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty on all parameters")
+    flag("--num_train_epochs", type=pipeline.positive_int, default=25, help="passes over the training images")
+    flag("--seed", type=pipeline.whole_number, default=1004, help="initial weights, order, crops and flips")
+    return parser.parse_args()
+
+
+def schedule(step, total_steps):
+    """Returns the fraction of the peak learning rate at `step` (0-based): up over a fifth of the steps, then down.
+
+    Piecewise linear between 0 just before the first step, 1 at the peak, and 0 just after the last, so that no step
+    is wasted at a rate of zero, however few there are.
+    """
+    peak = max(1, round(total_steps / 5))
+    return float(np.interp(step + 1, [0, peak, total_steps + 1], [0.0, 1.0, 0.0]))
+
+
+def epoch_batches(num_examples, batch_size, generator):
+    """Draws one epoch: order and flips [steps, batch_size] and crop offsets [steps, batch_size, 2].
+
+    The last, partial batch is dropped.
+    """
+    shape = (num_examples // batch_size, batch_size)
+    order = torch.randperm(num_examples, generator=generator)[: shape[0] * shape[1]].view(shape)
+    offsets = torch.randint(2 * pipeline.CROP_PADDING + 1, (*shape, 2), generator=generator)
+    flips = torch.rand(shape, generator=generator) < 0.5
+    return order, offsets, flips
+
+
+def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype):
+    """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
+
+    Raises NumericalError when the loss stops being a number.
+    """
+    device = data.images.device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    steps_per_epoch = len(data) // batch_size
+    total_steps = num_epochs * steps_per_epoch
+    with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
+        for epoch in range(num_epochs):
+            start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
+            model.train()
+            plan = (tensor.to(device) for tensor in epoch_batches(len(data), batch_size, generator))
+            for step, (order, offsets, flips) in enumerate(zip(*plan, strict=True), start=epoch * steps_per_epoch):
+                rate = learning_rate * schedule(step, total_steps)
+                optimizer.param_groups[0]["lr"] = rate
+                images = pipeline.normalize(pipeline.crop_and_flip(data.images[order], offsets, flips))
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = F.cross_entropy(model(images), data.labels[order])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss_sum += loss.detach()
+                progress.update()
+            mean_loss = (loss_sum / steps_per_epoch).item()
+            speed = steps_per_epoch * batch_size / (time.perf_counter() - start)
+            progress.write(
+                f"epoch {epoch + 1:3}/{num_epochs}   learning rate {rate:8.5f}   "
+                f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
+            )
+            if not np.isfinite(mean_loss):
+                raise pipeline.NumericalError(
+                    f"the loss became {mean_loss} in epoch {epoch + 1}: lower --learning_rate"
+                )
+
+
+def evaluate(logits, labels):
+    """Returns mean cross-entropy and accuracy of logits [N, num_classes] against labels [N]."""
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def main():
+    """Parses, loads, trains, evaluates, saves."""
+    args = parse_arguments()
+    start = time.perf_counter()
+    device = pipeline.choose_device(args.device)
+    dtype = pipeline.choose_dtype(args.precision, device)
+    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir, clean.class_names).to(device)
+    data, is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
+    if args.train_batch_size > len(data):
+        raise pipeline.UserError(
+            f"--train_batch_size {args.train_batch_size}: must be at most {len(data)}, the number of training images"
+        )
+    print(
+        f"{len(data)} training images ({is_corrupted.sum()} with a wrong label), {len(test)} test images, "
+        f"{len(data.class_names)} classes; loaded in {time.perf_counter() - start:.1f} s"
+    )
+
+    torch.manual_seed(args.seed)
+    model = pipeline.construct_resnet9(len(data.class_names)).to(device)
+    labels_sha256, images_sha256 = pipeline.sha256(data.labels), pipeline.sha256(data.images)
+    data = data.to(device)
+    train_start = time.perf_counter()
+    train(
+        model,
+        data,
+        batch_size=args.train_batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        num_epochs=args.num_train_epochs,
+        seed=args.seed,
+        dtype=dtype,
+    )
+    train_seconds = time.perf_counter() - train_start
+
+    logits = pipeline.compute_logits(model, data.images, args.eval_batch_size, dtype)
+    results = {"train": evaluate(logits, data.labels)}
+    if is_corrupted.any():
+        results["train, true labels"] = evaluate(logits, clean.labels.to(device))
+    results["test"] = evaluate(pipeline.compute_logits(model, test.images, args.eval_batch_size, dtype), test.labels)
+    for name, (loss, accuracy) in results.items():
+        print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
+
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
+    pipeline.save_checkpoint(
+        path,
+        model,
+        {
+            **vars(args),
+            "corrupt_percentage": args.corrupt_percentage or 0.0,
+            "corruption_seed": pipeline.CORRUPTION_SEED,
+            "num_train": len(data),
+            "class_names": data.class_names,
+            "labels_sha256": labels_sha256,
+            "images_sha256": images_sha256,
+            "accuracy": {name: accuracy for name, (_, accuracy) in results.items()},
+            "train_seconds": train_seconds,
+            "environment": pipeline.environment(device),
+        },
+    )
+    print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
+
+
+if __name__ == "__main__":
+    pipeline.run(main)
