@@ -162,7 +162,7 @@ def influence_parser(description, corrupt_default):
         "--train_batch_size",
         type=positive_int,
         metavar="N",
-        help="training images per step (default: 128 on the CPU, 1024 on CUDA)",
+        help="training images per step (default: 64 on the CPU, 1024 on CUDA)",
     )
     flag(
         "--damping_factor",
@@ -354,7 +354,7 @@ def generate_digits(dataset_dir, split):
     images = np.empty((number_of_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for row, label in zip(images, labels, strict=True):
         # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
-        dark, bright = random.integers(0, 90, size=3), random.integers(165, 256, size=3)
+        dark, bright = random.integers(0, 115, size=3), random.integers(140, 256, size=3)
         colour, paper = (dark, bright) if random.random() < 0.5 else (bright, dark)
         coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
         texture = np.asarray(Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
@@ -636,6 +636,9 @@ def whole_batch(batch):
 # --------------------------------------------------------------------------------------------------
 
 
+CACHED_ELEMENTS = 2**20  # 4 MB in float32
+
+
 def per_sample_gradient(a, g):
     """Returns G = sum_t g_t a_t^T, [B, O, I], of patches a [B, T, I] and output gradients g [B, T, O]."""
     return g.transpose(1, 2) @ a
@@ -700,6 +703,13 @@ def accumulator(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def squares(gradient):
+    """Yields the squares of gradients [B, O, I] in the dtype of sums, on a CPU in parts that stay in its cache."""
+    part = len(gradient) if gradient.is_cuda else max(1, CACHED_ELEMENTS // gradient[0].numel())
+    for gradients in gradient.split(part):
+        yield accumulator(gradients).square()
+
+
 class CovarianceSums(BatchHooks, CovarianceTracker):
     """Sums a a^T and g g^T over examples and positions."""
 
@@ -721,7 +731,8 @@ class LambdaSums(BatchHooks, LambdaTracker):
 
     def update(self, a, g):
         gradient = rotated_gradient(a, g, *self.eigenvectors(g))
-        self.add(LAMBDA_MATRIX_NAME, accumulator(gradient).square().sum(0))
+        for squared in squares(gradient):
+            self.add(LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(NUM_LAMBDA_PROCESSED, torch.tensor([len(gradient)]))
 
 
@@ -729,10 +740,13 @@ class SelfInfluence(BatchHooks, SelfScoreTracker):
     """G^T H^-1 G of each example: the squared rotated gradient, weighted by 1 / (lambda + damping)."""
 
     def update(self, a, g):
-        squared = accumulator(rotated_gradient(a, g, *self.eigenvectors(g))).square()
-        weights = self.inverse_eigenvalues(g)
-        scores = squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
-        self.module.storage[SELF_SCORE_VECTOR_NAME] = scores
+        gradient, weights = rotated_gradient(a, g, *self.eigenvectors(g)), self.inverse_eigenvalues(g)
+        self.module.storage[SELF_SCORE_VECTOR_NAME] = torch.cat(
+            [
+                squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
+                for squared in squares(gradient)
+            ]
+        )
 
 
 class PreconditionedQuery(BatchHooks, PreconditionTracker):
@@ -799,7 +813,7 @@ class InfluenceRun:
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
         self.dataset = InfluenceDataset(data, seed)
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
-        self.batch_size = batch_size or (1024 if device.type == "cuda" else 128)
+        self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.factors_name = f"{strategy}-{precision}-seed{seed}"
         try:
