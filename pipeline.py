@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def first_line(error):
+    """Returns the first line of an exception's text, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def number(kind, description, allowed):
@@ -231,29 +237,17 @@ class ImageData:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
-def load_split(dataset, dataset_dir, split):
-    """Loads the `split` ('train' or 'test') of a `--dataset` as ImageData on the CPU.
+def load_train_data(dataset, dataset_dir, num_examples=None):
+    """Loads the training images of a `--dataset` as ImageData on the CPU, or `num_examples` of them.
 
-    Raises UserError where the images cannot be found or read.
+    Raises UserError where they cannot be found or read, or where there are fewer.
     """
-    loaders = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": generate_digits}
-    return loaders[dataset](dataset_dir, split)
-
-
-def load_train_data(dataset, dataset_dir, num_train_examples=None):
-    """Loads the training images, or `num_train_examples` of them that are the same in every script."""
-    data = load_split(dataset, dataset_dir, "train")
-    if num_train_examples is None:
-        return data
-    if num_train_examples > len(data):
-        raise UserError(f"--num_train_examples {num_train_examples}: there are only {len(data)} training images")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(SUBSET_SEED))
-    return data.take(order[:num_train_examples])
+    return LOADERS[dataset](dataset_dir, "train", num_examples)
 
 
 def load_test_data(dataset, dataset_dir, class_names):
     """Loads the test images. Raises UserError where their classes are not `class_names`, those of the training."""
-    data = load_split(dataset, dataset_dir, "test")
+    data = LOADERS[dataset](dataset_dir, "test")
     if data.class_names != class_names:
         differing = sorted(set(data.class_names) ^ set(class_names))
         raise UserError(
@@ -275,103 +269,114 @@ def torchvision_datasets():
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"torchvision cannot be imported ({reason}): install the build that matches torch {torch.__version__}, "
-            "or use --dataset synthetic, which does not need it"
+            f"torchvision cannot be imported ({first_line(error)}): install the build that matches "
+            f"torch {torch.__version__}, or use --dataset synthetic, which does not need it"
         ) from error
     return datasets
 
 
-def load_cifar10(dataset_dir, split):
+def draw_examples(total, num_examples):
+    """Returns the indices of the training images to use: all, or `num_examples` drawn by a fixed seed, int64 [M]."""
+    if num_examples is None:
+        return torch.arange(total)
+    if num_examples > total:
+        raise UserError(f"--num_train_examples {num_examples}: there are only {total} training images")
+    return torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:num_examples]
+
+
+def load_cifar10(dataset_dir, split, num_examples=None):
     """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files."""
     datasets = torchvision_datasets()
     try:
-        with contextlib.suppress(RuntimeError):  # what it raises for missing or damaged files: then download
-            return from_torchvision(datasets.CIFAR10(dataset_dir, train=split == "train"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            return from_torchvision(datasets.CIFAR10(dataset_dir, train=split == "train", download=True))
+        try:
+            found = datasets.CIFAR10(dataset_dir, train=split == "train")
+        except RuntimeError:  # missing or damaged
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = datasets.CIFAR10(dataset_dir, train=split == "train", download=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"CIFAR-10 was not found whole in {dataset_dir} and cannot be downloaded ({reason}): name its folder with "
-            "--dataset_dir, or use your own images with --dataset imagefolder, or --dataset synthetic, which needs none"
+            f"CIFAR-10 was not found whole in {dataset_dir} and cannot be downloaded ({first_line(error)}): name its "
+            "folder with --dataset_dir, or use --dataset imagefolder for images of your own, or --dataset synthetic, "
+            "which needs none"
         ) from error
+    chosen = draw_examples(len(found.data), num_examples)
+    return image_data(found.data[chosen], torch.tensor(found.targets)[chosen], found.classes)
 
 
-def from_torchvision(dataset):
-    """Converts torchvision's CIFAR10 object to ImageData."""
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
-    return ImageData(images, torch.tensor(dataset.targets), list(dataset.classes), [])
-
-
-def load_imagefolder(dataset_dir, split):
+def load_imagefolder(dataset_dir, split, num_examples=None):
     """Loads `<dataset_dir>/<split>/<class>/*`, resized to 32x32 RGB, in a fixed shuffled order.
 
     Class folders come sorted, and a query set or a subset must not follow the classes, hence the shuffle.
     """
-    from PIL import Image
-
     folder = Path(dataset_dir) / split
-    datasets = torchvision_datasets()
     try:
-        found = datasets.ImageFolder(folder)
+        found = torchvision_datasets().ImageFolder(folder)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--dataset imagefolder: {folder} must hold one folder of images per class ({str(error).splitlines()[0]})"
+            f"--dataset imagefolder: {folder} must hold one folder of images per class ({first_line(error)})"
         ) from error
     if len(found.classes) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, but has 1")
-
-    order = torch.randperm(len(found.samples), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
-    samples = [found.samples[i] for i in order]
-    images = np.empty((len(samples), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for row, (path, _) in zip(images, tqdm(samples, desc=f"Reading {split} images", leave=False), strict=True):
-        try:
-            with Image.open(path) as image:
-                row[:] = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is not an image that can be read ({error}): remove or replace it") from error
-    return ImageData(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        labels=torch.tensor([label for _, label in samples]),
-        class_names=found.classes,
-        paths=[path for path, _ in samples],
-    )
+    order = torch.randperm(len(found.samples), generator=torch.Generator().manual_seed(ORDER_SEED))
+    samples = [found.samples[i] for i in order[draw_examples(len(order), num_examples)]]
+    paths = [path for path, _ in samples]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        images = list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False))
+    return image_data(np.stack(images), torch.tensor([label for _, label in samples]), found.classes, paths)
 
 
-def generate_digits(dataset_dir, split):
+def read_image(path):
+    """Returns the image in a file as RGB, uint8 [32, 32, 3]. Raises UserError, naming the file, where it cannot."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path} is not an image that can be read ({first_line(error)}): remove or replace it"
+        ) from error
+
+
+def generate_digits(dataset_dir, split, num_examples=None):
     """Draws the digits 0 to 9 in random colours, places, sizes and rotations over textured backgrounds.
 
-    `dataset_dir` is not used; the images depend on `split` alone.
+    Image i of a split is the same whichever others are drawn; `dataset_dir` is not used.
     """
+    chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
+    seeds = [(SYNTHETIC_SEED, len(split), index) for index in chosen.tolist()]
+    images, labels = zip(*map(draw_digit, seeds), strict=True)
+    return image_data(np.stack(images), torch.tensor(labels), [str(digit) for digit in range(10)])
+
+
+def draw_digit(seed):
+    """Returns one image, uint8 [32, 32, 3], and the digit it shows."""
     from PIL import Image, ImageDraw, ImageFont
 
-    number_of_images = NUM_SYNTHETIC[split]
-    random = np.random.default_rng([SYNTHETIC_SEED, len(split)])
-    labels = random.integers(10, size=number_of_images)
-    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
-    images = np.empty((number_of_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for row, label in zip(images, labels, strict=True):
-        # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
-        dark, bright = random.integers(0, 115, size=3), random.integers(140, 256, size=3)
-        colour, paper = (dark, bright) if random.random() < 0.5 else (bright, dark)
-        coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
-        texture = np.asarray(Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-        background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
-        canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
-        font = fonts[random.integers(len(fonts))]
-        ImageDraw.Draw(canvas).text((IMAGE_SIZE, IMAGE_SIZE), str(label), fill=255, font=font, anchor="mm")
-        canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
-        left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
-        mask = np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
-        row[:] = (background * (1 - mask) + colour * mask).clip(0, 255)
-    return ImageData(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        labels=torch.from_numpy(labels),
-        class_names=[str(digit) for digit in range(10)],
-        paths=[],
-    )
+    random = np.random.default_rng(seed)
+    digit = int(random.integers(10))
+    # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
+    colour, paper = random.permutation([random.integers(0, 115, size=3), random.integers(140, 256, size=3)])
+    coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
+    texture = np.asarray(Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
+
+    canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+    font = ImageFont.load_default(size=int(random.integers(18, 29)))
+    ImageDraw.Draw(canvas).text((IMAGE_SIZE, IMAGE_SIZE), str(digit), fill=255, font=font, anchor="mm")
+    canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
+    left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
+    mask = np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
+    return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8), digit
+
+
+def image_data(images, labels, class_names, paths=()):
+    """Returns ImageData from images as Pillow and torchvision keep them, uint8 [N, 32, 32, 3]."""
+    return ImageData(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, list(class_names), list(paths))
+
+
+LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": generate_digits}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,8 +549,9 @@ def load_checkpoint(path, device="cpu"):
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:  # a foreign file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint of train.py ({reason:.100}): train again") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({first_line(error):.100}): train again"
+        ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
@@ -814,8 +820,7 @@ class InfluenceRun:
         self.dataset = InfluenceDataset(data, seed)
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        self.factors_name = f"{strategy}-{precision}-seed{seed}"
+        self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
         try:
             self.analyzer = Analyzer(
                 analysis_name=self.folder.name,
@@ -924,6 +929,7 @@ class InfluenceRun:
             damping_factor=damping_factor,
             amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
             per_sample_gradient_dtype=self.dtype,
+            precondition_dtype=torch.promote_types(self.dtype, torch.float32),
             **score_arguments,
         )
         folder = self.analyzer.scores_output_dir(scores_name)
