@@ -31,6 +31,7 @@ from kronfluence.module.tracker.precondition import PreconditionTracker
 from kronfluence.module.tracker.self_score import SelfScoreTracker
 from kronfluence.task import Task
 from kronfluence.utils.constants import (
+    ACCUMULATED_PRECONDITIONED_GRADIENT_NAME,
     ACTIVATION_COVARIANCE_MATRIX_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
     ALL_MODULE_NAME,
@@ -520,7 +521,7 @@ def sha256(*parts):
 
 def checkpoint_path(checkpoint_dir, fraction):
     """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: clean labels)."""
-    return Path(checkpoint_dir) / (f"model_corrupt_{fraction:g}.pth" if fraction else "model.pth")
+    return Path(checkpoint_dir) / (f"model_corrupt_{fraction}.pth" if fraction else "model.pth")
 
 
 def save_checkpoint(path, model, metadata):
@@ -640,7 +641,6 @@ def whole_batch(batch):
 # it is needed, multiply in the compute dtype and add up in float32. Whether a layer is rotated at all follows from
 # the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
 # --------------------------------------------------------------------------------------------------
-
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
 
@@ -773,7 +773,7 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     """Dot products [Q, B] of the preconditioned queries with the per-sample gradients: one matrix product."""
 
     def update(self, a, g):
-        queries = self.module.storage["accumulated_preconditioned_gradient"].flatten(1)  # (Q, O*I)
+        queries = self.module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME].flatten(1)  # (Q, O*I)
         scores = queries @ per_sample_gradient(a, g).flatten(1).T
         self.module.storage[PAIRWISE_SCORE_MATRIX_NAME] = accumulator(scores)
 
@@ -807,6 +807,14 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
 
+STAGE_FILES = {
+    "covariance": "*covariance*.safetensors",
+    "eigendecomposition": "*eigen*.safetensors",
+    "lambda": "*lambda*.safetensors",
+    "scores": "*_scores.safetensors",
+}
+
+
 class InfluenceRun:
     """kronfluence's Analyzer on one checkpoint and data set, with results that are reused only where they belong.
 
@@ -834,29 +842,29 @@ class InfluenceRun:
             raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from error
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=whole_batch))
 
-    def stage(self, phase, folder, pattern, upstream, compute):
-        """Calls `compute`, which writes the files `pattern` into `folder`, unless an earlier run's are there unharmed.
+    def stage(self, phase, folder, upstream, compute, **arguments):
+        """Calls `compute(**arguments)`, which writes files into `folder`, unless an earlier run's are there unharmed.
 
-        `upstream` is what the files were computed from; they are reused only where it is unchanged and their
-        sizes and checksums still are what was recorded after they had been written. Returns the record.
+        `upstream` stands for what the files are computed from. They are reused only where it is unchanged and their
+        sizes and checksums still are what was recorded once they had been written. Returns what stands for them.
         """
         record_path = folder / f"{phase}.complete.json"
         with self.phases(phase):
             with contextlib.suppress(OSError, ValueError):
                 record = json.loads(record_path.read_text())
-                if record == {"upstream": upstream, "files": file_checksums(folder, pattern)}:
+                if record == {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}:
                     print(f"Reusing the {phase} in {folder}")
-                    return record
+                    return sha256(json.dumps(record))
             record_path.unlink(missing_ok=True)
-            for path in folder.glob(pattern):
+            for path in folder.glob(STAGE_FILES[phase]):
                 path.unlink()
-            compute()
-            record = {"upstream": upstream, "files": file_checksums(folder, pattern)}
+            compute(overwrite_output_dir=True, **arguments)
+            record = {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}
             write_json(record_path, record)
-        return record
+        return sha256(json.dumps(record))
 
     def fit_factors(self):
-        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their checksums."""
+        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
         factor_args = FactorArguments(
             strategy=self.strategy,
             amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
@@ -864,95 +872,66 @@ class InfluenceRun:
             lambda_max_examples=None,
             per_sample_gradient_dtype=self.dtype,
         )
-        common = {"factors_name": self.factors_name, "factor_args": factor_args, "overwrite_output_dir": True}
+        common = {"factors_name": self.factors_name, "factor_args": factor_args}
         fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
-        folder = self.analyzer.factors_output_dir(self.factors_name)
-        record = self.stage(
-            "covariance",
-            folder,
-            "*covariance*.safetensors",
-            None,
-            lambda: self.analyzer.fit_covariance_matrices(**fitting),
-        )
-        record = self.stage(
-            "eigendecomposition",
-            folder,
-            "*eigen*.safetensors",
-            record,
-            lambda: self.analyzer.perform_eigendecomposition(**common),
-        )
-        return self.stage(
-            "lambda", folder, "*lambda*.safetensors", record, lambda: self.analyzer.fit_lambda_matrices(**fitting)
-        )
+        folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
+        fitted = self.stage("covariance", folder, None, analyzer.fit_covariance_matrices, **fitting)
+        fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
+        return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
 
     def self_influence(self, damping_factor):
-        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it."""
-        return self.scores(
-            "self",
-            damping_factor,
-            "",
-            lambda **common: self.analyzer.compute_self_scores(
-                train_dataset=self.dataset, per_device_train_batch_size=self.batch_size, **common
-            ),
-        )
+        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.
+
+        Raises NumericalError where a score is not a number.
+        """
+        compute, load = self.analyzer.compute_self_scores, self.analyzer.load_self_scores
+        return self.scores("self", compute, load, damping_factor, {})
 
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
         """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
 
         `query_batch_size` preconditioned query gradients (9 MB each in float32) are held at a time; the training
-        gradients are formed anew for every such batch.
+        gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
         """
-        queries = InfluenceDataset(query_data, self.seed)
-        query_batch_size = min(query_batch_size, len(queries))
-        chunk = min(QUERY_CHUNK, query_batch_size)
-        suffix = f"-queries{len(queries)}-{sha256(query_data.images, query_data.labels)[:8]}"
+        compute, load = self.analyzer.compute_pairwise_scores, self.analyzer.load_pairwise_scores
+        chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
+        arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
+        kind = f"pairwise-{len(query_data)}-{sha256(query_data.images, query_data.labels)[:8]}"
         return self.scores(
-            "pairwise",
-            damping_factor,
-            suffix,
-            lambda **common: self.analyzer.compute_pairwise_scores(
-                query_dataset=queries,
-                per_device_query_batch_size=chunk,
-                train_dataset=self.dataset,
-                per_device_train_batch_size=self.batch_size,
-                **common,
-            ),
-            query_gradient_accumulation_steps=math.ceil(query_batch_size / chunk),
+            kind, compute, load, damping_factor, arguments, query_gradient_accumulation_steps=query_batch_size // chunk
         )
 
-    def scores(self, kind, damping_factor, suffix, compute, **score_arguments):
-        """Computes, or reuses, the scores of one `kind` ('self' or 'pairwise'). Raises NumericalError for a NaN."""
-        record = self.fit_factors()
-        damping_name = "heuristic" if damping_factor is None else f"{damping_factor:g}"
-        scores_name = f"{kind}-{self.factors_name}-damping{damping_name}{suffix}"
-        score_args = ScoreArguments(
-            damping_factor=damping_factor,
-            amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
-            per_sample_gradient_dtype=self.dtype,
-            precondition_dtype=torch.promote_types(self.dtype, torch.float32),
-            **score_arguments,
-        )
+    def scores(self, kind, compute, load, damping_factor, arguments, **score_arguments):
+        """Computes, or reuses, and loads the scores of one `kind`, by kronfluence's `compute` and `load`."""
+        fitted = self.fit_factors()
+        damping_name = "heuristic" if damping_factor is None else damping_factor
+        scores_name = f"{kind}-{self.factors_name}-damping-{damping_name}"
         folder = self.analyzer.scores_output_dir(scores_name)
         self.stage(
             "scores",
             folder,
-            "*_scores.safetensors",
-            record,
-            lambda: compute(
-                scores_name=scores_name,
-                factors_name=self.factors_name,
-                score_args=score_args,
-                overwrite_output_dir=True,
+            fitted,
+            compute,
+            scores_name=scores_name,
+            factors_name=self.factors_name,
+            train_dataset=self.dataset,
+            per_device_train_batch_size=self.batch_size,
+            score_args=ScoreArguments(
+                damping_factor=damping_factor,
+                amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+                per_sample_gradient_dtype=self.dtype,
+                precondition_dtype=torch.promote_types(self.dtype, torch.float32),
+                **score_arguments,
             ),
+            **arguments,
         )
-        load = self.analyzer.load_self_scores if kind == "self" else self.analyzer.load_pairwise_scores
         scores = load(scores_name)[ALL_MODULE_NAME]
         if not scores.isfinite().all():
             raise NumericalError(
-                f"{(~scores.isfinite()).sum()} of {scores.numel()} {kind} scores are NaN or infinite: training "
-                "may have diverged, or the damping is too small; try --damping_factor heuristic"
+                f"{(~scores.isfinite()).sum()} of {scores.numel()} scores are NaN or infinite: training may have "
+                "diverged, or the damping is too small; try --damping_factor heuristic"
             )
-        return scores, next(folder.glob("*_scores.safetensors"))
+        return scores, next(folder.glob(STAGE_FILES["scores"]))
 
     def report_profile(self):
         """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""

@@ -1,0 +1,48 @@
+"""Detection curve, AUROC and average precision against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+import detect_mislabeled_dataset as detect
+
+# Ranked by score: clean, corrupted, corrupted, clean, corrupted.
+SCORES = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
+CORRUPTED = np.array([True, False, True, False, True])
+
+
+def test_auroc_by_hand():
+    """Of the 6 pairs (corrupted, clean), 0.7 and 0.5 each beat 0.3 and lose to 0.9, 0.1 loses to both: 2 of 6."""
+    assert detect.auroc(SCORES, CORRUPTED) == pytest.approx(2 / 6)
+
+
+def test_auroc_counts_ties_half():
+    """Pairs (1, 1) and (2, 1): half a win and a win, of two."""
+    assert detect.auroc(np.array([1.0, 1.0, 2.0]), np.array([False, True, True])) == pytest.approx(0.75)
+
+
+def test_average_precision_by_hand():
+    """The corrupted stand at ranks 2, 3 and 5, where the precision is 1/2, 2/3 and 3/5."""
+    assert detect.average_precision(SCORES, CORRUPTED) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
+
+
+def test_curve_by_hand():
+    curve = detect.detection_curve(SCORES, CORRUPTED)
+    assert [point["inspected"] for point in curve] == [p / 100 for p in range(1, 101)]
+    found = {point["inspected"]: point["found"] for point in curve}
+    assert found[0.01] == found[0.2] == 0
+    assert [found[f] for f in (0.4, 0.6, 0.8, 1.0)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+
+
+def test_perfect_and_reversed_rankings():
+    corrupted = np.arange(100) < 10
+    perfect = detect.evaluate_ranking(-np.arange(100.0), corrupted)
+    assert perfect["auroc"] == perfect["average_precision"] == perfect["found_at_10"] == perfect["found_at_20"] == 1
+    reversed_ = detect.evaluate_ranking(np.arange(100.0), corrupted)
+    assert reversed_["auroc"] == reversed_["found_at_20"] == 0
+
+
+def test_random_ranking_finds_what_it_inspects():
+    random = np.random.default_rng(0)
+    ranking = detect.evaluate_ranking(random.random(20_000), random.random(20_000) < 0.1)
+    assert ranking["auroc"] == pytest.approx(0.5, abs=0.03)
+    assert all(point["found"] == pytest.approx(point["inspected"], abs=0.03) for point in ranking["curve"])

@@ -1,0 +1,249 @@
+"""Influence scores of all strategies against per-sample gradients computed by torch.func, and the reuse of results."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, vmap
+
+import pipeline
+
+SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
+PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Ten labelled digits."""
+    return pipeline.generate_digits("", "train", NUM_TRAIN)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    """Four other labelled digits."""
+    return pipeline.generate_digits("", "test").take(torch.arange(NUM_QUERY))
+
+
+def trained_like_model():
+    """A ResNet-9 whose batch-norms have statistics of real batches, so that its outputs are of a natural size."""
+    torch.manual_seed(0)
+    model = pipeline.construct_resnet9()
+    model.train()
+    for part in pipeline.generate_digits("", "train", 60).images.split(20):
+        model(pipeline.normalize(part))
+    return model.eval()
+
+
+def influence_run(folder, data, strategy="ekfac", dtype=torch.float32, seed=SEED, batch_size=4, model=None):
+    """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
+    model = model or trained_like_model()
+    return pipeline.InfluenceRun(
+        model,
+        data,
+        "model",
+        output_dir=folder,
+        strategy=strategy,
+        dtype=dtype,
+        seed=seed,
+        batch_size=batch_size,
+        profile=False,
+        phases=pipeline.Phases(*PHASES),
+    )
+
+
+def gradients_by_torch_func(model, data, loss):
+    """Per-sample gradients of `loss(logits, label)` in the convolutions and the linear layer, a list of [N, ...]."""
+    layers = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
+    }
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    tracked = {name: parameters.pop(name) for name in sorted(layers)}
+    rest = parameters | dict(model.named_buffers())
+
+    def loss_of_one(tracked, image, label):
+        return loss(functional_call(model, tracked | rest, (image[None],))[0], label)
+
+    gradients = vmap(grad(loss_of_one), (None, 0, 0))(tracked, pipeline.normalize(data.images), data.labels)
+    return [gradient.flatten(1) for gradient in gradients.values()]
+
+
+def minus_margin(logits, label):
+    """Minus the log-odds of the label, written as log(1 - p) - log(p)."""
+    log_p = F.log_softmax(logits, 0)
+    others = torch.where(torch.arange(len(logits)) == label, -torch.inf, log_p)
+    return torch.logsumexp(others, 0) - (F.one_hot(label, len(logits)) * log_p).sum()
+
+
+def relative_error(result, expected):
+    """Norm of the difference over the norm of the expectation."""
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def test_identity_scores_are_dot_products_of_per_sample_gradients(tmp_path, data, queries):
+    model = trained_like_model()
+    train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
+    query_gradients = gradients_by_torch_func(model, queries, minus_margin)
+    run = influence_run(tmp_path, data, "identity", model=model)
+    pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
+    self_influence, _ = run.self_influence(1e-8)
+    assert relative_error(pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))) < 1e-4
+    assert relative_error(self_influence, sum(t.square().sum(1) for t in train_gradients)) < 1e-4
+
+
+def test_diagonal_scores_weigh_by_the_mean_squared_pseudo_gradient(tmp_path, data, queries):
+    model, damping = trained_like_model(), 1e-3
+    with torch.no_grad():
+        cumulative = model(pipeline.normalize(data.images)).softmax(1).cumsum(1)
+    uniforms = torch.rand(NUM_TRAIN, generator=torch.Generator().manual_seed(SEED))
+    pseudo = pipeline.ImageData(data.images, (cumulative < uniforms[:, None]).sum(1), data.class_names, [])
+    fisher = [g.square().mean(0) for g in gradients_by_torch_func(model, pseudo, F.cross_entropy)]
+    train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
+    query_gradients = gradients_by_torch_func(model, queries, minus_margin)
+    run = influence_run(tmp_path, data, "diagonal", model=model)
+    pairwise, _ = run.pairwise_influence(queries, 3, damping)
+    self_influence, _ = run.self_influence(damping)
+    layers = list(zip(query_gradients, train_gradients, fisher, strict=True))
+    assert relative_error(pairwise, sum((q / (f + damping)) @ t.T for q, t, f in layers)) < 1e-4
+    assert relative_error(self_influence, sum((t.square() / (f + damping)).sum(1) for _, t, f in layers)) < 1e-4
+
+
+@pytest.mark.parametrize("damping", [1e-3, None], ids=["fixed damping", "heuristic damping"])
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_scores_equal_those_of_unmodified_kronfluence(tmp_path, monkeypatch, data, queries, strategy, damping):
+    """Same data, same pseudo-labels, kronfluence's own tracked modules: the same scores to float32 rounding."""
+    ours = influence_run(tmp_path / "ours", data, strategy)
+    pairwise, path = ours.pairwise_influence(queries, 3, damping)
+    self_influence, _ = ours.self_influence(damping)
+    assert pairwise.dtype == self_influence.dtype == torch.float32
+    assert pairwise.shape == (NUM_QUERY, NUM_TRAIN) and self_influence.shape == (NUM_TRAIN,)
+    assert path.is_file()
+
+    monkeypatch.setattr(pipeline, "EigenbasisConv2d", pipeline.TrackedConv2d)
+    monkeypatch.setattr(pipeline, "EigenbasisLinear", pipeline.TrackedLinear)
+    theirs = influence_run(tmp_path / "theirs", data, strategy)
+    assert relative_error(pairwise, theirs.pairwise_influence(queries, 3, damping)[0]) < 1e-4
+    assert relative_error(self_influence, theirs.self_influence(damping)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_scores_do_not_depend_on_the_batch_sizes(tmp_path, data, queries, strategy):
+    small, large = (influence_run(tmp_path / str(size), data, strategy, batch_size=size) for size in (3, 10))
+    assert (
+        relative_error(small.pairwise_influence(queries, 1, 1e-3)[0], large.pairwise_influence(queries, 9, 1e-3)[0])
+        < 1e-5
+    )
+    assert relative_error(small.self_influence(1e-3)[0], large.self_influence(1e-3)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_bfloat16_scores_are_float32_and_close(tmp_path, data, queries, strategy):
+    exact = influence_run(tmp_path, data, strategy)
+    rounded = influence_run(tmp_path, data, strategy, dtype=torch.bfloat16)
+    for method, arguments in (("pairwise_influence", (queries, 3, None)), ("self_influence", (None,))):
+        reference, _ = getattr(exact, method)(*arguments)
+        scores, _ = getattr(rounded, method)(*arguments)
+        assert scores.dtype == torch.float32
+        assert torch.corrcoef(torch.stack([scores.flatten(), reference.flatten()]))[0, 1] > 0.98
+
+
+def test_margin_is_the_log_odds_of_the_label():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 0])
+    p = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    assert torch.allclose(pipeline.margin(logits, labels), (p / (1 - p)).log())
+
+
+def test_pseudo_labels_follow_the_models_distribution():
+    """With constant logits the pseudo-labels of uniform numbers on a grid have the softmax's frequencies."""
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    labels = torch.zeros(1000, dtype=torch.int64)
+    task = pipeline.ClassificationTask()
+    loss = task.compute_train_loss((labels, labels, uniforms), lambda images: logits.expand(1000, 4), sample=True)
+    expected = -(100 * logits[0] + 400 * logits[1] + 200 * logits[2] + 300 * logits[3])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reuse
+# --------------------------------------------------------------------------------------------------
+
+
+def test_results_are_reused_and_say_so(tmp_path, data, queries, capsys):
+    first, _ = influence_run(tmp_path, data).self_influence(1e-3)
+    assert "Reusing" not in capsys.readouterr().out
+    again, _ = influence_run(tmp_path, data).self_influence(1e-3)
+    out = capsys.readouterr().out
+    assert torch.equal(first, again)
+    assert [line.split()[2] for line in out.splitlines()] == ["covariance", "eigendecomposition", "lambda", "scores"]
+    influence_run(tmp_path, data).pairwise_influence(queries, 3, 1e-3)
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == [
+        "covariance",
+        "eigendecomposition",
+        "lambda",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no record"])
+def test_damaged_factors_are_computed_again(tmp_path, data, damage, capsys):
+    first, _ = influence_run(tmp_path, data).self_influence(1e-3)
+    path = next(tmp_path.glob("*/factors_*/activation_eigenvectors.safetensors"))
+    content = path.read_bytes()
+    if damage == "flipped bit":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 64]) + content[-8:])
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        next(tmp_path.glob("*/factors_*/eigendecomposition.complete.json")).unlink()
+    capsys.readouterr()
+    again, _ = influence_run(tmp_path, data).self_influence(1e-3)
+    assert torch.equal(first, again)
+    assert path.read_bytes() == content
+    assert "Reusing the covariance" in (out := capsys.readouterr().out) and "the eigendecomposition" not in out
+
+
+def test_other_pseudo_labels_damping_or_data_do_not_reuse_scores(tmp_path, data):
+    base, _ = influence_run(tmp_path, data).self_influence(1e-3)
+    flipped = pipeline.ImageData(data.images, data.labels.roll(1), data.class_names, [])
+    for run, damping in (
+        (influence_run(tmp_path, data, seed=SEED + 1), 1e-3),
+        (influence_run(tmp_path, data), 1.00000001e-3),
+        (influence_run(tmp_path, flipped), 1e-3),
+    ):
+        assert not torch.equal(base, run.self_influence(damping)[0])
+
+
+def test_fingerprint_changes_with_a_weight_a_label_or_a_pixel(data):
+    model = trained_like_model()
+    names = {pipeline.fingerprint(model, data)}
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1e-3
+    names.add(pipeline.fingerprint(model, data))
+    names.add(pipeline.fingerprint(model, pipeline.ImageData(data.images, data.labels.roll(1), data.class_names, [])))
+    pixel = data.images.clone()
+    pixel[0, 0, 0, 0] ^= 1
+    names.add(pipeline.fingerprint(model, pipeline.ImageData(pixel, data.labels, data.class_names, [])))
+    assert len(names) == 4 and all(len(name) == 8 and int(name, 16) >= 0 for name in names)
+
+
+def test_scores_that_are_not_numbers_are_an_error(tmp_path, data):
+    model = trained_like_model()
+    with torch.no_grad():
+        model.head.weight[:] = torch.nan
+    with pytest.raises(pipeline.NumericalError):
+        influence_run(tmp_path, data, "identity", model=model).self_influence(1e-3)
+
+
+def test_records_name_sizes_and_checksums(tmp_path, data):
+    import hashlib
+
+    run = influence_run(tmp_path, data, "diagonal")
+    _, path = run.self_influence(1e-3)
+    record = json.loads((path.parent / "scores.complete.json").read_text())
+    content = path.read_bytes()
+    assert record["files"] == {path.name: [len(content), hashlib.sha256(content).hexdigest()]}

@@ -1,0 +1,294 @@
+"""Every script end to end, as a user runs it: files, fields, messages, exit status."""
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import SYNTHETIC
+from PIL import Image
+from safetensors.torch import load_file
+
+import pipeline
+
+SECONDS = {"load", "covariance", "eigendecomposition", "lambda", "scores", "report", "total"}
+NUM_TRAIN, NUM_CORRUPTED = 60, 6
+
+
+def rows(path):
+    """The header and the rows of a csv file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *body = csv.reader(file)
+    return header, body
+
+
+def result_folder(folder):
+    """The one result folder below influence_results."""
+    (found,) = (folder / "influence_results").glob("model*")
+    return found
+
+
+def check_record(record, **flags):
+    """The fields that both json files have."""
+    assert set(record["seconds"]) == SECONDS
+    assert record["seconds"]["total"] >= record["seconds"]["scores"] > 0
+    assert record["num_train"] == NUM_TRAIN and record["peak_memory_bytes"] > 1e8
+    assert record["device"] == "cpu" and record["versions"]["torch"] == str(torch.__version__)
+    assert flags.items() <= record["flags"].items()
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py
+# --------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
+    folder, output = trained
+    lines = output.splitlines()
+    assert lines[0].startswith("60 training images (6 with a wrong label), 1000 test images, 10 classes")
+    for name in ("epoch   1/1", "train  ", "train, true labels", "test"):
+        assert any(line.startswith(name) for line in lines), name
+    assert "wrote checkpoints/model_corrupt_0.1.pth" in lines[-1]
+    _, metadata = pipeline.load_checkpoint(folder / "checkpoints" / "model_corrupt_0.1.pth")
+    assert metadata["corrupt_percentage"] == 0.1 and metadata["num_train"] == NUM_TRAIN
+    assert metadata["class_names"] == [str(digit) for digit in range(10)]
+    assert metadata["learning_rate"] == 0.4 and metadata["seed"] == 1004
+    assert metadata["environment"]["versions"]["torch"] == str(torch.__version__)
+
+
+def test_training_twice_gives_identical_checkpoints_but_for_the_clock(trained, script, tmp_path):
+    folder, _ = trained
+    script(tmp_path, "train.py", *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1)
+    once, again = (
+        pipeline.load_checkpoint(path / "checkpoints/model_corrupt_0.1.pth")[0] for path in (folder, tmp_path)
+    )
+    for name, tensor in once.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_imagefolder_end_to_end(script, class_folders, tmp_path):
+    flags = ("--dataset", "imagefolder", "--dataset_dir", class_folders, "--device", "cpu")
+    process = script(tmp_path, "train.py", *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "checkpoints/model.pth").is_file()
+    process = script(
+        tmp_path, "detect_mislabeled_dataset.py", *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity"
+    )
+    assert process.returncode == 0, process.stderr
+    assert "no truth to compare with" in process.stdout
+    _, body = rows(result_folder(tmp_path) / "suspects_identity.csv")
+    assert len(body) == 15
+    for _, _, path, label, name, *_ in body:
+        assert f"/{name}/" in path and ["cat", "grey owl", "äpfel"][int(label)] == name
+    assert not (result_folder(tmp_path) / "detection_curve_identity.png").exists()
+    process = script(tmp_path, "analyze.py", *flags, "--factor_strategy", "kfac", "--damping_factor", "heuristic")
+    assert process.returncode == 0, process.stderr
+    assert json.loads((result_folder(tmp_path) / "pairwise_kfac.json").read_text())["num_query"] == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# detect_mislabeled_dataset.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detected(trained, script, tmp_path_factory):
+    """The folder and output of a detection with --profile, on a copy of the trained folder."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("detected")
+    shutil.copytree(trained[0], folder, dirs_exist_ok=True)
+    process = script(folder, "detect_mislabeled_dataset.py", *SYNTHETIC, "--profile")
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+def test_detect_prints_table_sentence_and_paths(detected):
+    folder, process = detected
+    lines = process.stdout.splitlines()
+    table = [line.split("%")[0].strip() for line in lines if line.lstrip()[:2].strip().isdigit()]
+    assert table == ["1", "5", "10", "20", "30", "50"]
+    assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
+    written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
+    assert {path.name for path in written} == {
+        "suspects_ekfac.csv",
+        "suspects_ekfac.png",
+        "detection_curve_ekfac.png",
+        "detection_ekfac.json",
+        "self_scores.safetensors",
+    }
+    assert all(path.is_file() for path in written)
+    assert "Traceback" not in process.stderr and "Warning" not in process.stderr
+
+
+def test_detect_suspects_csv(detected):
+    header, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
+    assert header == [
+        "rank",
+        "index",
+        "path",
+        "label",
+        "class_name",
+        "predicted_label",
+        "predicted_class_name",
+        "self_influence",
+        "loss",
+        "is_corrupted",
+    ]
+    assert [int(row[0]) for row in body] == list(range(1, NUM_TRAIN + 1))
+    scores = [float(row[7]) for row in body]
+    assert scores == sorted(scores, reverse=True)
+    (path,) = result_folder(detected[0]).glob("scores_self*/self_scores.safetensors")
+    saved = load_file(path)["all_modules"]
+    assert saved.dtype == torch.float32
+    assert [float(row[7]) for row in sorted(body, key=lambda row: int(row[1]))] == pytest.approx(
+        saved.tolist(), rel=1e-6
+    )
+    data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
+    labels, is_corrupted = pipeline.corrupt_labels(data.labels, 0.1, 10)
+    for _, index, file, label, name, guess, guess_name, _, loss, corrupted in body:
+        assert int(label) == labels[int(index)] and name == str(label) and guess_name == str(guess)
+        assert bool(int(corrupted)) == is_corrupted[int(index)] and file == "" and float(loss) > 0
+
+
+def test_detect_json_agrees_with_its_csv(detected):
+    import numpy as np
+
+    import detect_mislabeled_dataset as detect
+
+    record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
+    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=1e-8, profile=True)
+    assert record["num_corrupted"] == NUM_CORRUPTED
+    assert set(record["rankings"]) == {"self_influence", "loss"}
+    _, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
+    body.sort(key=lambda row: int(row[1]))
+    is_corrupted = np.array([row[9] == "1" for row in body])
+    for name, column in (("self_influence", 7), ("loss", 8)):
+        scores = np.array([np.float32(row[column]) for row in body])
+        assert record["rankings"][name] == detect.evaluate_ranking(scores, is_corrupted)
+
+
+def test_detect_pictures_are_pictures(detected):
+    for name, least in (("suspects_ekfac.png", (1500, 900)), ("detection_curve_ekfac.png", (800, 600))):
+        size = Image.open(result_folder(detected[0]) / name).size
+        assert size >= least and size[1] >= least[1]
+
+
+def test_detect_profile_is_printed_and_saved(detected):
+    folder, process = detected
+    table = (result_folder(folder) / "profile_ekfac.txt").read_text()
+    assert "Fit Lambda" in table and table.strip() in process.stdout
+
+
+def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected, script):
+    folder, _ = detected
+    process = script(folder, "analyze.py", *SYNTHETIC, "--num_query_examples", 7, "--query_batch_size", 3)
+    assert process.returncode == 0, process.stderr
+    reused = [line.split()[2] for line in process.stdout.splitlines() if line.startswith("Reusing the ")]
+    assert reused == ["covariance", "eigendecomposition", "lambda"]
+    results = result_folder(folder)
+    record = json.loads((results / "pairwise_ekfac.json").read_text())
+    check_record(record, num_query_examples=7, query_batch_size=3)
+    (path,) = results.glob("scores_pairwise*/pairwise_scores.safetensors")
+    scores = load_file(path)["all_modules"]
+    assert scores.dtype == torch.float32 and scores.shape == (7, NUM_TRAIN)
+    assert str(path) in process.stdout
+
+    header, body = rows(results / "top_influences_ekfac.csv")
+    assert header == ["query", "query_label", "direction", "rank", "train", "train_label", "score"]
+    test = pipeline.generate_digits("", "test")
+    data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
+    labels, _ = pipeline.corrupt_labels(data.labels, 0.1, 10)
+    assert len(body) == 7 * 20
+    for query in range(7):
+        for direction, sign in (("helpful", -1), ("harmful", 1)):
+            listed = [row for row in body if int(row[0]) == query and row[2] == direction]
+            assert [int(row[3]) for row in listed] == list(range(1, 11))
+            expected = (sign * scores[query]).sort().values[:10] * sign
+            assert [float(row[6]) for row in listed] == pytest.approx(expected.tolist(), rel=1e-6)
+            for _, query_label, _, _, train, train_label, score in listed:
+                assert int(query_label) == test.labels[query] and int(train_label) == labels[int(train)]
+                assert float(score) == pytest.approx(scores[query, int(train)].item(), rel=1e-6)
+    assert Image.open(results / "top_influences_ekfac.png").size[0] > 1000
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes of the user
+# --------------------------------------------------------------------------------------------------
+
+SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
+MISTAKES = [
+    *(
+        pytest.param(name, flags, id=f"{name} {' '.join(flags)}")
+        for name in SCRIPTS
+        for flags in (
+            ("--dataset", "mnist"),
+            ("--corrupt_percentage", "10"),
+            ("--num_train_examples", "0"),
+            ("--precision", "fp8"),
+            ("--device", "tpu"),
+            ("--seed", "-1"),
+            ("--no_such_flag",),
+        )
+    ),
+    *(
+        pytest.param("train.py", flags, id=f"train.py {' '.join(flags)}")
+        for flags in (
+            ("--train_batch_size", "0"),
+            ("--eval_batch_size", "many"),
+            ("--learning_rate", "nan"),
+            ("--weight_decay", "-0.1"),
+            ("--num_train_epochs", "1.5"),
+        )
+    ),
+    *(
+        pytest.param(name, flags, id=f"{name} {' '.join(flags)}")
+        for name in SCRIPTS[1:]
+        for flags in (
+            ("--factor_strategy", "newton"),
+            ("--train_batch_size", "-4"),
+            ("--damping_factor", "-1"),
+            ("--damping_factor", "some"),
+        )
+    ),
+    pytest.param("analyze.py", ("--num_query_examples", "0"), id="analyze.py --num_query_examples 0"),
+    pytest.param("analyze.py", ("--query_batch_size", "0"), id="analyze.py --query_batch_size 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), MISTAKES)
+def test_a_bad_value_ends_in_one_sentence_and_status_2(name, flags, monkeypatch, capsys, tmp_path):
+    """Called in this process, by `main`, because a process per case would take minutes."""
+    import importlib
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *flags])
+    with pytest.raises(SystemExit) as stop:
+        pipeline.run(importlib.import_module(name.removesuffix(".py")).main)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and flags[0] in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "sentence"),
+    [
+        ("train.py", ("--dataset", "imagefolder", "--dataset_dir", "nowhere"), "one folder of images per class"),
+        ("train.py", ("--dataset", "synthetic", "--num_train_examples", "50"), "--train_batch_size 512"),
+        ("detect_mislabeled_dataset.py", ("--dataset", "synthetic"), "run train.py"),
+        (
+            "analyze.py",
+            (*SYNTHETIC, "--checkpoint_dir", "TRAINED", "--num_train_examples", "50"),
+            "other images or labels",
+        ),
+        ("analyze.py", (*SYNTHETIC, "--checkpoint_dir", "TRAINED", "--num_query_examples", "1001"), "only 1000"),
+    ],
+    ids=["no data", "batch above data", "no checkpoint", "checkpoint of other labels", "more queries than there are"],
+)
+def test_mistakes_found_later_end_the_same_way(trained, script, tmp_path, name, flags, sentence):
+    flags = [str(trained[0] / "checkpoints") if flag == "TRAINED" else flag for flag in flags]
+    process = script(tmp_path, name, *flags)
+    assert process.returncode == 2 and sentence in process.stderr
+    assert process.stderr.strip().count("\n") == 0 and "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []

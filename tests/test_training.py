@@ -1,0 +1,178 @@
+"""The network, the schedule, the batches of an epoch, and checkpoints."""
+
+import pytest
+import torch
+
+import pipeline
+import train
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_resnet9_shape(num_classes):
+    model = pipeline.construct_resnet9(num_classes).eval()
+    assert model(torch.zeros(3, 3, 32, 32)).shape == (3, num_classes)
+
+
+def test_resnet9_parameter_count():
+    """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
+    convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
+    batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
+    parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9().parameters())
+    assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
+
+
+def test_logits_stay_float32_under_autocast():
+    model = pipeline.construct_resnet9().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
+    total = 25 * 97
+    rates = [train.schedule(step, total) for step in range(total)]
+    assert max(range(total), key=rates.__getitem__) + 1 == 5 * 97 and max(rates) == 1
+    assert rates[0] == pytest.approx(1 / 485) and rates[-1] == pytest.approx(1 / 1941)
+    assert rates[242] == pytest.approx(243 / 485) and rates[-970] == pytest.approx(970 / 1941)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 12])
+def test_schedule_never_wastes_a_step(total):
+    rates = [train.schedule(step, total) for step in range(total)]
+    assert max(rates) == 1 and min(rates) > 0
+    assert rates == sorted(rates[: rates.index(1) + 1]) + sorted(rates[rates.index(1) + 1 :], reverse=True)
+
+
+def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
+    order, offsets, flips = train.epoch_batches(100, 30, torch.Generator().manual_seed(0))
+    assert order.shape == flips.shape == (3, 30) and offsets.shape == (3, 30, 2)
+    assert len(order.unique()) == 90
+    assert offsets.min() == 0 and offsets.max() == 8
+    assert 0 < flips.sum() < 90
+
+
+def test_training_is_deterministic_and_follows_its_seed():
+    data = pipeline.generate_digits("", "train", 40)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        model = pipeline.construct_resnet9()
+        train.train(
+            model,
+            data,
+            batch_size=20,
+            learning_rate=0.1,
+            weight_decay=1e-4,
+            num_epochs=1,
+            seed=seed,
+            dtype=torch.float32,
+        )
+        results.append(model.head.weight.detach())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_diverged_loss_stops_the_training():
+    data = pipeline.generate_digits("", "train", 40)
+    with pytest.raises(pipeline.NumericalError, match="learning_rate"):
+        train.train(
+            pipeline.construct_resnet9(),
+            data,
+            batch_size=20,
+            learning_rate=1e30,
+            weight_decay=1.0,
+            num_epochs=3,
+            seed=0,
+            dtype=torch.float32,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = pipeline.construct_resnet9(3).eval()
+    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1}
+    pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
+    loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
+    assert loaded_metadata == metadata and not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pth"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "model.pth"
+    pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": ["a", "b"]})
+    before = path.read_bytes()
+    with pytest.raises(Exception, match=r"pickle|lambda|local"):
+        pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": lambda: None})
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_missing_checkpoint_says_what_to_run(tmp_path):
+    with pytest.raises(pipeline.UserError, match=r"model\.pth.*train\.py"):
+        pipeline.load_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"], ids=["empty", "text", "truncated zip"])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(pipeline.UserError, match="not a whole checkpoint"):
+        pipeline.load_checkpoint(tmp_path / "model.pth")
+
+
+class WritesAFile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path):
+    torch.save({"weights": {}, "metadata": WritesAFile(tmp_path / "executed")}, tmp_path / "model.pth")
+    with pytest.raises(pipeline.UserError, match="not a whole checkpoint"):
+        pipeline.load_checkpoint(tmp_path / "model.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "name"), [(None, "model.pth"), (0, "model.pth"), (0.1, "model_corrupt_0.1.pth")], ids=str
+)
+def test_checkpoint_names(tmp_path, fraction, name):
+    assert pipeline.checkpoint_path(tmp_path, fraction) == tmp_path / name
+
+
+def checkpoint_metadata(data):
+    """What train.py records of its data."""
+    return {
+        "dataset": "synthetic",
+        "num_train": len(data),
+        "corrupt_percentage": 0.0,
+        "class_names": data.class_names,
+        "labels_sha256": pipeline.sha256(data.labels),
+        "images_sha256": pipeline.sha256(data.images),
+    }
+
+
+def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not():
+    from dataclasses import replace
+
+    data = pipeline.generate_digits("", "train", 20)
+    metadata = checkpoint_metadata(data)
+    pipeline.require_same_data("model.pth", metadata, data)
+    pixel = data.images.clone()
+    pixel[7, 1, 2, 3] ^= 1
+    for other in (
+        replace(data, labels=pipeline.corrupt_labels(data.labels, 0.05, 10)[0]),
+        replace(data, images=pixel),
+        replace(data, class_names=[*data.class_names[:9], "nine"]),
+        data.take(torch.arange(19)),
+    ):
+        with pytest.raises(pipeline.UserError, match=r"model\.pth was trained on other"):
+            pipeline.require_same_data("model.pth", metadata, other)
