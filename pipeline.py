@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.module.conv2d import TrackedConv2d
@@ -46,6 +47,7 @@ from kronfluence.utils.constants import (
     SELF_SCORE_VECTOR_NAME,
 )
 from kronfluence.utils.dataset import DataLoaderKwargs
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,23 +76,30 @@ class OneLineParser(argparse.ArgumentParser):
 def run(main):
     """Calls `main` and turns what can go wrong into one line on standard error.
 
-    Exit status 2 for a mistake of the user, 1 for a result that is not a number, 130 for Ctrl-C.
+    Exit status 2 for a mistake of the user, 1 for a failure of the machine or a result that is not a number, 130 for
+    Ctrl-C.
     """
-    program = Path(sys.argv[0]).name
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
     try:
         main()
+        return
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, message = 2, f"error: {error}"
     except NumericalError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        status, message = 1, f"error: {error}"
+    except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
+        status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
+    except torch.OutOfMemoryError:
+        status, message = (
+            1,
+            "error: out of GPU memory even at the smallest batch: lower the batch sizes, or --device cpu",
+        )
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        status, message = 130, "interrupted; nothing is half-written, the same command starts again"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def first_line(error):
@@ -186,7 +195,7 @@ def influence_parser(description, corrupt_default):
 def choose_device(name):
     """Returns the torch device for a `--device` value. Raises UserError for `cuda` where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+        raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -499,16 +508,40 @@ def compute_logits(model, images, batch_size, dtype):
 def atomic_path(path):
     """Yields a temporary path beside `path` that takes its place when the block succeeds, and vanishes otherwise."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be made a folder ({error.strerror}): choose another one") from error
+    make_folder(path.parent)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    """Creates a folder with its parents. Raises UserError where that is impossible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made a folder ({error.strerror}): name another one") from error
+
+
+def lock(path, waiting):
+    """Takes the lock of `path`, a file or folder that this process is going to write, until the process ends.
+
+    Where another process has it, prints the sentence `waiting` and waits; without one, raises UserError.
+    """
+    make_folder(path.parent)
+    file_lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        if not waiting:
+            raise UserError(f"another process is writing {path}: wait for it, or name another folder") from None
+        print(waiting, flush=True)
+        file_lock.acquire()
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written to ({error.strerror}): name another folder") from error
+    return file_lock
 
 
 def sha256(*parts):
@@ -527,11 +560,13 @@ def checkpoint_path(checkpoint_dir, fraction):
 def save_checkpoint(path, model, metadata):
     """Writes weights and `metadata` (numbers, strings, lists, dicts) to `path`, whole or not at all.
 
-    `metadata` must hold `class_names`; see train.py for the rest.
+    `metadata` must hold what `describe` says of the training data; see train.py for the rest.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
     with atomic_path(path) as temporary:
-        torch.save({"weights": weights, "metadata": metadata}, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
@@ -556,15 +591,23 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
+def describe(data):
+    """Returns what a checkpoint records of its training data."""
+    return {
+        "num_train": len(data),
+        "class_names": data.class_names,
+        "labels_sha256": sha256(data.labels),
+        "images_sha256": sha256(data.images),
+    }
+
+
 def require_same_data(path, metadata, data):
-    """Raises UserError where the checkpoint was trained on other images or labels than those of `data`."""
-    if metadata["class_names"] != data.class_names:
-        raise UserError(f"{path} was trained on other classes than those of --dataset and --dataset_dir")
-    if metadata["labels_sha256"] != sha256(data.labels) or metadata["images_sha256"] != sha256(data.images):
-        fraction = metadata["corrupt_percentage"]
+    """Raises UserError where the checkpoint was trained on other images, labels or classes than those of `data`."""
+    if any(metadata[name] != value for name, value in describe(data).items()):
         raise UserError(
-            f"{path} was trained on other images or labels ({metadata['dataset']}, {metadata['num_train']} images, "
-            f"--corrupt_percentage {fraction:g}) than these {len(data)}: give the flags it was trained with"
+            f"{path} was trained on other images or labels ({metadata['num_train']} of {metadata['dataset']}, "
+            f"--corrupt_percentage {metadata['corrupt_percentage']}) than the {len(data)} asked about: "
+            "give the data flags it was trained with, or train again"
         )
 
 
@@ -663,10 +706,10 @@ def rotated_gradient(a, g, q_a, q_g):
 class BatchHooks:
     """Hands each batch's patches and output gradients, in the compute dtype, to `update(a, g)`.
 
-    A mixin for kronfluence's trackers; `arguments` names the arguments that hold the compute dtype.
+    A mixin for kronfluence's trackers; `compute_dtype` names the argument of kronfluence that holds the dtype.
     """
 
-    arguments = "score_args"
+    compute_dtype = ("score_args", "per_sample_gradient_dtype")
 
     def register_hooks(self):
         def forward_hook(module, inputs, outputs):
@@ -675,7 +718,8 @@ class BatchHooks:
 
         @torch.no_grad()
         def backward_hook(activation, gradient):
-            dtype = getattr(self.module, self.arguments).per_sample_gradient_dtype
+            arguments, name = self.compute_dtype
+            dtype = getattr(getattr(self.module, arguments), name)
             a, _ = self.module.get_flattened_activation(activation.to(dtype))  # (B*T, I)
             g, _ = self.module.get_flattened_gradient(gradient.to(dtype))  # (B*T, O)
             batch_size = len(activation)
@@ -719,7 +763,7 @@ def squares(gradient):
 class CovarianceSums(BatchHooks, CovarianceTracker):
     """Sums a a^T and g g^T over examples and positions."""
 
-    arguments = "factor_args"
+    compute_dtype = ("factor_args", "activation_covariance_dtype")
 
     def update(self, a, g):
         for rows, covariance, count in (
@@ -733,7 +777,7 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
 class LambdaSums(BatchHooks, LambdaTracker):
     """Sums the squares of the rotated per-sample gradients over examples: EKFAC's eigenvalues times N."""
 
-    arguments = "factor_args"
+    compute_dtype = ("factor_args", "per_sample_gradient_dtype")
 
     def update(self, a, g):
         gradient = rotated_gradient(a, g, *self.eigenvectors(g))
@@ -829,17 +873,15 @@ class InfluenceRun:
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
-        try:
-            self.analyzer = Analyzer(
-                analysis_name=self.folder.name,
-                model=prepare_model(model, ClassificationTask()),
-                task=ClassificationTask(),
-                cpu=device.type == "cpu",
-                profile=profile,
-                output_dir=str(output_dir),
-            )
-        except OSError as error:
-            raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from error
+        self.lock = lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
+        self.analyzer = Analyzer(
+            analysis_name=self.folder.name,
+            model=prepare_model(model, ClassificationTask()),
+            task=ClassificationTask(),
+            cpu=device.type == "cpu",
+            profile=profile,
+            output_dir=str(output_dir),
+        )
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=whole_batch))
 
     def stage(self, phase, folder, upstream, compute, **arguments):
@@ -858,18 +900,22 @@ class InfluenceRun:
             record_path.unlink(missing_ok=True)
             for path in folder.glob(STAGE_FILES[phase]):
                 path.unlink()
-            compute(overwrite_output_dir=True, **arguments)
+            with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
+            require_finite(phase, folder.glob(STAGE_FILES[phase]))
             record = {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}
             write_json(record_path, record)
         return sha256(json.dumps(record))
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
+        promoted = torch.promote_types(self.dtype, torch.float32)
         factor_args = FactorArguments(
             strategy=self.strategy,
             amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
             covariance_max_examples=None,
             lambda_max_examples=None,
+            # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones bfloat16 would drown.
+            activation_covariance_dtype=promoted if self.strategy == "kfac" else self.dtype,
             per_sample_gradient_dtype=self.dtype,
         )
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
@@ -925,13 +971,7 @@ class InfluenceRun:
             ),
             **arguments,
         )
-        scores = load(scores_name)[ALL_MODULE_NAME]
-        if not scores.isfinite().all():
-            raise NumericalError(
-                f"{(~scores.isfinite()).sum()} of {scores.numel()} scores are NaN or infinite: training may have "
-                "diverged, or the damping is too small; try --damping_factor heuristic"
-            )
-        return scores, next(folder.glob(STAGE_FILES["scores"]))
+        return load(scores_name)[ALL_MODULE_NAME], next(folder.glob(STAGE_FILES["scores"]))
 
     def report_profile(self):
         """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""
@@ -939,6 +979,32 @@ class InfluenceRun:
             with atomic_path(self.folder / f"profile_{self.strategy}.txt") as temporary:
                 temporary.write_text(table)
             print(table)
+
+
+def with_smaller_batches(compute, **arguments):
+    """Calls `compute(**arguments)`, and again with every batch size halved when CUDA runs out of memory."""
+    while True:
+        try:
+            return compute(**arguments)
+        except torch.OutOfMemoryError:
+            sizes = {name: size for name, size in arguments.items() if name.endswith("batch_size")}
+            if max(sizes.values(), default=1) == 1:
+                raise
+            arguments |= {name: max(1, size // 2) for name, size in sizes.items()}
+        torch.cuda.empty_cache()
+        print("Out of GPU memory; going on with batches of half the size")
+
+
+def require_finite(phase, paths):
+    """Raises NumericalError, naming phase and layer, where a safetensors file holds a NaN or an infinity."""
+    for path in paths:
+        with safe_open(path, framework="pt") as tensors:
+            for layer in tensors.keys():  # noqa: SIM118, it is no dictionary
+                if not tensors.get_tensor(layer).isfinite().all():
+                    raise NumericalError(
+                        f"NaN or infinity in the phase '{phase}' ({path.stem} of {layer}): the training has probably "
+                        "diverged (lower its --learning_rate), or the damping is too small (try heuristic)"
+                    )
 
 
 def file_checksums(folder, pattern):

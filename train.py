@@ -103,16 +103,24 @@ def main():
     data, is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
     if args.train_batch_size > len(data):
         raise pipeline.UserError(
-            f"--train_batch_size {args.train_batch_size}: must be at most {len(data)}, the number of training images"
+            f"argument --train_batch_size: {args.train_batch_size} is more than the {len(data)} training images"
         )
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
+    pipeline.lock(path, waiting=None)
     print(
         f"{len(data)} training images ({is_corrupted.sum()} with a wrong label), {len(test)} test images, "
         f"{len(data.class_names)} classes; loaded in {time.perf_counter() - start:.1f} s"
     )
 
+    metadata = {
+        **vars(args),
+        **pipeline.describe(data),
+        "corrupt_percentage": args.corrupt_percentage or 0.0,
+        "corruption_seed": pipeline.CORRUPTION_SEED,
+        "environment": pipeline.environment(device),
+    }
     torch.manual_seed(args.seed)
     model = pipeline.construct_resnet9(len(data.class_names)).to(device)
-    labels_sha256, images_sha256 = pipeline.sha256(data.labels), pipeline.sha256(data.images)
     data = data.to(device)
     train_start = time.perf_counter()
     train(
@@ -125,7 +133,7 @@ def main():
         seed=args.seed,
         dtype=dtype,
     )
-    train_seconds = time.perf_counter() - train_start
+    metadata["train_seconds"] = time.perf_counter() - train_start
 
     logits = pipeline.compute_logits(model, data.images, args.eval_batch_size, dtype)
     results = {"train": evaluate(logits, data.labels)}
@@ -134,25 +142,11 @@ def main():
     results["test"] = evaluate(pipeline.compute_logits(model, test.images, args.eval_batch_size, dtype), test.labels)
     for name, (loss, accuracy) in results.items():
         print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
+    metadata["accuracy"] = {name: accuracy for name, (_, accuracy) in results.items()}
 
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
-    pipeline.save_checkpoint(
-        path,
-        model,
-        {
-            **vars(args),
-            "corrupt_percentage": args.corrupt_percentage or 0.0,
-            "corruption_seed": pipeline.CORRUPTION_SEED,
-            "num_train": len(data),
-            "class_names": data.class_names,
-            "labels_sha256": labels_sha256,
-            "images_sha256": images_sha256,
-            "accuracy": {name: accuracy for name, (_, accuracy) in results.items()},
-            "train_seconds": train_seconds,
-            "environment": pipeline.environment(device),
-        },
-    )
-    print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
+    pipeline.save_checkpoint(path, model, metadata)
+    total = time.perf_counter() - start
+    print(f"trained in {metadata['train_seconds']:.1f} s ({total:.1f} s in all); wrote {path}")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def test_imagefolder_end_to_end(script, class_folders, tmp_path):
     for _, _, path, label, name, *_ in body:
         assert f"/{name}/" in path and ["cat", "grey owl", "äpfel"][int(label)] == name
     assert not (result_folder(tmp_path) / "detection_curve_identity.png").exists()
-    process = script(tmp_path, "analyze.py", *flags, "--factor_strategy", "kfac", "--damping_factor", "heuristic")
+    process = script(tmp_path, "analyze.py", *flags, "--factor_strategy", "diagonal", "--damping_factor", "heuristic")
     assert process.returncode == 0, process.stderr
-    assert json.loads((result_folder(tmp_path) / "pairwise_kfac.json").read_text())["num_query"] == 6
+    assert json.loads((result_folder(tmp_path) / "pairwise_diagonal.json").read_text())["num_query"] == 6
 
 
 # --------------------------------------------------------------------------------------------------

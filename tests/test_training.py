@@ -148,23 +148,11 @@ def test_checkpoint_names(tmp_path, fraction, name):
     assert pipeline.checkpoint_path(tmp_path, fraction) == tmp_path / name
 
 
-def checkpoint_metadata(data):
-    """What train.py records of its data."""
-    return {
-        "dataset": "synthetic",
-        "num_train": len(data),
-        "corrupt_percentage": 0.0,
-        "class_names": data.class_names,
-        "labels_sha256": pipeline.sha256(data.labels),
-        "images_sha256": pipeline.sha256(data.images),
-    }
-
-
 def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not():
     from dataclasses import replace
 
     data = pipeline.generate_digits("", "train", 20)
-    metadata = checkpoint_metadata(data)
+    metadata = pipeline.describe(data) | {"dataset": "synthetic", "corrupt_percentage": 0.0}
     pipeline.require_same_data("model.pth", metadata, data)
     pixel = data.images.clone()
     pixel[7, 1, 2, 3] ^= 1
@@ -174,5 +162,5 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not():
         replace(data, class_names=[*data.class_names[:9], "nine"]),
         data.take(torch.arange(19)),
     ):
-        with pytest.raises(pipeline.UserError, match=r"model\.pth was trained on other"):
+        with pytest.raises(pipeline.UserError, match=r"model\.pth was trained on other images or labels"):
             pipeline.require_same_data("model.pth", metadata, other)
