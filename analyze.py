@@ -91,7 +91,7 @@ def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
     phases = pipeline.Phases("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
-    device = pipeline.choose_device(args.device)
+    device = pipeline.choose_device(args.device, several_processes=True)
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
@@ -116,6 +116,8 @@ def main():
         )
 
     scores, scores_path = influence.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor)
+    if not influence.is_main_process:
+        return
 
     with phases("report"):
         top_csv, top_png, record_json = (

@@ -175,7 +175,7 @@ def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
     phases = pipeline.Phases("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
-    device = pipeline.choose_device(args.device)
+    device = pipeline.choose_device(args.device, several_processes=True)
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
@@ -199,6 +199,8 @@ def main():
         )
 
     scores, scores_path = influence.self_influence(args.damping_factor)
+    if not influence.is_main_process:
+        return
 
     with phases("report"):
         logits = pipeline.compute_logits(model, data.images, influence.batch_size, dtype)

@@ -192,11 +192,22 @@ def influence_parser(description, corrupt_default):
     return parser
 
 
-def choose_device(name):
-    """Returns the torch device for a `--device` value. Raises UserError for `cuda` where there is none."""
+def choose_device(name, several_processes):
+    """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
+
+    Raises UserError for `cuda` where there is none, and for more than one process where the script cannot use
+    `several_processes`, or has no GPU for them: kronfluence sums its factors over processes on CUDA only.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not (on_gpu and several_processes):
+        place = "this script" if on_gpu else "a run on the CPU"
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but {place} is right in one process only: start it without torchrun"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
 
 
 def choose_dtype(precision, device):
@@ -321,7 +332,8 @@ def load_imagefolder(dataset_dir, split, num_examples=None):
     """
     folder = Path(dataset_dir) / split
     try:
-        found = torchvision_datasets().ImageFolder(folder)
+        # Every file but a hidden one counts, so that what cannot be read is named and not passed over.
+        found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: Path(path).name[0] != ".")
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"--dataset imagefolder: {folder} must hold one folder of images per class ({first_line(error)})"
@@ -873,7 +885,9 @@ class InfluenceRun:
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
-        self.lock = lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
+        self.is_main_process = int(os.environ.get("RANK", 0)) == 0
+        if self.is_main_process:
+            self.lock = lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
         self.analyzer = Analyzer(
             analysis_name=self.folder.name,
             model=prepare_model(model, ClassificationTask()),
@@ -889,22 +903,39 @@ class InfluenceRun:
 
         `upstream` stands for what the files are computed from. They are reused only where it is unchanged and their
         sizes and checksums still are what was recorded once they had been written. Returns what stands for them.
+        Under torchrun all processes compute, and the first one decides, checks and records.
         """
         record_path = folder / f"{phase}.complete.json"
+        state = self.analyzer.state
         with self.phases(phase):
-            with contextlib.suppress(OSError, ValueError):
-                record = json.loads(record_path.read_text())
-                if record == {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}:
-                    print(f"Reusing the {phase} in {folder}")
-                    return sha256(json.dumps(record))
-            record_path.unlink(missing_ok=True)
-            for path in folder.glob(STAGE_FILES[phase]):
-                path.unlink()
-            with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
-            require_finite(phase, folder.glob(STAGE_FILES[phase]))
-            record = {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}
-            write_json(record_path, record)
+            record = None
+            if state.is_main_process:
+                record = intact_record(record_path, upstream, folder, STAGE_FILES[phase])
+            record = self.from_main_process(record)
+            if record is None:
+                if state.is_main_process:
+                    record_path.unlink(missing_ok=True)
+                    for path in folder.glob(STAGE_FILES[phase]):
+                        path.unlink()
+                state.wait_for_everyone()
+                with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
+                state.wait_for_everyone()
+                require_finite(phase, folder.glob(STAGE_FILES[phase]))
+                if state.is_main_process:
+                    record = {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}
+                    write_json(record_path, record)
+                record = self.from_main_process(record)
+            elif state.is_main_process:
+                print(f"Reusing the {phase} in {folder}")
         return sha256(json.dumps(record))
+
+    def from_main_process(self, value):
+        """Returns the first process's `value` in every process."""
+        if not self.analyzer.state.use_distributed:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, device=self.analyzer.state.device)
+        return values[0]
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
@@ -1005,6 +1036,24 @@ def require_finite(phase, paths):
                         f"NaN or infinity in the phase '{phase}' ({path.stem} of {layer}): the training has probably "
                         "diverged (lower its --learning_rate), or the damping is too small (try heuristic)"
                     )
+
+
+def intact_record(record_path, upstream, folder, pattern):
+    """Returns the record of a finished stage if it has this `upstream` and its files are unharmed, else None.
+
+    Says which files are damaged, if the record is there but they are not what it says.
+    """
+    try:
+        record = json.loads(record_path.read_text())
+        expected, found = record["files"], file_checksums(folder, pattern)
+        if record["upstream"] != upstream:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    damaged = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if damaged:
+        print(f"Computing anew what is damaged in {folder}: {', '.join(damaged)}")
+    return None if damaged else record
 
 
 def file_checksums(folder, pattern):

@@ -96,7 +96,7 @@ def main():
     """Parses, loads, trains, evaluates, saves."""
     args = parse_arguments()
     start = time.perf_counter()
-    device = pipeline.choose_device(args.device)
+    device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.choose_dtype(args.precision, device)
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
     test = pipeline.load_test_data(args.dataset, args.dataset_dir, clean.class_names).to(device)
