@@ -1,0 +1,113 @@
+"""How far scores move with the precision they are computed in, against float64, and with the pseudo-labels' seed.
+
+Takes the checkpoint that the README's first command leaves behind; prints the table of the README's section on
+precision, and writes it to a json file if asked to:
+
+    python tests/precision.py --num_train_examples 1500
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import detect_mislabeled_dataset as detect
+import pipeline
+
+PHASES = ("covariance", "eigendecomposition", "lambda", "scores")
+
+
+def spearman(a, b):
+    """Returns the rank correlation of two arrays [N] without ties."""
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def compute_scores(checkpoint, data, queries, strategy, dtype, seed, batch_size):
+    """Returns self-influence [N] and pairwise scores [Q, N] as float64 arrays, computed in `dtype`."""
+    model, _ = pipeline.load_checkpoint(checkpoint)
+    normalize = pipeline.normalize
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        if dtype == torch.float64:
+            model = model.double()
+            undo.callback(setattr, pipeline, "normalize", normalize)
+            pipeline.normalize = lambda images: normalize(images).double()
+        run = pipeline.InfluenceRun(
+            model,
+            data,
+            "model",
+            output_dir=folder,
+            strategy=strategy,
+            dtype=dtype,
+            seed=seed,
+            batch_size=batch_size,
+            profile=False,
+            phases=pipeline.Phases(*PHASES),
+        )
+        self_influence, _ = run.self_influence(1e-8)
+        pairwise, _ = run.pairwise_influence(queries, len(queries), 1e-8)
+    return self_influence.double().numpy(), pairwise.double().numpy()
+
+
+def compare(scores, reference, is_corrupted):
+    """Returns how well `scores` agree with `reference`, each a pair as from compute_scores."""
+    per_query = [spearman(row, expected) for row, expected in zip(scores[1], reference[1], strict=True)]
+    found = [detect.evaluate_ranking(pair[0], is_corrupted)["found_at_10"] for pair in (scores, reference)]
+    return {
+        "per_query_spearman_mean": float(np.mean(per_query)),
+        "per_query_spearman_least": min(per_query),
+        "self_influence_spearman": spearman(scores[0], reference[0]),
+        "found_at_10": found[0],
+        "found_at_10_difference": found[0] - found[1],
+    }
+
+
+def precision_table(checkpoint, data, is_corrupted, queries, strategy="ekfac", batch_size=64):
+    """Returns the comparisons by name: fp32 and bf16 with float64, fp32 with fp32 under another seed."""
+
+    def scores(dtype, seed=1004):
+        return compute_scores(checkpoint, data, queries, strategy, dtype, seed, batch_size)
+
+    exact, single = scores(torch.float64), scores(torch.float32)
+    return {
+        "fp32 against float64": compare(single, exact, is_corrupted),
+        "bf16 against float64": compare(scores(torch.bfloat16), exact, is_corrupted),
+        "fp32, another --seed, against fp32": compare(scores(torch.float32, seed=1005), single, is_corrupted),
+    }
+
+
+def main():
+    """Parses, loads, computes, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint_dir", default="./checkpoints", help="where the README's first command left it")
+    parser.add_argument("--num_train_examples", type=int, required=True, help="as in the README's first command")
+    parser.add_argument("--num_query_examples", type=int, default=50)
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    clean = pipeline.load_train_data("synthetic", "", args.num_train_examples)
+    data, is_corrupted = pipeline.with_corrupted_labels(clean, 0.1)
+    checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
+    pipeline.require_same_data(checkpoint, pipeline.load_checkpoint(checkpoint)[1], data)
+    queries = pipeline.first_queries(
+        pipeline.load_test_data("synthetic", "", data.class_names), args.num_query_examples
+    )
+    table = precision_table(checkpoint, data, is_corrupted.numpy(), queries)
+    print("| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |")
+    print("|---|---|---|---|---|")
+    for name, row in table.items():
+        print(
+            f"| {name} | {row['per_query_spearman_mean']:.5f} ({row['per_query_spearman_least']:.5f}) | "
+            f"{row['self_influence_spearman']:.5f} | {100 * row['found_at_10']:.1f} % | "
+            f"{100 * row['found_at_10_difference']:+.1f} points |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Mistakes of the user: exit status 2, one sentence that names what is wrong, no traceback, and no file written.
+
+The scripts run in this process, through their `main`, because a process per case would take minutes.
+"""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SYNTHETIC
+from PIL import Image
+
+import pipeline
+
+TRAIN, ANALYZE, DETECT = "train", "analyze", "detect_mislabeled_dataset"
+ALL, INFLUENCE = (TRAIN, ANALYZE, DETECT), (ANALYZE, DETECT)
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys, tmp_path):
+    """Runs a script in a folder that must stay as it is; checks how it ends, and returns the sentence."""
+
+    def call(name, *flags, unchanged=tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, flags)])
+        before = sorted(unchanged.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            pipeline.run(importlib.import_module(name).main)
+        err = capsys.readouterr().err.split("\r")[-1].strip()  # what is left of a progress bar ends in \r
+        assert stop.value.code == 2
+        assert err.startswith(f"{name}.py: error: ") and "\n" not in err and "Traceback" not in err
+        assert sorted(unchanged.rglob("*")) == before
+        return err
+
+    return call
+
+
+VALUES = [
+    *((name, flag, value) for name in ALL for flag, value in (
+        ("--dataset", "mnist"),
+        ("--corrupt_percentage", "10"),
+        ("--corrupt_percentage", "1"),
+        ("--corrupt_percentage", "-0.1"),
+        ("--corrupt_percentage", "nan"),
+        ("--num_train_examples", "0"),
+        ("--num_train_examples", "-5"),
+        ("--num_train_examples", "2.5"),
+        ("--train_batch_size", "0"),
+        ("--precision", "fp8"),
+        ("--device", "tpu"),
+        ("--device", "cuda"),
+        ("--seed", "-1"),
+        ("--seed", "99999999999999999999"),
+        ("--no_such_flag", "1"),
+        ("--num_train", "10"),
+    )),
+    *((TRAIN, flag, value) for flag, value in (
+        ("--eval_batch_size", "many"),
+        ("--learning_rate", "0"),
+        ("--learning_rate", "inf"),
+        ("--weight_decay", "-0.1"),
+        ("--num_train_epochs", "1.5"),
+        ("--num_train_epochs", "0"),
+    )),
+    *((name, flag, value) for name in INFLUENCE for flag, value in (
+        ("--factor_strategy", "newton"),
+        ("--damping_factor", "-1"),
+        ("--damping_factor", "nan"),
+        ("--damping_factor", "some"),
+    )),
+    (ANALYZE, "--num_query_examples", "0"),
+    (ANALYZE, "--query_batch_size", "-3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flag", "value"), VALUES, ids=lambda part: part)
+def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, value):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert flag in fails(name, flag, value)
+
+
+@pytest.mark.parametrize(("name", "flag"), [(TRAIN, "--learning_rate"), (DETECT, "--damping_factor")])
+def test_a_flag_without_its_value_is_named(fails, name, flag):
+    assert flag in fails(name, flag)
+
+
+# --------------------------------------------------------------------------------------------------
+# Image folders
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(class_folders, tmp_path):
+    """A copy of the class folders, to be spoiled."""
+    return Path(shutil.copytree(class_folders, tmp_path / "my images"))
+
+
+def no_classes(root):
+    """Images beside each other instead of in class folders."""
+    shutil.rmtree(root / "train")
+    shutil.copytree(root / "test" / "cat", root / "train")
+
+
+def one_class(root):
+    """A single class folder."""
+    shutil.rmtree(root / "train" / "cat")
+    shutil.rmtree(root / "train" / "äpfel")
+
+
+def an_empty_class(root):
+    """A class folder without images."""
+    (root / "train" / "zebra").mkdir()
+
+
+def a_truncated_image(root):
+    """An image whose file ends too early."""
+    path = root / "train" / "cat" / "1.png"
+    random = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(random).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def an_empty_image(root):
+    """A file of no bytes."""
+    (root / "train" / "grey owl" / "1.png").write_bytes(b"")
+
+
+def a_text_file(root):
+    """A text file among the images."""
+    (root / "train" / "äpfel" / "notes.txt").write_text("not an image")
+
+
+def a_missing_class_in_test(root):
+    """A training class that no test image has."""
+    shutil.rmtree(root / "test" / "cat")
+
+
+def no_test_folder(root):
+    """Training images only."""
+    shutil.rmtree(root / "test")
+
+
+def nothing(root):
+    """The folder is missing."""
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_classes, "train"),
+        (one_class, "at least 2 class folders"),
+        (an_empty_class, "zebra"),
+        (a_truncated_image, "cat/1.png"),
+        (an_empty_image, "grey owl/1.png"),
+        (a_text_file, "äpfel/notes.txt"),
+        (a_missing_class_in_test, "'cat'"),
+        (no_test_folder, "test"),
+        (nothing, "my images"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "").replace("_", " ") or None,
+)
+def test_a_spoiled_image_folder_is_named(fails, folders, spoil, named):
+    spoil(folders)
+    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert named in message
+
+
+def test_a_decompression_bomb_is_named(fails, folders, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert ".png" in message and "decompression bomb" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# Values that do not fit the data, folders that are none
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_above_the_number_of_images(fails):
+    assert "--train_batch_size" in fails(TRAIN, *SYNTHETIC, "--train_batch_size", 61)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_more_images_than_there_are(fails, name):
+    assert "--num_train_examples 5001" in fails(name, "--dataset", "synthetic", "--num_train_examples", "5001")
+
+
+def test_more_queries_than_there_are(fails, trained):
+    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_query_examples", 1001)
+    assert "--num_query_examples 1001" in fails(ANALYZE, *flags, unchanged=trained[0])
+
+
+@pytest.mark.parametrize("name", INFLUENCE)
+def test_no_checkpoint(fails, name):
+    assert "run train.py" in fails(name, *SYNTHETIC)
+
+
+def test_a_checkpoint_of_other_labels(fails, trained):
+    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_train_examples", 50)
+    assert "other images or labels" in fails(DETECT, *flags, unchanged=trained[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_checkpoint_folder_that_is_a_file(fails, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(name, *SYNTHETIC, "--train_batch_size", 20, "--checkpoint_dir", "file")
+
+
+@pytest.mark.parametrize("name", INFLUENCE)
+def test_an_output_folder_that_is_a_file(fails, trained, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--output_dir", "file")
+    assert "file" in fails(name, *flags)
+
+
+def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
+    """The tiny archive does not have the checksums of the real one, and there is no network to fetch that from."""
+    from torchvision.datasets import CIFAR10
+
+    def no_network(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    shutil.copytree(cifar_archive[0], tmp_path / "data")
+    message = fails(TRAIN, "--dataset_dir", "data")
+    assert "CIFAR-10 was not found whole in data" in message and "--dataset synthetic" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# What looks like a mistake and is none
+# --------------------------------------------------------------------------------------------------
+
+
+def test_names_with_spaces_and_a_query_batch_above_the_queries_work(folders, monkeypatch, capsys, tmp_path):
+    (folders / "train" / "cat" / ".DS_Store").write_bytes(b"hidden files are passed over")
+    data = ("--dataset", "imagefolder", "--dataset_dir", folders, "--device", "cpu", "--checkpoint_dir", "ein Ordner")
+    monkeypatch.chdir(tmp_path)
+    for name, flags in (
+        (TRAIN, ("--train_batch_size", "5", "--num_train_epochs", "1")),
+        (ANALYZE, ("--factor_strategy", "identity", "--query_batch_size", "5000", "--train_batch_size", "5000")),
+    ):
+        monkeypatch.setattr("sys.argv", [name, *map(str, data), *flags])
+        pipeline.run(importlib.import_module(name).main)
+    assert "top_influences_identity.png" in capsys.readouterr().out

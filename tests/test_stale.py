@@ -1,0 +1,216 @@
+"""Nothing stale: whatever is changed between two runs, the second gives what a clean folder gives.
+
+The scripts run in this process, through their `main`, on 40 digits with diagonal curvature.
+"""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import pipeline
+
+DATA = ("--dataset", "synthetic", "--num_train_examples", "40")
+ON_CPU = ("--device", "cpu", "--precision", "fp32")
+TRAIN = ("--train_batch_size", "8", "--num_train_epochs", "1", "--learning_rate", "0.05")
+SCORE = ("--factor_strategy", "diagonal")
+ANALYZE = (*SCORE, "--num_query_examples", "4")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's `main` in a folder. Returns its exit status, what it printed and its line on standard error."""
+
+    def call(folder, name, *flags):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, flags)])
+        capsys.readouterr()
+        status = 0
+        try:
+            pipeline.run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder with model.pth, trained on DATA, and the results of one analyze.py and one detection on it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, flags in (
+            ("train", TRAIN),
+            ("analyze", ANALYZE),
+            ("detect_mislabeled_dataset", (*SCORE, "--corrupt_percentage", "0")),
+        ):
+            patch.setattr("sys.argv", [name, *DATA, *ON_CPU, *flags])
+            importlib.import_module(name).main()
+    return folder
+
+
+@pytest.fixture
+def used(pretrained, tmp_path):
+    """A copy of `pretrained`: the folder of somebody who has run everything once."""
+    shutil.copytree(pretrained, tmp_path / "used")
+    return tmp_path / "used"
+
+
+def results(folder, output_dir="influence_results"):
+    """Every score and factor of every result folder, and the tables, by path; json without what the clock says."""
+    found = {}
+    for path in sorted((folder / output_dir).rglob("*")):
+        name = str(path.relative_to(folder / output_dir))
+        if path.suffix == ".safetensors":
+            found |= {f"{name} {layer}": tensor for layer, tensor in load_file(path).items()}
+        elif path.suffix == ".csv":
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_clean_results_are_among(used, clean):
+    """Each result of the clean folder is in the used one, bit for bit."""
+    expected, found = results(clean), results(used)
+    assert expected
+    for name, value in expected.items():
+        same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
+        assert same, name
+
+
+CHANGES = {
+    "retrained with another seed": (("--seed", "7"), ()),
+    "other corruption": (("--corrupt_percentage", "0.2"), ("--corrupt_percentage", "0.2")),
+    "other number of training images": (("--num_train_examples", "32"), ("--num_train_examples", "32")),
+    "other damping": (None, ("--damping_factor", "1e-5")),
+    "heuristic damping": (None, ("--damping_factor", "heuristic")),
+    "other precision": (None, ("--precision", "bf16")),
+    "other pseudo-labels": (None, ("--seed", "5")),
+    "other strategy": (None, ("--factor_strategy", "identity")),
+    "other queries": (None, ("--num_query_examples", "3")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_a_change_analyze_gives_what_a_clean_folder_gives(run, used, tmp_path, change):
+    retrain, flags = CHANGES[change]
+    clean = tmp_path / "clean"
+    shutil.copytree(used, clean, ignore=shutil.ignore_patterns("influence_results"))
+    for folder in (used, clean):
+        if retrain is not None:
+            assert run(folder, "train", *DATA, *ON_CPU, *TRAIN, *retrain)[0] == 0
+        assert run(folder, "analyze", *DATA, *ON_CPU, *ANALYZE, *flags)[0] == 0
+    assert_clean_results_are_among(used, clean)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reused"),
+    [
+        (("--damping_factor", "1e-5"), ["covariance", "eigendecomposition", "lambda"]),
+        (("--num_query_examples", "3"), ["covariance", "eigendecomposition", "lambda"]),
+        ((), ["covariance", "eigendecomposition", "lambda", "scores"]),
+        (("--precision", "bf16"), []),
+        (("--seed", "5"), []),
+    ],
+    ids=["other damping", "other queries", "the same again", "other precision", "other pseudo-labels"],
+)
+def test_what_can_be_reused_is_reused_and_says_so(run, used, flags, reused):
+    status, out, _ = run(used, "analyze", *DATA, *ON_CPU, *ANALYZE, *flags)
+    assert status == 0
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("Reusing the ")] == reused
+
+
+def test_detect_reuses_the_factors_of_analyze_whatever_the_batch_size(run, used):
+    shutil.rmtree(next(used.glob("influence_results/*/scores_self*")))
+    status, out, _ = run(
+        used,
+        "detect_mislabeled_dataset",
+        *DATA,
+        *ON_CPU,
+        *SCORE,
+        "--corrupt_percentage",
+        "0",
+        "--train_batch_size",
+        "3",
+    )
+    assert status == 0 and "Reusing the lambda" in out and "Reusing the scores" not in out
+
+
+def test_one_changed_pixel_is_refused(run, class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path / "data")
+    flags = ("--dataset", "imagefolder", "--dataset_dir", "data", *ON_CPU)
+    assert run(tmp_path, "train", *flags, *TRAIN)[0] == 0
+    path = next((tmp_path / "data" / "train").rglob("*.png"))
+    image = Image.open(path).resize((32, 32))
+    image.putpixel((5, 5), tuple(255 - value for value in image.getpixel((5, 5))))
+    image.save(path)
+    status, _, err = run(tmp_path, "analyze", *flags, *SCORE)
+    assert status == 2 and "other images or labels" in err and not (tmp_path / "influence_results").exists()
+
+
+def test_running_twice_gives_bit_identical_factors_and_scores(run, used, tmp_path):
+    shutil.copytree(used, tmp_path / "again", ignore=shutil.ignore_patterns("influence_results"))
+    assert run(tmp_path / "again", "analyze", *DATA, *ON_CPU, *ANALYZE)[0] == 0
+    assert_clean_results_are_among(used, tmp_path / "again")
+
+
+def test_json_names_the_flags_of_the_run_that_wrote_it(run, used):
+    assert run(used, "analyze", *DATA, *ON_CPU, *ANALYZE, "--damping_factor", "1e-5")[0] == 0
+    record = json.loads(next(used.glob("influence_results/*/pairwise_diagonal.json")).read_text())
+    assert record["flags"]["damping_factor"] == 1e-5
+
+
+# --------------------------------------------------------------------------------------------------
+# Foreign checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def other_architecture(path, metadata):
+    """A checkpoint with the metadata of ours and the weights of another network."""
+    pipeline.save_checkpoint(path, torch.nn.Linear(3, 3), metadata)
+
+
+def other_number_of_classes(path, metadata):
+    """A checkpoint of a ResNet-9 for three classes."""
+    metadata = metadata | {"class_names": ["a", "b", "c"]}
+    pipeline.save_checkpoint(path, pipeline.construct_resnet9(3), metadata)
+
+
+def other_data_set(path, metadata):
+    """A checkpoint whose training images were others."""
+    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata | {"images_sha256": "0" * 64})
+
+
+def half_a_file(path, metadata):
+    """The first half of a checkpoint."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_file(path, metadata):
+    """Nothing."""
+    path.write_bytes(b"")
+
+
+def foreign_weights(path, metadata):
+    """What other programs save under this name: bare weights."""
+    torch.save(pipeline.construct_resnet9().state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [other_architecture, other_number_of_classes, other_data_set, half_a_file, empty_file, foreign_weights],
+    ids=lambda function: function.__name__.replace("_", " "),
+)
+def test_a_foreign_checkpoint_is_refused_in_one_sentence(run, used, replace):
+    path = used / "checkpoints" / "model.pth"
+    replace(path, pipeline.load_checkpoint(path)[1])
+    before = results(used).keys()
+    status, _, err = run(used, "analyze", *DATA, *ON_CPU, *ANALYZE)
+    assert status == 2 and err.count("\n") == 1 and "model.pth" in err and "Traceback" not in err
+    assert results(used).keys() == before
