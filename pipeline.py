@@ -92,10 +92,7 @@ def run(main):
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
     except torch.OutOfMemoryError:
-        status, message = (
-            1,
-            "error: out of GPU memory even at the smallest batch: lower the batch sizes, or --device cpu",
-        )
+        status, message = 1, "error: out of GPU memory at the smallest batch there is: free some, or use --device cpu"
     except KeyboardInterrupt:
         status, message = 130, "interrupted; nothing is half-written, the same command starts again"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -136,11 +133,16 @@ def damping(text):
     return number(float, "a number of at least 0, or 'heuristic'", lambda value: 0 <= value < math.inf)(text)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def shared_parser(description, corrupt_default):
     """Returns a parser with the flags that all scripts have."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
     flag("--dataset", choices=("cifar10", "imagefolder", "synthetic"), default="cifar10", help="which images to use")
     flag("--dataset_dir", default="./data", help="folder of the images (synthetic needs none)")
@@ -1107,11 +1109,11 @@ def environment(device):
     """Returns what a figure depends on beside the code: hardware and versions."""
     from importlib.metadata import version
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cpu_name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     versions = {package: version(package) for package in ("torch", "kronfluence", "numpy")}
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
         "cpu_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions,
     }
@@ -1149,7 +1151,7 @@ def save_figure(figure, path):
 
 def show_image(axes, image, title, colour="black"):
     """Draws one uint8 image [3, 32, 32] without ticks, under a small title."""
-    axes.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     axes.set_title(title, fontsize=7, color=colour, pad=2)
     axes.set_xticks([])
     axes.set_yticks([])
