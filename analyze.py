@@ -27,7 +27,7 @@ def parse_arguments():
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
-        help="queries whose gradients, 9 MB each in float32, are held at a time",
+        help="queries whose gradients, 9 MB each in float32, are held at a time; on the CPU at most 3 GB of them",
     )
     return parser.parse_args()
 

@@ -862,6 +862,7 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 # Influence: factors and scores
 # --------------------------------------------------------------------------------------------------
 
+CPU_QUERY_BYTES = 3 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
 
@@ -884,6 +885,8 @@ class InfluenceRun:
         device = data.images.device
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
         self.dataset = InfluenceDataset(data, seed)
+        layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        self.gradient_bytes = sum(layer.weight.numel() for layer in layers) * dtype.itemsize
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
@@ -969,10 +972,13 @@ class InfluenceRun:
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
         """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
 
-        `query_batch_size` preconditioned query gradients (9 MB each in float32) are held at a time; the training
-        gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
+        `query_batch_size` preconditioned query gradients (9 MB each in float32) are held at a time, fewer where they
+        would fill a computer's memory; the training gradients are formed anew for every such batch. Raises
+        NumericalError where a score is not a number.
         """
         compute, load = self.analyzer.compute_pairwise_scores, self.analyzer.load_pairwise_scores
+        if not query_data.images.is_cuda:
+            query_batch_size = min(query_batch_size, max(1, CPU_QUERY_BYTES // self.gradient_bytes))
         chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
         arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
         kind = f"pairwise-{len(query_data)}-{sha256(query_data.images, query_data.labels)[:8]}"
