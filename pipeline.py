@@ -866,11 +866,12 @@ CPU_QUERY_BYTES = 3 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
 
+# The files of each stage. kronfluence reads the arguments again when it computes scores.
 STAGE_FILES = {
-    "covariance": "*covariance*.safetensors",
-    "eigendecomposition": "*eigen*.safetensors",
-    "lambda": "*lambda*.safetensors",
-    "scores": "*_scores.safetensors",
+    "covariance": ("*covariance*.safetensors",),
+    "eigendecomposition": ("*eigen*.safetensors",),
+    "lambda": ("*lambda*.safetensors", "factor_arguments.json"),
+    "scores": ("*_scores.safetensors",),
 }
 
 
@@ -915,19 +916,19 @@ class InfluenceRun:
         with self.phases(phase):
             record = None
             if state.is_main_process:
-                record = intact_record(record_path, upstream, folder, STAGE_FILES[phase])
+                record = intact_record(record_path, upstream, stage_files(folder, phase))
             record = self.from_main_process(record)
             if record is None:
                 if state.is_main_process:
                     record_path.unlink(missing_ok=True)
-                    for path in folder.glob(STAGE_FILES[phase]):
+                    for path in stage_files(folder, phase):
                         path.unlink()
                 state.wait_for_everyone()
                 with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
                 state.wait_for_everyone()
-                require_finite(phase, folder.glob(STAGE_FILES[phase]))
+                require_finite(phase, stage_files(folder, phase))
                 if state.is_main_process:
-                    record = {"upstream": upstream, "files": file_checksums(folder, STAGE_FILES[phase])}
+                    record = {"upstream": upstream, "files": file_checksums(stage_files(folder, phase))}
                     write_json(record_path, record)
                 record = self.from_main_process(record)
             elif state.is_main_process:
@@ -1010,7 +1011,7 @@ class InfluenceRun:
             ),
             **arguments,
         )
-        return load(scores_name)[ALL_MODULE_NAME], next(folder.glob(STAGE_FILES["scores"]))
+        return load(scores_name)[ALL_MODULE_NAME], stage_files(folder, "scores")[0]
 
     def report_profile(self):
         """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""
@@ -1036,7 +1037,7 @@ def with_smaller_batches(compute, **arguments):
 
 def require_finite(phase, paths):
     """Raises NumericalError, naming phase and layer, where a safetensors file holds a NaN or an infinity."""
-    for path in paths:
+    for path in (path for path in paths if path.suffix == ".safetensors"):
         with safe_open(path, framework="pt") as tensors:
             for layer in tensors.keys():  # noqa: SIM118, it is no dictionary
                 if not tensors.get_tensor(layer).isfinite().all():
@@ -1046,28 +1047,33 @@ def require_finite(phase, paths):
                     )
 
 
-def intact_record(record_path, upstream, folder, pattern):
+def stage_files(folder, phase):
+    """Returns the paths in `folder` that belong to the stage of a phase, sorted."""
+    return sorted(path for pattern in STAGE_FILES[phase] for path in folder.glob(pattern))
+
+
+def intact_record(record_path, upstream, paths):
     """Returns the record of a finished stage if it has this `upstream` and its files are unharmed, else None.
 
     Says which files are damaged, if the record is there but they are not what it says.
     """
     try:
         record = json.loads(record_path.read_text())
-        expected, found = record["files"], file_checksums(folder, pattern)
+        expected, found = record["files"], file_checksums(paths)
         if record["upstream"] != upstream:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     damaged = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if damaged:
-        print(f"Computing anew what is damaged in {folder}: {', '.join(damaged)}")
+        print(f"Computing anew what is damaged in {record_path.parent}: {', '.join(damaged)}")
     return None if damaged else record
 
 
-def file_checksums(folder, pattern):
-    """Returns size and SHA-256 of the files that match, by name."""
+def file_checksums(paths):
+    """Returns size and SHA-256 of files, by name."""
     checksums = {}
-    for path in sorted(folder.glob(pattern)):
+    for path in paths:
         with path.open("rb") as file:
             checksums[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     return checksums

@@ -332,9 +332,9 @@ def moment_id(moment):
 def check_whole(folder):
     """What a killed analysis left under the name of a result is whole, and what is recorded as whole is unharmed."""
     for record_path in folder.glob("influence_results/*/*/[!.]*.complete.json"):  # but for half-written temporary ones
-        pattern = pipeline.STAGE_FILES[record_path.name.removesuffix(".complete.json")]
+        paths = pipeline.stage_files(record_path.parent, record_path.name.removesuffix(".complete.json"))
         record = json.loads(record_path.read_text())
-        assert record["files"] == pipeline.file_checksums(record_path.parent, pattern), record_path
+        assert record["files"] == pipeline.file_checksums(paths), record_path
 
 
 def left_whole(folder):
