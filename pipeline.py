@@ -539,6 +539,9 @@ def make_folder(path):
         raise UserError(f"{path} cannot be made a folder ({error.strerror}): name another one") from error
 
 
+HELD_LOCKS = []  # filelock gives up a lock that nothing refers to
+
+
 def lock(path, waiting):
     """Takes the lock of `path`, a file or folder that this process is going to write, until the process ends.
 
@@ -555,7 +558,7 @@ def lock(path, waiting):
         file_lock.acquire()
     except OSError as error:
         raise UserError(f"{path.parent} cannot be written to ({error.strerror}): name another folder") from error
-    return file_lock
+    HELD_LOCKS.append(file_lock)
 
 
 def sha256(*parts):
@@ -893,7 +896,7 @@ class InfluenceRun:
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
         self.is_main_process = int(os.environ.get("RANK", 0)) == 0
         if self.is_main_process:
-            self.lock = lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
+            lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
         self.analyzer = Analyzer(
             analysis_name=self.folder.name,
             model=prepare_model(model, ClassificationTask()),

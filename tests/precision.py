@@ -3,7 +3,7 @@
 Takes the checkpoint that the README's first command leaves behind; prints the table of the README's section on
 precision, and writes it to a json file if asked to:
 
-    python tests/precision.py --num_train_examples 1500
+    python tests/precision.py --num_train_examples 1500 --num_scored_examples 300
 """
 
 import argparse
@@ -86,6 +86,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", default="./checkpoints", help="where the README's first command left it")
     parser.add_argument("--num_train_examples", type=int, required=True, help="as in the README's first command")
+    parser.add_argument("--num_scored_examples", type=int, default=300, help="fit and score the first so many of them")
     parser.add_argument("--num_query_examples", type=int, default=50)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
@@ -96,7 +97,8 @@ def main():
     queries = pipeline.first_queries(
         pipeline.load_test_data("synthetic", "", data.class_names), args.num_query_examples
     )
-    table = precision_table(checkpoint, data, is_corrupted.numpy(), queries)
+    scored = torch.arange(min(args.num_scored_examples, len(data)))
+    table = precision_table(checkpoint, data.take(scored), is_corrupted[scored].numpy(), queries)
     print("| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |")
     print("|---|---|---|---|---|")
     for name, row in table.items():
