@@ -231,7 +231,7 @@ IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
 ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, SYNTHETIC_SEED = 11, 12, 13, 14
 DEFAULT_QUERIES = 2000
-NUM_SYNTHETIC = {"train": 5000, "test": 1000}
+NUM_SYNTHETIC = {"train": 5000, "test": 500}
 
 
 @dataclass(frozen=True)

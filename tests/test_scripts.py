@@ -45,7 +45,7 @@ def check_record(record, **flags):
 def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
     folder, output = trained
     lines = output.splitlines()
-    assert lines[0].startswith("60 training images (6 with a wrong label), 1000 test images, 10 classes")
+    assert lines[0].startswith("60 training images (6 with a wrong label), 500 test images, 10 classes")
     for name in ("epoch   1/1", "train  ", "train, true labels", "test"):
         assert any(line.startswith(name) for line in lines), name
     assert "wrote checkpoints/model_corrupt_0.1.pth" in lines[-1]
