@@ -1125,7 +1125,7 @@ def environment(device):
     from importlib.metadata import version
 
     cpu_name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    versions = {package: version(package) for package in ("torch", "kronfluence", "numpy")}
+    versions = {"torch": str(torch.__version__)} | {package: version(package) for package in ("kronfluence", "numpy")}
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,

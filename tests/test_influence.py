@@ -33,7 +33,7 @@ def tiny_network():
         torch.nn.Conv2d(3, 8, 5, stride=4, padding=2, bias=False),  # 64 positions
         torch.nn.BatchNorm2d(8),
         torch.nn.ReLU(),
-        torch.nn.Conv2d(8, 40, 3, stride=4, padding=1),  # 4 positions
+        torch.nn.Conv2d(8, 40, 3, stride=4, padding=1, bias=False),  # 4 positions
         torch.nn.ReLU(),
         torch.nn.AdaptiveMaxPool2d(1),
         torch.nn.Flatten(),
