@@ -4,6 +4,7 @@ command line ► images and labels ► label corruption ► batches ► ResNet-9
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -886,6 +887,7 @@ class InfluenceRun:
 
     def __init__(self, model, data, name, *, output_dir, strategy, dtype, seed, batch_size, profile, phases):
         TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
+        gc.freeze()  # kronfluence collects garbage around every stage; torch's own objects need not be walked each time
         device = data.images.device
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
         self.dataset = InfluenceDataset(data, seed)

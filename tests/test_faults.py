@@ -586,7 +586,7 @@ def test_without_memory_for_a_single_image_the_run_ends_in_one_sentence(forked, 
     process = forked(tmp_path, DETECT, largest_batch=0)
     assert process.returncode == 1
     assert process.stdout.count("going on with batches of half the size") == 3  # 8, 4, 2, 1
-    assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory even at the smallest batch")
+    assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory at the smallest batch")
 
 
 # --------------------------------------------------------------------------------------------------

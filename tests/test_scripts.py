@@ -106,7 +106,7 @@ def detected(trained, script, tmp_path_factory):
 def test_detect_prints_table_sentence_and_paths(detected):
     folder, process = detected
     lines = process.stdout.splitlines()
-    table = [line.split("%")[0].strip() for line in lines if line.lstrip()[:2].strip().isdigit()]
+    table = [line.split()[0] for line in lines if line.split()[1:2] == ["%"]]
     assert table == ["1", "5", "10", "20", "30", "50"]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
