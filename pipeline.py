@@ -3,6 +3,7 @@ command line ► images and labels ► label corruption ► batches ► ResNet-9
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -887,7 +888,9 @@ class InfluenceRun:
 
     def __init__(self, model, data, name, *, output_dir, strategy, dtype, seed, batch_size, profile, phases):
         TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
-        gc.freeze()  # kronfluence collects garbage around every stage; torch's own objects need not be walked each time
+        # kronfluence collects garbage around every stage, and would walk all of torch's own objects each time.
+        gc.freeze()
+        atexit.register(gc.unfreeze)
         device = data.images.device
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
         self.dataset = InfluenceDataset(data, seed)

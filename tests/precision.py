@@ -8,6 +8,7 @@ precision, and writes it to a json file if asked to:
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -28,11 +29,15 @@ def spearman(a, b):
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
-def compute_scores(checkpoint, data, queries, strategy, dtype, seed, batch_size):
+def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size):
     """Returns self-influence [N] and pairwise scores [Q, N] as float64 arrays, computed in `dtype`."""
-    model, _ = pipeline.load_checkpoint(checkpoint)
+    model = load_model()
     normalize = pipeline.normalize
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as undo,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         if dtype == torch.float64:
             model = model.double()
             undo.callback(setattr, pipeline, "normalize", normalize)
@@ -67,11 +72,14 @@ def compare(scores, reference, is_corrupted):
     }
 
 
-def precision_table(checkpoint, data, is_corrupted, queries, strategy="ekfac", batch_size=64):
-    """Returns the comparisons by name: fp32 and bf16 with float64, fp32 with fp32 under another seed."""
+def precision_table(load_model, data, is_corrupted, queries, strategy="ekfac", batch_size=64):
+    """Returns the comparisons by name: fp32 and bf16 with float64, fp32 with fp32 under another seed.
+
+    load_model: called for a new copy of the model each time, because kronfluence changes it.
+    """
 
     def scores(dtype, seed=1004):
-        return compute_scores(checkpoint, data, queries, strategy, dtype, seed, batch_size)
+        return compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
 
     exact, single = scores(torch.float64), scores(torch.float32)
     return {
@@ -98,7 +106,11 @@ def main():
         pipeline.load_test_data("synthetic", "", data.class_names), args.num_query_examples
     )
     scored = torch.arange(min(args.num_scored_examples, len(data)))
-    table = precision_table(checkpoint, data.take(scored), is_corrupted[scored].numpy(), queries)
+
+    def load_model():
+        return pipeline.load_checkpoint(checkpoint)[0]
+
+    table = precision_table(load_model, data.take(scored), is_corrupted[scored].numpy(), queries)
     print("| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |")
     print("|---|---|---|---|---|")
     for name, row in table.items():
