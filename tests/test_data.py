@@ -1,5 +1,7 @@
 """Loaders, label corruption and augmentation."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,13 @@ def test_imagefolder_resizes_with_antialiasing(tmp_path):
             Image.fromarray(stripes).save(tmp_path / split / name / "stripes.png")
     image = pipeline.load_train_data("imagefolder", tmp_path).images[0]
     assert ((image > 120) & (image < 135)).all()
+
+
+def test_without_torchvision_folders_end_in_a_sentence_and_digits_still_work(class_folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # its import fails, as beside a torch of another build
+    with pytest.raises(pipeline.UserError, match="torchvision cannot be imported"):
+        pipeline.load_train_data("imagefolder", class_folders)
+    assert len(pipeline.load_train_data("synthetic", "", 3)) == 3
 
 
 @pytest.mark.parametrize("number", [1, 7, 15])
