@@ -90,7 +90,7 @@ def plot_top_influences(path, scores, queries, data, strategy):
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
-    phases = pipeline.Phases("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+    phases = pipeline.Phases()
     device = pipeline.choose_device(args.device, several_processes=True)
     dtype = pipeline.choose_dtype(args.precision, device)
 
@@ -120,22 +120,18 @@ def main():
         return
 
     with phases("report"):
-        top_csv, top_png, record_json = (
-            influence.folder / f"{name}_{args.factor_strategy}.{suffix}"
-            for name, suffix in (("top_influences", "csv"), ("top_influences", "png"), ("pairwise", "json"))
-        )
+        top_csv, top_png = influence.path("top_influences", "csv"), influence.path("top_influences", "png")
         write_top_influences(top_csv, scores, queries.labels, data.labels)
         plot_top_influences(top_png, scores, queries, data, args.factor_strategy)
 
-    pipeline.write_json(
-        record_json,
-        {
-            "flags": vars(args),
-            "num_train": len(data),
-            "num_query": len(queries),
-            **pipeline.run_record(phases, device),
-        },
-    )
+    record = {
+        "flags": vars(args),
+        "num_train": len(data),
+        "num_query": len(queries),
+        **pipeline.run_record(phases, device),
+    }
+    record_json = influence.path("pairwise", "json")
+    pipeline.write_json(record_json, record)
     influence.report_profile()
     pipeline.report_files([scores_path, top_csv, top_png, record_json], phases)
 

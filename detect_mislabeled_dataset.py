@@ -171,10 +171,25 @@ def print_rankings(rankings):
     )
 
 
+def report_rankings(curve_png, scores, is_corrupted, strategy):
+    """Evaluates, draws and prints the rankings by `scores`, arrays [N] by name. Returns their json entries.
+
+    Without a corrupted label there is no truth to compare with: says so, leaves no curve, and returns none.
+    """
+    if not is_corrupted.any():
+        curve_png.unlink(missing_ok=True)
+        print("No labels were corrupted on purpose, so there is no truth to compare with: look at the suspects.")
+        return {}
+    rankings = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
+    plot_curves(curve_png, rankings, is_corrupted.mean(), strategy)
+    print_rankings(rankings)
+    return rankings
+
+
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
-    phases = pipeline.Phases("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+    phases = pipeline.Phases()
     device = pipeline.choose_device(args.device, several_processes=True)
     dtype = pipeline.choose_dtype(args.precision, device)
 
@@ -207,39 +222,22 @@ def main():
         losses = F.cross_entropy(logits, data.labels, reduction="none").cpu().numpy()
         predicted, scores, is_corrupted = logits.argmax(1).cpu(), scores.numpy(), is_corrupted.numpy()
         data = data.to("cpu")
-        suspects_csv, suspects_png, curve_png, record_json = (
-            influence.folder / f"{name}_{args.factor_strategy}.{suffix}"
-            for name, suffix in (
-                ("suspects", "csv"),
-                ("suspects", "png"),
-                ("detection_curve", "png"),
-                ("detection", "json"),
-            )
-        )
+        suspects_csv, suspects_png = influence.path("suspects", "csv"), influence.path("suspects", "png")
+        curve_png, record_json = influence.path("detection_curve", "png"), influence.path("detection", "json")
         order = write_suspects(suspects_csv, data, scores, losses, predicted, is_corrupted)
         plot_suspects(suspects_png, data, order, predicted, args.factor_strategy)
-        rankings = {}
-        if is_corrupted.any():
-            rankings = {
-                "self_influence": evaluate_ranking(scores, is_corrupted),
-                "loss": evaluate_ranking(losses, is_corrupted),
-            }
-            plot_curves(curve_png, rankings, is_corrupted.mean(), args.factor_strategy)
-            print_rankings(rankings)
-        else:
-            curve_png.unlink(missing_ok=True)
-            print("No labels were corrupted on purpose, so there is no truth to compare with: look at the suspects.")
+        rankings = report_rankings(
+            curve_png, {"self_influence": scores, "loss": losses}, is_corrupted, args.factor_strategy
+        )
 
-    pipeline.write_json(
-        record_json,
-        {
-            "flags": vars(args),
-            "num_train": len(data),
-            "num_corrupted": int(is_corrupted.sum()),
-            "rankings": rankings,
-            **pipeline.run_record(phases, device),
-        },
-    )
+    record = {
+        "flags": vars(args),
+        "num_train": len(data),
+        "num_corrupted": int(is_corrupted.sum()),
+        "rankings": rankings,
+        **pipeline.run_record(phases, device),
+    }
+    pipeline.write_json(record_json, record)
     influence.report_profile()
     pipeline.report_files([suspects_csv, suspects_png, curve_png, record_json, scores_path], phases)
 

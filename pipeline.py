@@ -1,5 +1,5 @@
 """What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order in which data meets it:
-command line ► images and labels ► label corruption ► batches ► ResNet-9 ► checkpoints ► influence ► results.
+command line ► images and labels ► label corruption ► batches ► ResNet-9 ► files ► checkpoints ► influence ► results.
 """
 
 import argparse
@@ -231,7 +231,8 @@ def choose_dtype(precision, device):
 
 IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
-ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, SYNTHETIC_SEED = 11, 12, 13, 14
+ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED = 11, 12, 13
+SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 DEFAULT_QUERIES = 2000
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 
@@ -371,7 +372,7 @@ def generate_digits(dataset_dir, split, num_examples=None):
     Image i of a split is the same whichever others are drawn; `dataset_dir` is not used.
     """
     chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
-    seeds = [(SYNTHETIC_SEED, len(split), index) for index in chosen.tolist()]
+    seeds = [(*SYNTHETIC_SEEDS[split], index) for index in chosen.tolist()]
     images, labels = zip(*map(draw_digit, seeds), strict=True)
     return image_data(np.stack(images), torch.tensor(labels), [str(digit) for digit in range(10)])
 
@@ -516,7 +517,7 @@ def compute_logits(model, images, batch_size, dtype):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# Files: whole or not at all, by one process at a time
 # --------------------------------------------------------------------------------------------------
 
 
@@ -569,6 +570,11 @@ def sha256(*parts):
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(checkpoint_dir, fraction):
@@ -870,7 +876,6 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 CPU_QUERY_BYTES = 3 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
-
 # The files of each stage. kronfluence reads the arguments again when it computes scores.
 STAGE_FILES = {
     "covariance": ("*covariance*.safetensors",),
@@ -897,6 +902,8 @@ class InfluenceRun:
         layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         self.gradient_bytes = sum(layer.weight.numel() for layer in layers) * dtype.itemsize
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
+        self.sums_dtype = torch.promote_types(dtype, torch.float32)
+        self.amp_dtype = torch.bfloat16 if dtype == torch.bfloat16 else None
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
         self.is_main_process = int(os.environ.get("RANK", 0)) == 0
@@ -912,6 +919,10 @@ class InfluenceRun:
         )
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=whole_batch))
 
+    def path(self, name, suffix):
+        """Returns the path of a result file of this strategy, `<folder>/<name>_<strategy>.<suffix>`."""
+        return self.folder / f"{name}_{self.strategy}.{suffix}"
+
     def stage(self, phase, folder, upstream, compute, **arguments):
         """Calls `compute(**arguments)`, which writes files into `folder`, unless an earlier run's are there unharmed.
 
@@ -920,28 +931,26 @@ class InfluenceRun:
         Under torchrun all processes compute, and the first one decides, checks and records.
         """
         record_path = folder / f"{phase}.complete.json"
-        state = self.analyzer.state
         with self.phases(phase):
             record = None
-            if state.is_main_process:
+            if self.is_main_process:
                 record = intact_record(record_path, upstream, stage_files(folder, phase))
             record = self.from_main_process(record)
-            if record is None:
-                if state.is_main_process:
-                    record_path.unlink(missing_ok=True)
-                    for path in stage_files(folder, phase):
-                        path.unlink()
-                state.wait_for_everyone()
-                with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
-                state.wait_for_everyone()
-                require_finite(phase, stage_files(folder, phase))
-                if state.is_main_process:
-                    record = {"upstream": upstream, "files": file_checksums(stage_files(folder, phase))}
-                    write_json(record_path, record)
-                record = self.from_main_process(record)
-            elif state.is_main_process:
-                print(f"Reusing the {phase} in {folder}")
-        return sha256(json.dumps(record))
+            if record is not None:
+                if self.is_main_process:
+                    print(f"Reusing the {phase} in {folder}")
+                return sha256(json.dumps(record))
+            if self.is_main_process:
+                for path in [record_path, *stage_files(folder, phase)]:
+                    path.unlink(missing_ok=True)
+            self.analyzer.state.wait_for_everyone()
+            with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
+            self.analyzer.state.wait_for_everyone()
+            require_finite(phase, stage_files(folder, phase))
+            if self.is_main_process:
+                record = {"upstream": upstream, "files": file_checksums(stage_files(folder, phase))}
+                write_json(record_path, record)
+            return sha256(json.dumps(self.from_main_process(record)))
 
     def from_main_process(self, value):
         """Returns the first process's `value` in every process."""
@@ -953,14 +962,13 @@ class InfluenceRun:
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
-        promoted = torch.promote_types(self.dtype, torch.float32)
         factor_args = FactorArguments(
             strategy=self.strategy,
-            amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+            amp_dtype=self.amp_dtype,
             covariance_max_examples=None,
             lambda_max_examples=None,
             # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones bfloat16 would drown.
-            activation_covariance_dtype=promoted if self.strategy == "kfac" else self.dtype,
+            activation_covariance_dtype=self.sums_dtype if self.strategy == "kfac" else self.dtype,
             per_sample_gradient_dtype=self.dtype,
         )
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
@@ -1012,9 +1020,9 @@ class InfluenceRun:
             per_device_train_batch_size=self.batch_size,
             score_args=ScoreArguments(
                 damping_factor=damping_factor,
-                amp_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+                amp_dtype=self.amp_dtype,
                 per_sample_gradient_dtype=self.dtype,
-                precondition_dtype=torch.promote_types(self.dtype, torch.float32),
+                precondition_dtype=self.sums_dtype,
                 **score_arguments,
             ),
             **arguments,
@@ -1024,7 +1032,7 @@ class InfluenceRun:
     def report_profile(self):
         """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""
         if table := self.analyzer.profiler.summary():
-            with atomic_path(self.folder / f"profile_{self.strategy}.txt") as temporary:
+            with atomic_path(self.path("profile", "txt")) as temporary:
                 temporary.write_text(table)
             print(table)
 
@@ -1095,7 +1103,8 @@ def file_checksums(paths):
 class Phases:
     """Wall-clock seconds by phase: `with phases("load"): ...`; phases of the same name add up."""
 
-    def __init__(self, *names):
+    def __init__(self):
+        names = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
         self.seconds = dict.fromkeys(names, 0.0)
         self.start = time.perf_counter()
 

@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import detect_mislabeled_dataset as detect
 import pipeline
 
-PHASES = ("covariance", "eigendecomposition", "lambda", "scores")
-
 
 def spearman(a, b):
     """Returns the rank correlation of two arrays [N] without ties."""
@@ -52,7 +50,7 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
             seed=seed,
             batch_size=batch_size,
             profile=False,
-            phases=pipeline.Phases(*PHASES),
+            phases=pipeline.Phases(),
         )
         self_influence, _ = run.self_influence(1e-8)
         pairwise, _ = run.pairwise_influence(queries, len(queries), 1e-8)

@@ -61,7 +61,7 @@ def influence_run(folder, model, data, strategy):
         seed=SEED,
         batch_size=BATCH_SIZE,
         profile=False,
-        phases=pipeline.Phases("load", "covariance", "eigendecomposition", "lambda", "scores", "report"),
+        phases=pipeline.Phases(),
     )
 
 
