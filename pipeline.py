@@ -5,6 +5,7 @@ command line ► images and labels ► label corruption ► batches ► ResNet-9
 import argparse
 import atexit
 import contextlib
+import ctypes
 import gc
 import hashlib
 import io
@@ -75,6 +76,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def keep_freed_memory():
+    """Makes glibc keep the memory of freed tensors: fresh pages cost more than many an operation on a CPU."""
+    m_trim_threshold, m_mmap_max = -1, -4
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def run(main):
     """Calls `main` and turns what can go wrong into one line on standard error.
 
@@ -84,6 +94,7 @@ def run(main):
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
+    keep_freed_memory()
     try:
         main()
         return
@@ -711,6 +722,7 @@ def whole_batch(batch):
 # --------------------------------------------------------------------------------------------------
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
+SYMMETRIC_BLOCK = 256
 
 
 def per_sample_gradient(a, g):
@@ -726,6 +738,27 @@ def rotated_gradient(a, g, q_a, q_g):
     if a.shape[1] < g.shape[2]:  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
         return per_sample_gradient(a @ q_a, g)
     return per_sample_gradient(a, g) @ q_a
+
+
+def add_symmetric_product(total, rows):
+    """Adds rows^T rows to `total` [I, I], rows [R, I]: the blocks from the diagonal on, and their mirror images."""
+    for start in range(0, len(total), SYMMETRIC_BLOCK):
+        end = start + SYMMETRIC_BLOCK
+        total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        total[end:, start:end] = total[start:end, end:].T
+
+
+@contextlib.contextmanager
+def rounded_products(enabled):
+    """Lets products of float32 matrices on a CPU round their inputs, not their sums, to bfloat16."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if enabled:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class BatchHooks:
@@ -791,11 +824,15 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
     compute_dtype = ("factor_args", "activation_covariance_dtype")
 
     def update(self, a, g):
+        rounded = self.module.factor_args.per_sample_gradient_dtype == torch.bfloat16
         for rows, covariance, count in (
             (a.flatten(0, 1), ACTIVATION_COVARIANCE_MATRIX_NAME, NUM_ACTIVATION_COVARIANCE_PROCESSED),
             (g.flatten(0, 1), GRADIENT_COVARIANCE_MATRIX_NAME, NUM_GRADIENT_COVARIANCE_PROCESSED),
         ):
-            self.add(covariance, accumulator(rows.T @ rows))
+            if self.module.storage[covariance] is None:
+                self.module.storage[covariance] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            with rounded_products(rounded):
+                add_symmetric_product(self.module.storage[covariance], rows)
             self.add(count, torch.tensor([len(rows)]))
 
 
@@ -862,7 +899,23 @@ class EigenbasisTrackers:
 
 
 class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
-    """A convolution that kronfluence tracks by the trackers above."""
+    """A convolution, neither dilated nor grouped, that kronfluence tracks by the trackers above.
+
+    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as
+    kronfluence's are: so they are copied in runs of channels from images that are channels last in memory.
+    """
+
+    def get_flattened_activation(self, input_activation):
+        """Returns the patches [B*T, I] of images [B, C, H, W], with a column of ones for a bias; and B*T."""
+        layer = self.original_module
+        (height, width), (down, across) = layer.kernel_size, layer.stride
+        (top, left) = layer.padding
+        images = F.pad(input_activation.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
+        patches = images.unfold(1, height, down).unfold(2, width, across)  # (B, H', W', C, height, width), a view
+        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * images.shape[3])
+        if layer.bias is not None:
+            patches = F.pad(patches, (0, 1), value=1)
+        return patches, len(patches)
 
 
 class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
@@ -964,11 +1017,11 @@ class InfluenceRun:
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
         factor_args = FactorArguments(
             strategy=self.strategy,
-            amp_dtype=self.amp_dtype,
+            amp_dtype=None,
             covariance_max_examples=None,
             lambda_max_examples=None,
             # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones bfloat16 would drown.
-            activation_covariance_dtype=self.sums_dtype if self.strategy == "kfac" else self.dtype,
+            activation_covariance_dtype=self.sums_dtype,
             per_sample_gradient_dtype=self.dtype,
         )
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
@@ -1020,7 +1073,7 @@ class InfluenceRun:
             per_device_train_batch_size=self.batch_size,
             score_args=ScoreArguments(
                 damping_factor=damping_factor,
-                amp_dtype=self.amp_dtype,
+                amp_dtype=None,
                 per_sample_gradient_dtype=self.dtype,
                 precondition_dtype=self.sums_dtype,
                 **score_arguments,

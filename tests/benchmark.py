@@ -1,0 +1,341 @@
+"""How fast the scripts are beside the reference configuration of the same experiment, and how far scores agree.
+
+The reference is unmodified kronfluence with its defaults (float32, a data loader with per-image transforms) but a
+given batch size, and a float32 training loop over the same kind of loader. Each runs in a process of its own,
+alternating with the scripts, on the same checkpoint, images and pseudo-labels; figures are medians over the repeats.
+Prints the tables of the README's section on speed, and writes everything to a json file:
+
+    python tests/benchmark.py
+    python tests/benchmark.py --dataset imagefolder --dataset_dir DIR --num_train_examples 50000 \
+        --num_query_examples 2000 --train_batch_size 512 --num_train_epochs 25 --reference_batch_size 512
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from precision import spearman
+
+import detect_mislabeled_dataset as detect
+import pipeline
+import train
+
+ROOT = Path(pipeline.__file__).parent
+
+# --------------------------------------------------------------------------------------------------
+# The reference configuration
+# --------------------------------------------------------------------------------------------------
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """Images that go through torchvision's transforms one by one; the pseudo-labels are those of the scripts."""
+
+    def __init__(self, data, augmented=False, seed=1004):
+        from torchvision import transforms
+
+        augmentations = [transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=pipeline.CROP_PADDING)]
+        augmentations += [transforms.RandomHorizontalFlip()]
+        normalization = transforms.Normalize(pipeline.CHANNEL_MEAN, pipeline.CHANNEL_STD)
+        self.transform = transforms.Compose((augmentations * augmented) + [transforms.ToTensor(), normalization])
+        self.images, self.labels = data.images.permute(0, 2, 3, 1).numpy(), data.labels
+        self.uniforms = pipeline.InfluenceDataset(data, seed).uniforms
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index], self.uniforms[index]
+
+
+def reference_training(args, data, test, device):
+    """Trains by the reference loop. Returns images per second, workers' start included, and the test accuracy."""
+    torch.manual_seed(args.seed)
+    model = pipeline.construct_resnet9(len(data.class_names)).to(device, memory_format=torch.contiguous_format)
+    loader = torch.utils.data.DataLoader(
+        TransformedImages(data, augmented=True),
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=min(4, os.cpu_count()),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    steps, step, start = args.num_train_epochs * len(loader), 0, time.perf_counter()
+    for _ in range(args.num_train_epochs):
+        model.train()
+        for images, labels, _ in loader:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * train.schedule(step, steps)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+            optimizer.step()
+            step += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    speed = steps * args.train_batch_size / (time.perf_counter() - start)
+    logits = pipeline.compute_logits(model, test.images.to(device), 1000, torch.float32).cpu()
+    return {"images_per_second": speed, "accuracy": train.evaluate(logits, test.labels)[1]}
+
+
+def reference_scores(args, data, queries, device):
+    """Computes EKFAC self-influence or pairwise scores by unmodified kronfluence. Returns seconds and the file."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
+    model, _ = pipeline.load_checkpoint(path, device)
+    task = pipeline.ClassificationTask()
+    analyzer = Analyzer(
+        "reference",
+        prepare_model(model.to(memory_format=torch.contiguous_format), task),
+        task,
+        cpu=device.type == "cpu",
+        output_dir=args.output_dir,
+    )
+    dataset, start = TransformedImages(data), time.perf_counter()
+    analyzer.fit_all_factors("ekfac", dataset, args.reference_batch_size, factor_args=FactorArguments(strategy="ekfac"))
+    if args.reference == "self":
+        analyzer.compute_self_scores("self", "ekfac", dataset, args.reference_batch_size)
+    else:
+        analyzer.compute_pairwise_scores(
+            "pairwise",
+            "ekfac",
+            TransformedImages(queries),
+            dataset,
+            min(args.reference_query_batch_size, len(queries)),
+            args.reference_batch_size,
+        )
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "scores": str(next(Path(args.output_dir).rglob("*_scores.safetensors")))}
+
+
+def run_reference(args):
+    """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
+    device = pipeline.choose_device(args.device, several_processes=False)
+    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
+    data, _ = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names)
+    if args.reference == "training":
+        figures = reference_training(args, data, test, device)
+    else:
+        figures = reference_scores(args, data, pipeline.first_queries(test, args.num_query_examples), device)
+    figures["peak_memory_bytes"] = pipeline.peak_memory_bytes(device)
+    pipeline.write_json(Path(args.output_dir) / "reference.json", figures)
+
+
+# --------------------------------------------------------------------------------------------------
+# The scripts
+# --------------------------------------------------------------------------------------------------
+
+
+def call(*command):
+    """Runs a Python script to its end, its output out of sight. Returns the wall-clock seconds."""
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}: {process.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def run_training(flags, checkpoint_dir, precision, seed):
+    """Runs train.py. Returns images per second and the test accuracy."""
+    call(
+        *(ROOT / "train.py", *flags),
+        *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--seed", seed),
+    )
+    metadata = torch.load(next(Path(checkpoint_dir).glob("*.pth")), weights_only=True)["metadata"]
+    steps = metadata["num_train_epochs"] * (metadata["num_train"] // metadata["train_batch_size"])
+    return {
+        "images_per_second": steps * metadata["train_batch_size"] / metadata["train_seconds"],
+        "accuracy": metadata["accuracy"]["test"],
+    }
+
+
+def run_script(name, flags, checkpoint_dir, precision, output_dir):
+    """Runs detect_mislabeled_dataset.py or analyze.py. Returns seconds, seconds to the first work, memory and file.
+
+    seconds: of covariances, eigendecomposition, lambda and scores; seconds_to_start: from the call to the first of
+    them, imports and loading included.
+    """
+    wall = call(
+        *(ROOT / name, *flags),
+        *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--output_dir", output_dir),
+    )
+    record = json.loads(next(Path(output_dir).glob("*/*.json")).read_text())
+    phases = record["seconds"]
+    work = sum(phases[phase] for phase in ("covariance", "eigendecomposition", "lambda", "scores"))
+    return {
+        "seconds": work,
+        "seconds_by_phase": phases,
+        "seconds_to_start": wall - phases["total"] + phases["load"],
+        "peak_memory_bytes": record["peak_memory_bytes"],
+        "scores": str(next(Path(output_dir).rglob("*_scores.safetensors"))),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Side by side
+# --------------------------------------------------------------------------------------------------
+
+
+def read_scores(path):
+    """Returns the scores in a file as a float64 array, [N] or [Q, N]."""
+    from safetensors.torch import load_file
+
+    return load_file(path)["all_modules"].double().numpy()
+
+
+def agreement(scores, reference, is_corrupted):
+    """Returns how well scores [N] or [Q, N] agree with the reference's; [N] also by what they find."""
+    rows = list(zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True))
+    result = {
+        "relative_error": float(np.linalg.norm(scores - reference) / np.linalg.norm(reference)),
+        "spearman": float(np.mean([spearman(row, expected) for row, expected in rows])),
+    }
+    if scores.ndim == 1:
+        found = [detect.evaluate_ranking(values, is_corrupted)["found_at_10"] for values in (scores, reference)]
+        result["found_at_10_difference"] = found[0] - found[1]
+    return result
+
+
+def median(rows, name):
+    """Returns the median of a figure over the repeats."""
+    return statistics.median(row[name] for row in rows)
+
+
+def measure(args, data_flags, recipe, is_corrupted, folder):
+    """Runs everything `args.repeats` times, reference and scripts in turn. Yields (what, who, figures)."""
+    scored = [*data_flags, "--num_query_examples", args.num_query_examples]
+    checkpoint_dir = folder / "checkpoints-auto-0"
+    for repeat in range(args.repeats):
+        for precision in ("auto", "fp32"):
+            target = folder / f"checkpoints-{precision}-{repeat}"
+            yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
+        for what in ("training", "self", "pairwise"):
+            output_dir = folder / f"reference-{what}-{repeat}"
+            call(
+                *(__file__, "--reference", what, *scored, *recipe, "--seed", repeat, "--output_dir", output_dir),
+                *("--checkpoint_dir", checkpoint_dir, "--reference_batch_size", args.reference_batch_size),
+                *("--reference_query_batch_size", args.reference_query_batch_size),
+            )
+            figures = json.loads((output_dir / "reference.json").read_text())
+            yield what, "reference", figures
+            if what == "training":
+                continue
+            name, flags = ("detect_mislabeled_dataset.py", data_flags) if what == "self" else ("analyze.py", scored)
+            expected = read_scores(figures["scores"])
+            for precision in ("auto", "fp32"):
+                ours = run_script(name, flags, checkpoint_dir, precision, folder / f"{what}-{precision}-{repeat}")
+                yield what, precision, ours | agreement(read_scores(ours["scores"]), expected, is_corrupted)
+            shutil.rmtree(output_dir)
+
+
+def scaling(args, data_flags, recipe, folder):
+    """Yields the figures of detect_mislabeled_dataset.py at each of `args.scaling` numbers of images."""
+    for count in args.scaling:
+        flags = [*data_flags, "--num_train_examples", count]  # the last one counts
+        run_training([*flags, *recipe, "--num_train_epochs", 1], folder / f"scaling-{count}", "auto", seed=0)
+        yield (
+            count,
+            run_script(
+                "detect_mislabeled_dataset.py", flags, folder / f"scaling-{count}", "auto", folder / f"scaled-{count}"
+            ),
+        )
+
+
+def print_table(figures):
+    """Prints medians and ratios in Markdown; figures: lists by (what, who)."""
+    print(
+        "| | precision | reference | scripts | ratio | relative error | Spearman | found at 10 % | GB, reference | GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for what in ("self", "pairwise"):
+        reference = figures[what, "reference"]
+        for precision in ("auto", "fp32"):
+            rows = figures[what, precision]
+            theirs, ours = median(reference, "seconds"), median(rows, "seconds")
+            difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
+            print(
+                f"| {what} | {precision} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
+                f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
+                f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
+            )
+    print("\n| training | images/s | ratio | test accuracy, mean over seeds |\n|---|---|---|---|")
+    theirs = median(figures["training", "reference"], "images_per_second")
+    for who in ("reference", "auto", "fp32"):
+        rows = figures["training", who]
+        speed = median(rows, "images_per_second")
+        accuracies = [row["accuracy"] for row in rows]
+        print(
+            f"| {who} | {speed:.0f} | {speed / theirs:.1f} x | {100 * statistics.mean(accuracies):.2f} % "
+            f"± {100 * statistics.stdev(accuracies) if len(accuracies) > 1 else 0:.2f} |"
+        )
+    starts = [median(figures[what, "auto"], "seconds_to_start") for what in ("self", "pairwise")]
+    print(f"\nScript start to first useful work: detect {starts[0]:.1f} s, analyze {starts[1]:.1f} s")
+
+
+def main():
+    """Parses, runs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("--dataset", default="synthetic")
+    flag("--dataset_dir", default="./data")
+    flag("--device", default="auto")
+    flag("--num_train_examples", type=int, default=512)
+    flag("--num_query_examples", type=int, default=200)
+    flag("--corrupt_percentage", type=float, default=0.1)
+    flag("--train_batch_size", type=int, default=32)
+    flag("--num_train_epochs", type=int, default=6)
+    flag("--learning_rate", type=float, default=0.2)
+    flag("--weight_decay", type=float, default=1e-4)
+    flag("--reference_batch_size", type=int, default=128)
+    flag("--reference_query_batch_size", type=int, default=200)
+    flag("--repeats", type=int, default=3)
+    flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
+    flag("--json", type=Path, default=Path("benchmark.json"))
+    hidden = {"help": argparse.SUPPRESS}
+    flag("--reference", choices=("training", "self", "pairwise"), **hidden)
+    flag("--seed", type=int, default=0, **hidden)
+    flag("--checkpoint_dir", **hidden)
+    flag("--output_dir", **hidden)
+    args = parser.parse_args()
+    if args.reference:
+        return run_reference(args)
+
+    def flags(*names):
+        return [text for name in names for text in (f"--{name}", getattr(args, name))]
+
+    data_flags = flags("dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage")
+    recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
+    machine = pipeline.environment(pipeline.choose_device(args.device, several_processes=False))
+    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
+    is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)[1].numpy()
+    figures, scaled = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):
+            figures.setdefault((what, who), []).append(row)
+            print(f"{what:10}{who:10}", {name: value for name, value in row.items() if name != "scores"}, flush=True)
+        for count, row in scaling(args, data_flags, recipe, Path(folder)):
+            scaled[count] = row
+            print(f"{count:8} images: {row['seconds']:7.1f} s, {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
+    print(f"\n{machine}\n")
+    print_table(figures)
+    content = {f"{what}, {who}": rows for (what, who), rows in figures.items()}
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    pipeline.write_json(args.json, {"arguments": arguments, "machine": machine, "scaling": scaled, **content})
+
+
+if __name__ == "__main__":
+    main()
