@@ -121,11 +121,11 @@ def random_data(count, seed, shape=(3, 7, 9), num_classes=NUM_CLASSES):
 
 def joined_weight(derivatives, layer):
     """Joins the derivatives by weight [..., O, (C, k, k)] and bias [..., O] of a layer to [..., O*I]; see the top."""
-    bias = derivatives.get(f"{layer}.bias")
+    weight, bias = derivatives[f"{layer}.weight"], derivatives.get(f"{layer}.bias")
+    if bias is None or weight.dim() == bias.dim() + 3:
+        weight = weight.movedim(-3, -1).flatten(-3)  # (..., O, k*k*C), in pipeline.py's order
     if bias is None:
-        return derivatives[f"{layer}.weight"].flatten(-4)
-    weight = derivatives[f"{layer}.weight"]
-    weight = weight.reshape(*bias.shape, -1)
+        return weight.flatten(-2)
     return torch.cat([weight, bias[..., None]], -1).flatten(-2)
 
 
@@ -160,7 +160,7 @@ def patches(layer, inputs):
         inputs = F.pad(inputs, [layer.padding[0]] * 4)
         (height, width), stride = layer.kernel_size, layer.stride[0]
         windows = inputs.unfold(2, height, stride).unfold(3, width, stride)  # (N, C, H', W', k, k)
-        inputs = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+        inputs = windows.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1)
     return inputs if layer.bias is None else F.pad(inputs, (0, 1), value=1)
 
 
