@@ -226,13 +226,18 @@ def choose_device(name, several_processes):
 
 
 def choose_dtype(precision, device):
-    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device."""
+    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
+
+    Lets CUDA round what stays float32 to TF32 where that dtype is bfloat16, and never where it is float32.
+    """
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
             fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
+    tensor_float = "tf32" if precision == "bf16" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tensor_float
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -717,7 +722,8 @@ def whole_batch(batch):
 # A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
 # G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
 # two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed, multiply in the compute dtype and add up in float32. Whether a layer is rotated at all follows from
+# it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, because
+# rankings by pairwise scores do not survive a bfloat16 one. Whether a layer is rotated at all follows from
 # the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
 # --------------------------------------------------------------------------------------------------
 
@@ -956,7 +962,6 @@ class InfluenceRun:
         self.gradient_bytes = sum(layer.weight.numel() for layer in layers) * dtype.itemsize
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.sums_dtype = torch.promote_types(dtype, torch.float32)
-        self.amp_dtype = torch.bfloat16 if dtype == torch.bfloat16 else None
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
         self.is_main_process = int(os.environ.get("RANK", 0)) == 0
@@ -1017,7 +1022,6 @@ class InfluenceRun:
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
         factor_args = FactorArguments(
             strategy=self.strategy,
-            amp_dtype=None,
             covariance_max_examples=None,
             lambda_max_examples=None,
             # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones bfloat16 would drown.
@@ -1027,7 +1031,8 @@ class InfluenceRun:
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
         fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
         folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
-        fitted = self.stage("covariance", folder, None, analyzer.fit_covariance_matrices, **fitting)
+        code = sha256(Path(__file__).read_text(encoding="utf-8"))  # another version of it reuses nothing
+        fitted = self.stage("covariance", folder, code, analyzer.fit_covariance_matrices, **fitting)
         fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
         return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
 
@@ -1073,7 +1078,6 @@ class InfluenceRun:
             per_device_train_batch_size=self.batch_size,
             score_args=ScoreArguments(
                 damping_factor=damping_factor,
-                amp_dtype=None,
                 per_sample_gradient_dtype=self.dtype,
                 precondition_dtype=self.sums_dtype,
                 **score_arguments,
