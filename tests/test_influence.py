@@ -158,17 +158,14 @@ def test_bfloat16_scores_are_float32_and_close(tmp_path, data, queries, strategy
         assert torch.corrcoef(torch.stack([scores.flatten(), reference.flatten()]))[0, 1] > 0.98
 
 
-def test_float32_gives_the_ranking_of_float64(data, queries):
-    """What tests/precision.py measures on a trained ResNet-9, on a tiny network.
-
-    bfloat16 keeps self-influence; per query it is bounded only by what is found, see the README's table.
-    """
+def test_float32_and_bfloat16_give_the_ranking_of_float64(data, queries):
+    """What tests/precision.py measures on a trained ResNet-9, on a tiny network."""
     clean = pipeline.load_train_data("synthetic", "", 400)
     examples, is_corrupted = pipeline.with_corrupted_labels(clean, 0.1)
     table = precision.precision_table(tiny_network, examples, is_corrupted.numpy(), queries)
     single, half = table["fp32 against float64"], table["bf16 against float64"]
     assert single["per_query_spearman_mean"] >= 0.9999 and single["self_influence_spearman"] >= 0.9999
-    assert half["self_influence_spearman"] >= 0.99 and half["per_query_spearman_mean"] >= 0.9
+    assert half["self_influence_spearman"] >= 0.999 and half["per_query_spearman_mean"] >= 0.995
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
