@@ -220,10 +220,10 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
     scored = [*data_flags, "--num_query_examples", args.num_query_examples]
     checkpoint_dir = folder / "checkpoints-auto-0"
     for repeat in range(args.repeats):
-        for precision in ("auto", "fp32"):
+        for precision in ("auto", "fp32") if "training" in args.parts or not checkpoint_dir.exists() else ():
             target = folder / f"checkpoints-{precision}-{repeat}"
             yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
-        for what in ("training", "self", "pairwise"):
+        for what in args.parts:
             output_dir = folder / f"reference-{what}-{repeat}"
             call(
                 *(__file__, "--reference", what, *scored, *recipe, "--seed", repeat, "--output_dir", output_dir),
@@ -255,23 +255,27 @@ def scaling(args, data_flags, recipe, folder):
         )
 
 
-def print_table(figures):
-    """Prints medians and ratios in Markdown; figures: lists by (what, who)."""
+def print_scores(figures, what):
+    """Prints the medians and ratios of one kind of scores in Markdown; figures: lists by (what, who)."""
     print(
-        "| | precision | reference | scripts | ratio | relative error | Spearman | found at 10 % | GB, reference | GB |"
+        f"\n| {what} | reference | scripts | ratio | relative error | Spearman | found at 10 % | GB, reference | GB |"
+        "\n|---|---|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for what in ("self", "pairwise"):
-        reference = figures[what, "reference"]
-        for precision in ("auto", "fp32"):
-            rows = figures[what, precision]
-            theirs, ours = median(reference, "seconds"), median(rows, "seconds")
-            difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
-            print(
-                f"| {what} | {precision} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
-                f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
-                f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
-            )
+    reference = figures[what, "reference"]
+    for precision in ("auto", "fp32"):
+        rows = figures[what, precision]
+        theirs, ours = median(reference, "seconds"), median(rows, "seconds")
+        difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
+        print(
+            f"| {precision} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
+            f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
+            f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
+        )
+    print(f"\nScript start to first useful work: {median(figures[what, 'auto'], 'seconds_to_start'):.1f} s")
+
+
+def print_training(figures):
+    """Prints the medians and ratios of the trainings in Markdown; figures: lists by (what, who)."""
     print("\n| training | images/s | ratio | test accuracy, mean over seeds |\n|---|---|---|---|")
     theirs = median(figures["training", "reference"], "images_per_second")
     for who in ("reference", "auto", "fp32"):
@@ -282,8 +286,6 @@ def print_table(figures):
             f"| {who} | {speed:.0f} | {speed / theirs:.1f} x | {100 * statistics.mean(accuracies):.2f} % "
             f"± {100 * statistics.stdev(accuracies) if len(accuracies) > 1 else 0:.2f} |"
         )
-    starts = [median(figures[what, "auto"], "seconds_to_start") for what in ("self", "pairwise")]
-    print(f"\nScript start to first useful work: detect {starts[0]:.1f} s, analyze {starts[1]:.1f} s")
 
 
 def main():
@@ -293,7 +295,7 @@ def main():
     flag("--dataset", default="synthetic")
     flag("--dataset_dir", default="./data")
     flag("--device", default="auto")
-    flag("--num_train_examples", type=int, default=512)
+    flag("--num_train_examples", type=int, default=400)
     flag("--num_query_examples", type=int, default=200)
     flag("--corrupt_percentage", type=float, default=0.1)
     flag("--train_batch_size", type=int, default=32)
@@ -303,6 +305,7 @@ def main():
     flag("--reference_batch_size", type=int, default=128)
     flag("--reference_query_batch_size", type=int, default=200)
     flag("--repeats", type=int, default=3)
+    flag("--parts", nargs="+", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
     flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
     flag("--json", type=Path, default=Path("benchmark.json"))
     hidden = {"help": argparse.SUPPRESS}
@@ -330,8 +333,9 @@ def main():
         for count, row in scaling(args, data_flags, recipe, Path(folder)):
             scaled[count] = row
             print(f"{count:8} images: {row['seconds']:7.1f} s, {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
-    print(f"\n{machine}\n")
-    print_table(figures)
+    print(f"\n{machine}")
+    for what in args.parts:
+        print_training(figures) if what == "training" else print_scores(figures, what)
     content = {f"{what}, {who}": rows for (what, who), rows in figures.items()}
     arguments = {name: str(value) for name, value in vars(args).items()}
     pipeline.write_json(args.json, {"arguments": arguments, "machine": machine, "scaling": scaled, **content})
