@@ -880,13 +880,21 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
             gradient = q_g @ gradient @ q_a.T
         self.module.storage[PRECONDITIONED_GRADIENT_NAME] = gradient
 
+    def accumulate_iterations(self):
+        """Keeps the batches of queries in a list: joining each to those before would copy and hold them all twice."""
+        storage = self.module.storage
+        held = storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] or []
+        storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = [*held, storage[PRECONDITIONED_GRADIENT_NAME]]
+        storage[PRECONDITIONED_GRADIENT_NAME] = None
+
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
-    """Dot products [Q, B] of the preconditioned queries with the per-sample gradients: one matrix product."""
+    """Dot products [Q, B] of the preconditioned queries with the per-sample gradients: a matrix product per batch."""
 
     def update(self, a, g):
-        queries = self.module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME].flatten(1)  # (Q, O*I)
-        scores = queries @ per_sample_gradient(a, g).flatten(1).T
+        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        queries = self.module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]  # a list of (Q', O, I)
+        scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
         self.module.storage[PAIRWISE_SCORE_MATRIX_NAME] = accumulator(scores)
 
 
