@@ -6,21 +6,32 @@ negative one that it would lower it (harmful).
 
 import csv
 
+import torch
+
 import pipeline
 
+DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
+HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
 
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=None)
     flag = parser.add_argument
-    flag(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--num_query_examples",
         type=pipeline.positive_int,
         metavar="N",
         help="score the first N test images (default: 2000, or all where there are fewer)",
+    )
+    which.add_argument(
+        "--query_indices",
+        type=pipeline.index_list,
+        metavar="LIST",
+        help="score just these test images, such as 3,17,40-59",
     )
     flag(
         "--query_batch_size",
@@ -32,6 +43,15 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def choose_queries(test, num_queries, indices):
+    """Returns the test images at `indices`, or else the first `num_queries`, by default DEFAULT_QUERIES or all."""
+    if indices is not None and max(indices) >= len(test):
+        raise pipeline.UserError(f"--query_indices: there is no test image {max(indices)}, only 0 to {len(test) - 1}")
+    if num_queries is not None and num_queries > len(test):
+        raise pipeline.UserError(f"--num_query_examples {num_queries}: there are only {len(test)} test images")
+    return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
+
+
 def strongest(scores, count):
     """Returns the indices of the `count` most helpful and most harmful training images per query.
 
@@ -41,49 +61,45 @@ def strongest(scores, count):
     return scores.topk(count, dim=1).indices, (-scores).topk(count, dim=1).indices
 
 
-def write_top_influences(path, scores, query_labels, train_labels):
+def write_top_influences(path, scores, queries, data):
     """Writes the most helpful and most harmful training images of each query to a csv file."""
     tops = dict(zip(("helpful", "harmful"), strongest(scores, NUM_LISTED), strict=True))
-    with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["query", "query_label", "direction", "rank", "train", "train_label", "score"])
-        for query, query_label in enumerate(query_labels.tolist()):
+        columns = [
+            f"{side}{column}" for side in ("query", "train") for column in ("", "_path", "_label", "_class_name")
+        ]
+        writer.writerow([*columns[:4], "direction", "rank", *columns[4:], "score"])
+        for query in range(len(queries)):
             for direction, indices in tops.items():
                 for rank, train in enumerate(indices[query].tolist(), start=1):
-                    writer.writerow(
-                        [
-                            query,
-                            query_label,
-                            direction,
-                            rank,
-                            train,
-                            train_labels[train].item(),
-                            scores[query, train].item(),
-                        ]
-                    )
+                    score = scores[query, train].item()
+                    writer.writerow([*example(queries, query), direction, rank, *example(data, train), score])
 
 
-def plot_top_influences(path, scores, queries, data, strategy):
+def example(data, position):
+    """Returns what the table says of one example: index, path, label, class name."""
+    label = data.labels[position].item()
+    return data.indices[position].item(), data.paths[position], label, data.class_names[label]
+
+
+def plot_top_influences(path, scores, queries, data, title):
     """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores."""
-    import matplotlib.pyplot as plt
-
+    plt = pipeline.pyplot()
     rows, columns = min(NUM_PICTURED_QUERIES, len(queries)), min(NUM_PICTURED, len(data))
     helpful, harmful = strongest(scores[:rows], columns)
     figure, axes = plt.subplots(
-        rows, 1 + 2 * columns, figsize=(1.2 * (1 + 2 * columns), 1.4 * rows + 0.7), squeeze=False, layout="constrained"
+        rows, 1 + 2 * columns, figsize=(1.3 * (1 + 2 * columns), 1.5 * rows + 0.9), squeeze=False, layout="constrained"
     )
     for query, cells in enumerate(axes):
-        name = data.class_names[queries.labels[query]]
-        pipeline.show_image(cells[0], queries.images[query], f"query {query}\n{name}")
+        index, _, _, name = example(queries, query)
+        pipeline.show_image(cells[0], queries.images[query], f"test image {index}\n{pipeline.shorten(name)}")
         shown = [*helpful[query].tolist(), *harmful[query].tolist()]
         for position, (cell, train) in enumerate(zip(cells[1:], shown, strict=True)):
-            title = f"{data.class_names[data.labels[train]]}\n{scores[query, train]:+.3g}"
-            pipeline.show_image(cell, data.images[train], title, "#0b5394" if position < columns else "firebrick")
-    figure.suptitle(
-        f"Test images, each with its {columns} most helpful (blue) and {columns} most harmful (red) "
-        f"training images and their influence ({strategy})",
-        fontsize=10,
-    )
+            name = pipeline.shorten(data.class_names[data.labels[train]])
+            colour = HELPFUL if position < columns else HARMFUL
+            pipeline.show_image(cell, data.images[train], f"{name}\n{scores[query, train]:+.3g}", colour)
+    figure.suptitle(title, fontsize=11)
     pipeline.save_figure(figure, path)
 
 
@@ -95,13 +111,18 @@ def main():
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
-        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-        data, _ = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
-        test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names)
-        queries = pipeline.first_queries(test, args.num_query_examples)
-        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
-        model, metadata = pipeline.load_checkpoint(path, device)
-        pipeline.require_same_data(path, metadata, data)
+        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, args.cleaned)
+        model, _, data, _ = pipeline.load_trained(
+            path,
+            device,
+            args.dataset,
+            args.dataset_dir,
+            args.corrupt_percentage,
+            args.num_train_examples,
+            args.output_dir,
+        )
+        test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names, args.output_dir)
+        queries = choose_queries(test, args.num_query_examples, args.query_indices)
         influence = pipeline.InfluenceRun(
             model,
             data.to(device),
@@ -121,8 +142,13 @@ def main():
 
     with phases("report"):
         top_csv, top_png = influence.path("top_influences", "csv"), influence.path("top_influences", "png")
-        write_top_influences(top_csv, scores, queries.labels, data.labels)
-        plot_top_influences(top_png, scores, queries, data, args.factor_strategy)
+        write_top_influences(top_csv, scores, queries, data)
+        source = pipeline.data_name(args.dataset, args.dataset_dir)
+        title = (
+            f"Test images of {source}, each with the most helpful (blue, +) and most harmful (red, −) "
+            f"of {len(data)} training images and their influence ({args.factor_strategy})"
+        )
+        plot_top_influences(top_png, scores, queries, data, title)
 
     record = {
         "flags": vars(args),

@@ -1,7 +1,8 @@
-"""Ranks the training images by self-influence and so finds the mislabeled ones.
+"""Ranks the training images by self-influence, or what else gives them away, and so finds the mislabeled ones.
 
-A mislabeled image is one the network has to memorise: it has a large influence on its own loss. The script writes
-the ranking, a contact sheet of its top, and, where labels were corrupted on purpose, how much of that it finds.
+A mislabeled image is one the network has to memorise: it has a large influence on its own loss, and the margin of its
+label grows late in the training. The script writes the ranking, a contact sheet of its top, and, where labels were
+corrupted on purpose, how much of that it and the other rankings find.
 """
 
 import csv
@@ -12,16 +13,53 @@ import torch.nn.functional as F
 import pipeline
 
 NUM_PICTURED = 100
+METHODS = {  # by name: what pictures call it
+    "self_influence": "self-influence",
+    "aum": "area under the margin",
+    "combined": "both, by mean rank",
+    "loss": "loss",
+    "margin": "margin",
+}
+CURVES = (
+    ("#0b5394", "-"),
+    ("#d55e00", "--"),
+    ("#009e73", "-."),
+    ("#e69f00", (0, (1, 1))),
+    ("#cc79a7", (0, (6, 1, 1, 1))),
+)
+RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "seed")  # of a training
 
 
 def parse_arguments():
     """Reads the command line."""
-    return pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=0.1).parse_args()
+    parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=0.1)
+    parser.add_argument("--method", choices=METHODS, default="self_influence", help="what ranks the suspects")
+    return parser.parse_args()
 
 
 # --------------------------------------------------------------------------------------------------
 # Rankings and what they find
 # --------------------------------------------------------------------------------------------------
+
+
+def suspicions(self_influence, logits, labels, aum):
+    """Returns what each method ranks the examples by, the most suspicious highest: float arrays [N] by name.
+
+    self_influence, aum: float [N]; logits: float [N, num_classes] of the finished network; labels: int64 [N].
+    """
+    return {
+        "self_influence": self_influence.numpy(),
+        "aum": -aum.numpy(),
+        "combined": (ranks(self_influence.numpy()) + ranks(-aum.numpy())) / 2,
+        "loss": F.cross_entropy(logits, labels, reduction="none").numpy(),
+        "margin": -pipeline.top_margin(logits, labels).numpy(),
+    }
+
+
+def ranks(scores):
+    """Returns the place of each score among the N, 1 for the lowest; equal scores share the mean of theirs."""
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
 def detection_curve(scores, is_corrupted):
@@ -39,10 +77,8 @@ def auroc(scores, is_corrupted):
 
     scores: float [N]; is_corrupted: bool [N], both kinds present.
     """
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[group]  # 1 is the lowest score; equal scores share their mean rank
     positives = is_corrupted.sum()
-    above = ranks[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
+    above = ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
     return float(above / (positives * (len(scores) - positives)))
 
 
@@ -73,74 +109,51 @@ def evaluate_ranking(scores, is_corrupted):
 # --------------------------------------------------------------------------------------------------
 
 
-def write_suspects(path, data, self_influence, losses, predicted, is_corrupted):
-    """Writes every training image to a csv file, most suspicious first. Arguments are arrays [N]. Returns the order."""
-    order = np.argsort(-self_influence, kind="stable")
+def write_suspects(path, data, order, scores, predicted, is_corrupted):
+    """Writes every training image to a csv file, in the given order. scores: arrays [N] by method."""
     names = data.class_names
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             [
-                "rank",
-                "index",
-                "path",
-                "label",
-                "class_name",
-                "predicted_label",
-                "predicted_class_name",
-                "self_influence",
-                "loss",
-                "is_corrupted",
+                *("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name"),
+                *(*scores, "is_corrupted"),
             ]
         )
-        for rank, index in enumerate(order.tolist(), start=1):
-            label, guess = data.labels[index].item(), predicted[index].item()
-            writer.writerow(
-                [
-                    rank,
-                    index,
-                    data.paths[index] if data.paths else "",
-                    label,
-                    names[label],
-                    guess,
-                    names[guess],
-                    self_influence[index],
-                    losses[index],
-                    int(is_corrupted[index]),
-                ]
-            )
-    return order
+        for rank, position in enumerate(order.tolist(), start=1):
+            label, guess = data.labels[position].item(), predicted[position].item()
+            example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
+            values = [values[position] for values in scores.values()]
+            writer.writerow([rank, *example, *values, int(is_corrupted[position])])
 
 
-def plot_suspects(path, data, order, predicted, strategy):
-    """Draws the most suspicious images as a contact sheet, each under `given label → predicted label`."""
-    import matplotlib.pyplot as plt
-
+def plot_suspects(path, data, order, scores, predicted, title):
+    """Draws the most suspicious images as a contact sheet, each under given label, predicted label and score."""
+    plt = pipeline.pyplot()
     shown = order[:NUM_PICTURED].tolist()
-    rows = -(-len(shown) // 10)
-    figure, axes = plt.subplots(rows, 10, figsize=(13, 1.45 * rows + 0.6), squeeze=False, layout="constrained")
+    columns = min(10, len(shown))
+    rows = -(-len(shown) // columns)
+    width = max(1.45 * columns, 6)  # of the title
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 1.75 * rows + 0.6), squeeze=False, layout="constrained")
     for cell in axes.flat[len(shown) :]:
         cell.axis("off")
     for cell, index in zip(axes.flat, shown, strict=False):
-        given, guess = data.class_names[data.labels[index]], data.class_names[predicted[index]]
-        pipeline.show_image(cell, data.images[index], f"{given} → {guess}", "firebrick" if given != guess else "black")
-    figure.suptitle(
-        f"The {len(shown)} training images of the highest self-influence ({strategy}): given label → predicted label",
-        fontsize=11,
-    )
+        given, guess = (pipeline.shorten(data.class_names[label]) for label in (data.labels[index], predicted[index]))
+        text = f"{given} →\n{guess}\n{scores[index]:.3g}"
+        pipeline.show_image(cell, data.images[index], text, "firebrick" if given != guess else "black")
+    figure.suptitle(title, fontsize=11, wrap=True)
     pipeline.save_figure(figure, path)
 
 
-def plot_curves(path, rankings, fraction, strategy):
+def plot_curves(path, rankings, fraction, title):
     """Draws what part of the corrupted labels is found against the part of the images inspected."""
-    import matplotlib.pyplot as plt
+    plt = pipeline.pyplot()
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    names = {"self_influence": f"self-influence ({strategy})", "loss": "loss"}
-    for (name, ranking), colour, style in zip(rankings.items(), ("#0b5394", "#e69f00"), ("-", "--"), strict=True):
+    for (name, ranking), (colour, style) in zip(rankings.items(), CURVES, strict=True):
         points = [(0, 0), *((point["inspected"], point["found"]) for point in ranking["curve"])]
-        label = f"{names[name]}: {100 * ranking['found_at_10']:.1f} % at 10 %, AUROC {ranking['auroc']:.3f}"
+        label = f"{METHODS[name]}: {100 * ranking['found_at_10']:.1f} % at 10 %, AUROC {ranking['auroc']:.3f}"
         axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=2, label=label)
     axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", label="perfect")
     axes.plot([0, 1], [0, 1], "-.", color="grey", label="random")
@@ -149,7 +162,7 @@ def plot_curves(path, rankings, fraction, strategy):
         ylabel="mislabeled images found",
         xlim=(0, 1),
         ylim=(0, 1.02),
-        title="Mislabeled images found by inspecting the top of the ranking",
+        title=title,
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -158,20 +171,20 @@ def plot_curves(path, rankings, fraction, strategy):
     pipeline.save_figure(figure, path)
 
 
-def print_rankings(rankings):
-    """Prints what each ranking finds, in percent, and the sentence that sums it up."""
-    print("inspected   self-influence     loss   random")
+def print_rankings(rankings, method):
+    """Prints what each ranking finds, in percent, and the sentence that sums up that of `method`."""
+    print("inspected  " + "  ".join(f"{name:>14}" for name in (*rankings, "random")))
     for percent in (1, 5, 10, 20, 30, 50):
-        by_influence, by_loss = (100 * rankings[name]["curve"][percent - 1]["found"] for name in rankings)
-        print(f"{percent:7} %   {by_influence:12.1f} %   {by_loss:4.1f} %   {percent:4.1f} %")
-    best = rankings["self_influence"]
+        found = (100 * ranking["curve"][percent - 1]["found"] for ranking in rankings.values())
+        print(f"{percent:7} %  " + "  ".join(f"{value:12.1f} %" for value in (*found, percent)))
+    best = rankings[method]
     print(
         f"Inspecting 10 % of the training set finds {100 * best['found_at_10']:.1f} % of the mislabeled images "
         f"(20 %: {100 * best['found_at_20']:.1f} %)."
     )
 
 
-def report_rankings(curve_png, scores, is_corrupted, strategy):
+def report_rankings(curve_png, scores, is_corrupted, method, title):
     """Evaluates, draws and prints the rankings by `scores`, arrays [N] by name. Returns their json entries.
 
     Without a corrupted label there is no truth to compare with: says so, leaves no curve, and returns none.
@@ -181,9 +194,24 @@ def report_rankings(curve_png, scores, is_corrupted, strategy):
         print("No labels were corrupted on purpose, so there is no truth to compare with: look at the suspects.")
         return {}
     rankings = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
-    plot_curves(curve_png, rankings, is_corrupted.mean(), strategy)
-    print_rankings(rankings)
+    plot_curves(curve_png, rankings, is_corrupted.mean(), title)
+    print_rankings(rankings, method)
     return rankings
+
+
+def print_next_steps(args, metadata, suspects_csv):
+    """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
+    if args.cleaned:
+        return
+    recipe = {name: metadata[name] for name in RECIPE}
+
+    def retrain(**flags):
+        return pipeline.command("train.py", args, corrupt_percentage=args.corrupt_percentage or None, **recipe, **flags)
+
+    print(f"Look at {suspects_csv.with_suffix('.png')}, then train without the most suspicious tenth:")
+    print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=0.1)}")
+    print("or with what you decide, in a csv file of the columns path (or index) and new_label (empty: leave it out):")
+    print(f"  {retrain(corrections='corrections.csv')}")
 
 
 def main():
@@ -194,11 +222,16 @@ def main():
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
-        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-        data, is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
-        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
-        model, metadata = pipeline.load_checkpoint(path, device)
-        pipeline.require_same_data(path, metadata, data)
+        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, args.cleaned)
+        model, metadata, data, is_corrupted = pipeline.load_trained(
+            path,
+            device,
+            args.dataset,
+            args.dataset_dir,
+            args.corrupt_percentage,
+            args.num_train_examples,
+            args.output_dir,
+        )
         data = data.to(device)
         influence = pipeline.InfluenceRun(
             model,
@@ -219,16 +252,20 @@ def main():
 
     with phases("report"):
         logits = pipeline.compute_logits(model, data.images, influence.batch_size, dtype)
-        losses = F.cross_entropy(logits, data.labels, reduction="none").cpu().numpy()
-        predicted, scores, is_corrupted = logits.argmax(1).cpu(), scores.numpy(), is_corrupted.numpy()
-        data = data.to("cpu")
+        scores = suspicions(scores, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
+        predicted, is_corrupted, data = logits.argmax(1).cpu(), is_corrupted.numpy(), data.to("cpu")
+        order = np.argsort(-scores[args.method], kind="stable")
         suspects_csv, suspects_png = influence.path("suspects", "csv"), influence.path("suspects", "png")
         curve_png, record_json = influence.path("detection_curve", "png"), influence.path("detection", "json")
-        order = write_suspects(suspects_csv, data, scores, losses, predicted, is_corrupted)
-        plot_suspects(suspects_png, data, order, predicted, args.factor_strategy)
-        rankings = report_rankings(
-            curve_png, {"self_influence": scores, "loss": losses}, is_corrupted, args.factor_strategy
+        write_suspects(suspects_csv, data, order, scores, predicted, is_corrupted)
+        images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"
+        title = (
+            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method]} "
+            f"({args.factor_strategy}):\ngiven label → predicted label (red where they differ), score"
         )
+        plot_suspects(suspects_png, data, order, scores[args.method], predicted, title)
+        title = f"Mislabeled among {images},\nfound by inspecting the top of a ranking ({args.factor_strategy})"
+        rankings = report_rankings(curve_png, scores, is_corrupted, args.method, title)
 
     record = {
         "flags": vars(args),
@@ -240,6 +277,7 @@ def main():
     pipeline.write_json(record_json, record)
     influence.report_profile()
     pipeline.report_files([suspects_csv, suspects_png, curve_png, record_json, scores_path], phases)
+    print_next_steps(args, metadata, suspects_csv)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -51,6 +52,7 @@ from kronfluence.utils.constants import (
 )
 from kronfluence.utils.dataset import DataLoaderKwargs
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -139,6 +141,18 @@ non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= 
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
 
 
+def index_list(text):
+    """Reads indices such as `3,17,40-59` into a list without repetition, in the order given."""
+    indices = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        valid = first.isdecimal() and (last or first).isdecimal()
+        if not (valid and int(first) <= int(last or first) < 10**7):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a list of indices such as 3,17,40-59")
+        indices += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(indices))
+
+
 def damping(text):
     """Reads a damping factor: a number of at least 0, or None for `heuristic`."""
     if text == "heuristic":
@@ -160,6 +174,11 @@ def shared_parser(description, corrupt_default):
     flag("--dataset", choices=("cifar10", "imagefolder", "synthetic"), default="cifar10", help="which images to use")
     flag("--dataset_dir", default="./data", help="folder of the images (synthetic needs none)")
     flag("--checkpoint_dir", default="./checkpoints", help="folder of the trained model")
+    flag(
+        "--output_dir",
+        default="./influence_results",
+        help="folder that gets a folder of results per model, and what was read from class folders of images",
+    )
     flag(
         "--corrupt_percentage",
         type=corrupt_fraction,
@@ -187,7 +206,11 @@ def influence_parser(description, corrupt_default):
     """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share."""
     parser = shared_parser(description, corrupt_default)
     flag = parser.add_argument
-    flag("--output_dir", default="./influence_results", help="folder that gets a folder of results per model")
+    flag(
+        "--cleaned",
+        action="store_true",
+        help="explain the model that train.py trained with --exclude_suspects or --corrections",
+    )
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="approximation of the curvature")
     flag(
         "--train_batch_size",
@@ -205,6 +228,28 @@ def influence_parser(description, corrupt_default):
     flag("--seed", type=whole_number, default=1004, help="draws the pseudo-labels of the Fisher matrix")
     flag("--profile", action="store_true", help="print and save kronfluence's table of time per phase")
     return parser
+
+
+def command(script, args, *names, **values):
+    """Returns the command that runs a script on the same data: what is not a default of `args`, `names` and `values`.
+
+    `names` are further flags that are taken from `args`, `values` flags with values of their own. None is left out.
+    """
+    defaults = shared_parser("", corrupt_default=None)
+    same = ("dataset", "dataset_dir", "checkpoint_dir", "output_dir", "num_train_examples", "precision", "device")
+    flags = {name: getattr(args, name) for name in same if getattr(args, name) != defaults.get_default(name)}
+    flags |= {name: getattr(args, name) for name in names} | values
+    words = [
+        (f"--{name}",) if value is True else (f"--{name}", str(value))
+        for name, value in flags.items()
+        if value is not None and value is not False
+    ]
+    return shlex.join(["python", script, *(word for pair in words for word in pair)])
+
+
+def is_main_process():
+    """Returns whether this process is the one that prints and writes: the first one under torchrun."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def choose_device(name, several_processes):
@@ -247,7 +292,7 @@ def choose_dtype(precision, device):
 
 IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
-ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED = 11, 12, 13
+ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, HELD_OUT_SEED = 11, 12, 13, 16
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 DEFAULT_QUERIES = 2000
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
@@ -257,39 +302,47 @@ NUM_SYNTHETIC = {"train": 5000, "test": 500}
 class ImageData:
     """Labelled images in memory.
 
-    images: uint8 [N, 3, 32, 32]; labels: int64 [N]; class_names: one per class; paths: one per image, or empty
-    where images have no files of their own.
+    images: uint8 [N, 3, 32, 32]; labels: int64 [N]; class_names: one per class; paths: one per image, empty strings
+    where images have no files of their own; indices: int64 [N] on the CPU, each one's place among those loaded, by
+    which the tables call it.
     """
 
     images: Tensor
     labels: Tensor
     class_names: list
     paths: list
+    indices: Tensor
 
     def __len__(self):
         return len(self.labels)
 
     def take(self, indices):
         """Returns the examples at `indices`, an int64 tensor [M], in that order."""
-        paths = [self.paths[i] for i in indices.tolist()] if self.paths else []
-        return replace(self, images=self.images[indices], labels=self.labels[indices], paths=paths)
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            paths=[self.paths[i] for i in indices.tolist()],
+            indices=self.indices[indices],
+        )
 
     def to(self, device):
         """Returns the same data with its tensors on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
-def load_train_data(dataset, dataset_dir, num_examples=None):
+def load_train_data(dataset, dataset_dir, num_examples=None, cache_dir=None):
     """Loads the training images of a `--dataset` as ImageData on the CPU, or `num_examples` of them.
 
+    What is read from class folders is kept in `cache_dir`, if there is one, and read from there the next time.
     Raises UserError where they cannot be found or read, or where there are fewer.
     """
-    return LOADERS[dataset](dataset_dir, "train", num_examples)
+    return LOADERS[dataset](dataset_dir, "train", num_examples, cache_dir)
 
 
-def load_test_data(dataset, dataset_dir, class_names):
+def load_test_data(dataset, dataset_dir, class_names, cache_dir=None):
     """Loads the test images. Raises UserError where their classes are not `class_names`, those of the training."""
-    data = LOADERS[dataset](dataset_dir, "test")
+    data = LOADERS[dataset](dataset_dir, "test", None, cache_dir)
     if data.class_names != class_names:
         differing = sorted(set(data.class_names) ^ set(class_names))
         raise UserError(
@@ -297,13 +350,6 @@ def load_test_data(dataset, dataset_dir, class_names):
             + ", ".join(repr(name) for name in differing)
         )
     return data
-
-
-def first_queries(test, num_queries):
-    """Returns the first `num_queries` test images; by default DEFAULT_QUERIES, or all where there are fewer."""
-    if num_queries is not None and num_queries > len(test):
-        raise UserError(f"--num_query_examples {num_queries}: there are only {len(test)} test images")
-    return test.take(torch.arange(min(num_queries or DEFAULT_QUERIES, len(test))))
 
 
 def torchvision_datasets():
@@ -327,7 +373,7 @@ def draw_examples(total, num_examples):
     return torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:num_examples]
 
 
-def load_cifar10(dataset_dir, split, num_examples=None):
+def load_cifar10(dataset_dir, split, num_examples=None, cache_dir=None):
     """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files."""
     datasets = torchvision_datasets()
     try:
@@ -346,12 +392,28 @@ def load_cifar10(dataset_dir, split, num_examples=None):
     return image_data(found.data[chosen], torch.tensor(found.targets)[chosen], found.classes)
 
 
-def load_imagefolder(dataset_dir, split, num_examples=None):
-    """Loads `<dataset_dir>/<split>/<class>/*`, resized to 32x32 RGB, in a fixed shuffled order.
+def load_imagefolder(dataset_dir, split, num_examples=None, cache_dir=None):
+    """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed shuffled order.
 
     Class folders come sorted, and a query set or a subset must not follow the classes, hence the shuffle.
     """
-    folder = Path(dataset_dir) / split
+    samples, class_names = find_samples(Path(dataset_dir), split)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
+    paths, labels = zip(*(samples[i] for i in order[draw_examples(len(order), num_examples)]), strict=True)
+    cache = None
+    if cache_dir is not None:
+        name = sha256(str(Path(dataset_dir).resolve()), split, str(num_examples))[:8]
+        cache = Path(cache_dir) / "images" / f"{split}-{name}.safetensors"
+    return image_data(read_images(paths, split, cache), torch.tensor(labels), class_names, paths)
+
+
+def find_samples(dataset_dir, split):
+    """Returns (path, label) of every image of a split of class folders, and the names of the classes.
+
+    Where there is no `<dataset_dir>/test`, the test images are a tenth of each class of `<dataset_dir>/train`.
+    """
+    held_out = not (dataset_dir / "test").exists()
+    folder = dataset_dir / ("train" if held_out else split)
     try:
         # Every file but a hidden one counts, so that what cannot be read is named and not passed over.
         found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: Path(path).name[0] != ".")
@@ -361,20 +423,67 @@ def load_imagefolder(dataset_dir, split, num_examples=None):
         ) from error
     if len(found.classes) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, but has 1")
-    order = torch.randperm(len(found.samples), generator=torch.Generator().manual_seed(ORDER_SEED))
-    samples = [found.samples[i] for i in order[draw_examples(len(order), num_examples)]]
-    paths = [path for path, _ in samples]
+    if not held_out:
+        return found.samples, found.classes
+    is_test = draw_held_out(torch.tensor(found.targets))
+    if split == "train" and is_main_process():
+        print(f"There is no {dataset_dir / 'test'}: {is_test.sum()} images, a tenth of each class, are held out for it")
+    chosen = is_test if split == "test" else ~is_test
+    return [found.samples[i] for i in chosen.nonzero().squeeze(1).tolist()], found.classes
+
+
+def draw_held_out(labels):
+    """Returns which tenth of each class to hold out, one image at least of a class of two or more, bool [N].
+
+    labels: int64 [N].
+    """
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        count = max(1, round(len(members) / 10)) if len(members) > 1 else 0
+        is_held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return is_held_out
+
+
+def read_images(paths, split, cache):
+    """Returns the images in files, uint8 [N, 32, 32, 3], from the file `cache` where it holds just these.
+
+    The cache is known by the files' names, sizes and times of change and by its own checksum, and written anew where
+    these differ. None stands for no cache.
+    """
+    stats = ((path, os.stat(path)) for path in paths)  # noqa: PTH116, pathlib takes seconds for as many as these
+    listing = sha256(code_version(), *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats))
+    if cache is not None:
+        with contextlib.suppress(OSError, SafetensorError), safe_open(cache, framework="np") as file:
+            images = file.get_tensor("images")
+            if file.metadata() == {"listing": listing, "sha256": sha256(torch.from_numpy(images))}:
+                return images
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False))
-    return image_data(np.stack(images), torch.tensor([label for _, label in samples]), found.classes, paths)
+        images = np.stack(list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False)))
+    if cache is not None and is_main_process():
+        tensor = torch.from_numpy(images)
+        with atomic_path(cache) as temporary:
+            save_file({"images": tensor}, temporary, metadata={"listing": listing, "sha256": sha256(tensor)})
+    return images
 
 
 def read_image(path):
-    """Returns the image in a file as RGB, uint8 [32, 32, 3]. Raises UserError, naming the file, where it cannot."""
-    from PIL import Image
+    """Returns the image in a file as RGB, uint8 [32, 32, 3], upright, transparency over white.
+
+    Raises UserError, naming the file, where it cannot be read.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
+                image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
@@ -382,10 +491,10 @@ def read_image(path):
         ) from error
 
 
-def generate_digits(dataset_dir, split, num_examples=None):
+def generate_digits(dataset_dir, split, num_examples=None, cache_dir=None):
     """Draws the digits 0 to 9 in random colours, places, sizes and rotations over textured backgrounds.
 
-    Image i of a split is the same whichever others are drawn; `dataset_dir` is not used.
+    Image i of a split is the same whichever others are drawn; neither `dataset_dir` nor `cache_dir` is used.
     """
     chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
     seeds = [(*SYNTHETIC_SEEDS[split], index) for index in chosen.tolist()]
@@ -414,16 +523,22 @@ def draw_digit(seed):
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8), digit
 
 
-def image_data(images, labels, class_names, paths=()):
+def image_data(images, labels, class_names, paths=None):
     """Returns ImageData from images as Pillow and torchvision keep them, uint8 [N, 32, 32, 3]."""
-    return ImageData(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, list(class_names), list(paths))
+    return ImageData(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        labels,
+        list(class_names),
+        [""] * len(labels) if paths is None else list(paths),
+        torch.arange(len(labels)),
+    )
 
 
 LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": generate_digits}
 
 
 # --------------------------------------------------------------------------------------------------
-# Label corruption
+# Label corruption, and what was decided against it
 # --------------------------------------------------------------------------------------------------
 
 
@@ -441,10 +556,27 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
     return labels, is_corrupted
 
 
-def with_corrupted_labels(data, fraction):
-    """Returns `data` with the labels that `--corrupt_percentage` stands for, and is_corrupted, bool [N]."""
-    labels, is_corrupted = corrupt_labels(data.labels, fraction or 0, len(data.class_names))
-    return replace(data, labels=labels), is_corrupted
+@dataclass(frozen=True)
+class Cleaning:
+    """What --exclude_suspects or --corrections decided, by index among the loaded training images."""
+
+    excluded: list
+    new_labels: dict  # label by index
+
+
+def training_examples(clean, fraction, cleaning=None):
+    """Returns the examples to train on and is_corrupted, bool [N]: which of their labels are not those of `clean`.
+
+    These are the images of `clean` with the labels that `--corrupt_percentage` stands for, less what a `cleaning`
+    excludes, and with the labels that it gives.
+    """
+    labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+    kept = torch.ones(len(clean), dtype=torch.bool)
+    if cleaning is not None:
+        kept[cleaning.excluded] = False
+        labels[list(cleaning.new_labels)] = torch.tensor(list(cleaning.new_labels.values()), dtype=torch.int64)
+    data = replace(clean, labels=labels).take(kept.nonzero().squeeze(1))
+    return data, data.labels != clean.labels[data.indices]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,14 +720,20 @@ def sha256(*parts):
     return digest.hexdigest()
 
 
+def code_version():
+    """Returns the SHA-256 of this file: what it computes into a file is reused by the same code only."""
+    return sha256(Path(__file__).read_text(encoding="utf-8"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 # --------------------------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: clean labels)."""
-    return Path(checkpoint_dir) / (f"model_corrupt_{fraction}.pth" if fraction else "model.pth")
+def checkpoint_path(checkpoint_dir, fraction, cleaned=False):
+    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are)."""
+    name = (f"model_corrupt_{fraction}" if fraction else "model") + "_cleaned" * cleaned
+    return Path(checkpoint_dir) / f"{name}.pth"
 
 
 def save_checkpoint(path, model, metadata):
@@ -613,16 +751,19 @@ def save_checkpoint(path, model, metadata):
 def load_checkpoint(path, device="cpu"):
     """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
 
+    Of the metadata, `cleaning` becomes a Cleaning, or None.
+
     Raises UserError where there is none, or where the file is something else.
     """
     if not Path(path).is_file():
         raise UserError(
             f"there is no checkpoint {path}: run train.py with the same --checkpoint_dir, --dataset and "
-            "--corrupt_percentage first"
+            "--corrupt_percentage (and for --cleaned with --exclude_suspects or --corrections) first"
         )
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         metadata = checkpoint["metadata"]
+        metadata["cleaning"] = metadata["cleaning"] and Cleaning(**metadata["cleaning"])
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:  # a foreign file can fail in any way
@@ -642,14 +783,25 @@ def describe(data):
     }
 
 
-def require_same_data(path, metadata, data):
-    """Raises UserError where the checkpoint was trained on other images, labels or classes than those of `data`."""
-    if any(metadata[name] != value for name, value in describe(data).items()):
+def load_trained(path, device, dataset, dataset_dir, fraction, num_examples, cache_dir):
+    """Loads a checkpoint and the images it was trained on. Returns model, metadata, ImageData and is_corrupted [N].
+
+    Raises UserError where the images, labels or classes found by these data flags are others than it was trained on.
+    """
+    model, metadata = load_checkpoint(path, device)
+    clean = load_train_data(dataset, dataset_dir, num_examples, cache_dir)
+    try:
+        data, is_corrupted = training_examples(clean, fraction, metadata["cleaning"])
+        same = all(metadata[name] == value for name, value in describe(data).items())
+    except IndexError:  # fewer images than there were
+        same = False
+    if not same:
         raise UserError(
             f"{path} was trained on other images or labels ({metadata['num_train']} of {metadata['dataset']}, "
-            f"--corrupt_percentage {metadata['corrupt_percentage']}) than the {len(data)} asked about: "
+            f"--corrupt_percentage {metadata['corrupt_percentage']}) than the {len(clean)} asked about: "
             "give the data flags it was trained with, or train again"
         )
+    return model, metadata, data, is_corrupted
 
 
 def fingerprint(model, data):
@@ -668,6 +820,12 @@ def margin(logits, labels):
     label_logit = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return label_logit - others.logsumexp(1)
+
+
+def top_margin(logits, labels):
+    """Returns logit[label] - the largest of the other logits, [B] (Pleiss et al. 2020, section 3.1)."""
+    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    return label_logit - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 class ClassificationTask(Task):
@@ -972,7 +1130,7 @@ class InfluenceRun:
         self.sums_dtype = torch.promote_types(dtype, torch.float32)
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
-        self.is_main_process = int(os.environ.get("RANK", 0)) == 0
+        self.is_main_process = is_main_process()
         if self.is_main_process:
             lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
         self.analyzer = Analyzer(
@@ -1039,8 +1197,7 @@ class InfluenceRun:
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
         fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
         folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
-        code = sha256(Path(__file__).read_text(encoding="utf-8"))  # another version of it reuses nothing
-        fitted = self.stage("covariance", folder, code, analyzer.fit_covariance_matrices, **fitting)
+        fitted = self.stage("covariance", folder, code_version(), analyzer.fit_covariance_matrices, **fitting)
         fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
         return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
 
@@ -1234,18 +1391,40 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def pyplot():
+    """Imports matplotlib's pyplot for drawing into files, in any script of which a font is installed."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import font_manager
+    from matplotlib import pyplot as plt
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    plt.rcParams["font.family"] = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
+    plt.rcParams["text.parse_math"] = False  # a dollar sign in the name of a class is a dollar sign
+    return plt
+
+
 def save_figure(figure, path):
     """Writes a matplotlib figure to a png file, whole or not at all, and closes it."""
-    import matplotlib.pyplot as plt
-
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def show_image(axes, image, title, colour="black"):
     """Draws one uint8 image [3, 32, 32] without ticks, under a small title."""
     axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    axes.set_title(title, fontsize=7, color=colour, pad=2)
+    axes.set_title(title, fontsize=8, color=colour, pad=3)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def shorten(name, length=16):
+    """Returns a name of at most `length` characters, the end of a longer one replaced by an ellipsis."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def data_name(dataset, dataset_dir):
+    """Returns what a picture's title calls a `--dataset`."""
+    return {"cifar10": "CIFAR-10", "synthetic": "synthetic digits"}.get(dataset) or Path(dataset_dir).resolve().name

@@ -4,7 +4,10 @@ SGD without momentum, random crops and flips, a learning rate that rises for a f
 zero. `python train.py --help` lists the flags; their defaults are the recipe for CIFAR-10.
 """
 
+import csv
+import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +27,111 @@ def parse_arguments():
     flag("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty on all parameters")
     flag("--num_train_epochs", type=pipeline.positive_int, default=25, help="passes over the training images")
     flag("--seed", type=pipeline.whole_number, default=1004, help="initial weights, order, crops and flips")
+    cleaning = parser.add_mutually_exclusive_group()
+    cleaning.add_argument(
+        "--exclude_suspects",
+        metavar="CSV",
+        help="leave out the top of this ranking by detect_mislabeled_dataset.py (suspects_*.csv)",
+    )
+    cleaning.add_argument(
+        "--corrections",
+        metavar="CSV",
+        help="apply new labels by class name: columns path or index, and new_label (empty: leave the image out)",
+    )
+    flag(
+        "--exclude_fraction",
+        type=pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1),
+        default=0.1,
+        metavar="FRACTION",
+        help="how much of the ranking --exclude_suspects leaves out",
+    )
     return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------
+# What was decided about suspects
+# --------------------------------------------------------------------------------------------------
+
+
+def read_rows(flag, path, columns):
+    """Yields (place, row) of a csv file with a header: `<flag> <path>, line 2` and a dictionary of its cells.
+
+    Raises UserError where the file cannot be read or lacks one of `columns`.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise pipeline.UserError(f"{flag} {path}: its first line must name the column {missing[0]!r}")
+            for row in reader:
+                yield f"{flag} {path}, line {reader.line_num}", row
+    except (OSError, ValueError, csv.Error) as error:
+        raise pipeline.UserError(
+            f"{flag} {path} cannot be read as a csv file in UTF-8 ({pipeline.first_line(error)})"
+        ) from error
+
+
+def find_example(place, row, data, by_path):
+    """Returns the index of the training image that a row calls by `path` or, where that is empty, by `index`."""
+    path, index = row.get("path", ""), row.get("index", "").strip()
+    if path:
+        if (found := by_path.get(Path(path).absolute())) is None:
+            raise pipeline.UserError(f"{place}: {path} is not among the training images")
+        return found
+    if not index.isdecimal() or int(index) >= len(data):
+        raise pipeline.UserError(
+            f"{place}: there is no training image {index or 'without path and index'}, only 0 to {len(data) - 1}"
+        )
+    return int(index)
+
+
+def read_suspects(path, fraction, data):
+    """Returns the Cleaning that leaves out the top `fraction` of a ranking, of the ImageData that it ranks.
+
+    Raises UserError, naming the line, where it ranks something else.
+    """
+    by_path = examples_by_path(data)
+    ranking = []
+    for place, row in read_rows("--exclude_suspects", path, ("index", "path", "label")):
+        index = find_example(place, row, data, by_path)
+        if row["label"] != str(data.labels[index].item()):
+            raise pipeline.UserError(
+                f"{place}: image {index} has the label {data.labels[index]}, not {row['label']}: "
+                "rank the labels that are trained on"
+            )
+        ranking.append(index)
+    return pipeline.Cleaning(ranking[: round(fraction * len(ranking))], {})
+
+
+def read_corrections(path, data):
+    """Returns the Cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
+
+    Raises UserError, naming the line, for an unknown image or class, or one image twice.
+    """
+    by_path = examples_by_path(data)
+    decided = {}
+    for place, row in read_rows("--corrections", path, ("new_label",)):
+        index, name = find_example(place, row, data, by_path), row["new_label"].strip()
+        if name and name not in data.class_names:
+            raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(data.class_names)}")
+        if index in decided:
+            raise pipeline.UserError(f"{place}: image {index} was decided on before")
+        decided[index] = data.class_names.index(name) if name else None
+    return pipeline.Cleaning(
+        [index for index, label in decided.items() if label is None],
+        {index: label for index, label in decided.items() if label is not None},
+    )
+
+
+def examples_by_path(data):
+    """Returns the index of each training image by its absolute path."""
+    return {Path(path).absolute(): index for index, path in enumerate(data.paths) if path}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
 
 
 def schedule(step, total_steps):
@@ -52,13 +159,16 @@ def epoch_batches(num_examples, batch_size, generator):
 def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    Raises NumericalError when the loss stops being a number.
+    Returns what the training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the
+    area under the margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3),
+    and `mean_loss`. Raises NumericalError when the loss stops being a number.
     """
     device = data.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // batch_size
     total_steps = num_epochs * steps_per_epoch
+    margin_sums, loss_sums, visits = torch.zeros(3, len(data), device=device)
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_epochs):
             start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
@@ -69,11 +179,16 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 optimizer.param_groups[0]["lr"] = rate
                 images = pipeline.normalize(pipeline.crop_and_flip(data.images[order], offsets, flips))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = F.cross_entropy(model(images), data.labels[order])
+                    logits, labels = model(images), data.labels[order]
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                loss = losses.mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 loss_sum += loss.detach()
+                margin_sums[order] += pipeline.top_margin(logits.detach(), labels)
+                loss_sums[order] += losses.detach()
+                visits[order] += 1
                 progress.update()
             mean_loss = (loss_sum / steps_per_epoch).item()
             speed = steps_per_epoch * batch_size / (time.perf_counter() - start)
@@ -85,6 +200,8 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 raise pipeline.NumericalError(
                     f"the loss became {mean_loss} in epoch {epoch + 1}: lower --learning_rate"
                 )
+    visits = visits.clamp(min=1)  # a partial batch is dropped, and with few epochs an example with it each time
+    return {"aum": (margin_sums / visits).cpu(), "mean_loss": (loss_sums / visits).cpu()}
 
 
 def evaluate(logits, labels):
@@ -98,14 +215,22 @@ def main():
     start = time.perf_counter()
     device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.choose_dtype(args.precision, device)
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir, clean.class_names).to(device)
-    data, is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
+    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir, clean.class_names, args.output_dir).to(device)
+    data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)
+    cleaning = None
+    if args.exclude_suspects:
+        cleaning = read_suspects(args.exclude_suspects, args.exclude_fraction, data)
+    elif args.corrections:
+        cleaning = read_corrections(args.corrections, data)
+    if cleaning:
+        data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
+        print(f"{len(cleaning.excluded)} images are left out, {len(cleaning.new_labels)} get another label")
     if args.train_batch_size > len(data):
         raise pipeline.UserError(
             f"argument --train_batch_size: {args.train_batch_size} is more than the {len(data)} training images"
         )
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, cleaning is not None)
     pipeline.lock(path, waiting=None)
     print(
         f"{len(data)} training images ({is_corrupted.sum()} with a wrong label), {len(test)} test images, "
@@ -117,13 +242,14 @@ def main():
         **pipeline.describe(data),
         "corrupt_percentage": args.corrupt_percentage or 0.0,
         "corruption_seed": pipeline.CORRUPTION_SEED,
+        "cleaning": cleaning and dataclasses.asdict(cleaning),
         "environment": pipeline.environment(device),
     }
     torch.manual_seed(args.seed)
     model = pipeline.construct_resnet9(len(data.class_names)).to(device)
     data = data.to(device)
     train_start = time.perf_counter()
-    train(
+    metadata["dynamics"] = train(
         model,
         data,
         batch_size=args.train_batch_size,
@@ -138,7 +264,7 @@ def main():
     logits = pipeline.compute_logits(model, data.images, args.eval_batch_size, dtype)
     results = {"train": evaluate(logits, data.labels)}
     if is_corrupted.any():
-        results["train, true labels"] = evaluate(logits, clean.labels.to(device))
+        results["train, true labels"] = evaluate(logits, clean.labels[data.indices].to(device))
     results["test"] = evaluate(pipeline.compute_logits(model, test.images, args.eval_batch_size, dtype), test.labels)
     for name, (loss, accuracy) in results.items():
         print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
@@ -147,6 +273,15 @@ def main():
     pipeline.save_checkpoint(path, model, metadata)
     total = time.perf_counter() - start
     print(f"trained in {metadata['train_seconds']:.1f} s ({total:.1f} s in all); wrote {path}")
+    same = {"cleaned": cleaning is not None}
+    print("Find mislabeled training images, or see which ones the answers to test images come from:")
+    print(
+        "  "
+        + pipeline.command(
+            "detect_mislabeled_dataset.py", args, corrupt_percentage=args.corrupt_percentage or 0, **same
+        )
+    )
+    print("  " + pipeline.command("analyze.py", args, corrupt_percentage=args.corrupt_percentage, **same))
 
 
 if __name__ == "__main__":

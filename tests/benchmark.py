@@ -125,12 +125,12 @@ def run_reference(args):
     """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-    data, _ = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)
+    data, _ = pipeline.training_examples(clean, args.corrupt_percentage)
     test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names)
     if args.reference == "training":
         figures = reference_training(args, data, test, device)
     else:
-        figures = reference_scores(args, data, pipeline.first_queries(test, args.num_query_examples), device)
+        figures = reference_scores(args, data, test.take(torch.arange(args.num_query_examples)), device)
     figures["peak_memory_bytes"] = pipeline.peak_memory_bytes(device)
     pipeline.write_json(Path(args.output_dir) / "reference.json", figures)
 
@@ -324,7 +324,7 @@ def main():
     recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
     machine = pipeline.environment(pipeline.choose_device(args.device, several_processes=False))
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-    is_corrupted = pipeline.with_corrupted_labels(clean, args.corrupt_percentage)[1].numpy()
+    is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)[1].numpy()
     figures, scaled = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):

@@ -96,13 +96,11 @@ def main():
     parser.add_argument("--num_query_examples", type=int, default=50)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    clean = pipeline.load_train_data("synthetic", "", args.num_train_examples)
-    data, is_corrupted = pipeline.with_corrupted_labels(clean, 0.1)
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
-    pipeline.require_same_data(checkpoint, pipeline.load_checkpoint(checkpoint)[1], data)
-    queries = pipeline.first_queries(
-        pipeline.load_test_data("synthetic", "", data.class_names), args.num_query_examples
+    _, _, data, is_corrupted = pipeline.load_trained(
+        checkpoint, "cpu", "synthetic", "", 0.1, args.num_train_examples, cache_dir=None
     )
+    queries = pipeline.load_test_data("synthetic", "", data.class_names).take(torch.arange(args.num_query_examples))
     scored = torch.arange(min(args.num_scored_examples, len(data)))
 
     def load_model():

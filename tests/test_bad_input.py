@@ -18,6 +18,13 @@ TRAIN, ANALYZE, DETECT = "train", "analyze", "detect_mislabeled_dataset"
 ALL, INFLUENCE = (TRAIN, ANALYZE, DETECT), (ANALYZE, DETECT)
 
 
+def files(folder):
+    """What is in a folder, but for images already read, which are kept for the next try."""
+    return sorted(
+        path for path in folder.rglob("*") if path.name != "influence_results" and path.parent.name != "images"
+    )
+
+
 @pytest.fixture
 def fails(monkeypatch, capsys, tmp_path):
     """Runs a script in a folder that must stay as it is; checks how it ends, and returns the sentence."""
@@ -25,14 +32,14 @@ def fails(monkeypatch, capsys, tmp_path):
     def call(name, *flags, unchanged=tmp_path):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, flags)])
-        before = sorted(unchanged.rglob("*"))
+        before = files(unchanged)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             pipeline.run(importlib.import_module(name).main)
         err = capsys.readouterr().err.split("\r")[-1].strip()  # what is left of a progress bar ends in \r
         assert stop.value.code == 2
         assert err.startswith(f"{name}.py: error: ") and "\n" not in err and "Traceback" not in err
-        assert sorted(unchanged.rglob("*")) == before
+        assert files(unchanged) == before
         return err
 
     return call
@@ -73,6 +80,8 @@ VALUES = [
     )),
     (ANALYZE, "--num_query_examples", "0"),
     (ANALYZE, "--query_batch_size", "-3"),
+    *((ANALYZE, "--query_indices", value) for value in ("", "3,", "5-3", "-1", "1.5", "all")),
+    *((TRAIN, "--exclude_fraction", value) for value in ("0", "1", "10", "nan")),
 ]  # fmt: skip
 
 
@@ -138,11 +147,6 @@ def a_missing_class_in_test(root):
     shutil.rmtree(root / "test" / "cat")
 
 
-def no_test_folder(root):
-    """Training images only."""
-    shutil.rmtree(root / "test")
-
-
 def nothing(root):
     """The folder is missing."""
     shutil.rmtree(root)
@@ -158,7 +162,6 @@ def nothing(root):
         (an_empty_image, "grey owl/1.png"),
         (a_text_file, "äpfel/notes.txt"),
         (a_missing_class_in_test, "'cat'"),
-        (no_test_folder, "test"),
         (nothing, "my images"),
     ],
     ids=lambda value: getattr(value, "__name__", "").replace("_", " ") or None,
@@ -187,6 +190,12 @@ def test_a_batch_above_the_number_of_images(fails):
 @pytest.mark.parametrize("name", ALL)
 def test_more_images_than_there_are(fails, name):
     assert "--num_train_examples 5001" in fails(name, "--dataset", "synthetic", "--num_train_examples", "5001")
+
+
+def test_a_query_index_that_there_is_not(fails, trained):
+    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints")
+    message = fails(ANALYZE, *flags, "--query_indices", "3,498-500")
+    assert "--query_indices" in message and "no test image 500" in message
 
 
 def test_more_queries_than_there_are(fails, trained):

@@ -1,6 +1,9 @@
 """Loaders, label corruption and augmentation."""
 
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +39,7 @@ def test_cifar10_has_the_archives_pixels_in_order(tiny_cifar):
     assert data.images.shape == (20, 3, 32, 32) and data.images.dtype == torch.uint8
     assert np.array_equal(data.images[:4].numpy().reshape(4, 3072), first["data"])
     assert data.labels[:4].tolist() == first["labels"]
-    assert data.class_names[3] == "class 3" and data.paths == []
+    assert data.class_names[3] == "class 3" and data.paths == [""] * 20
 
 
 def test_cifar10_damaged_and_not_downloadable_names_folder_and_ways_out(tiny_cifar, tmp_path, monkeypatch):
@@ -81,6 +84,185 @@ def test_imagefolder_resizes_with_antialiasing(tmp_path):
             Image.fromarray(stripes).save(tmp_path / split / name / "stripes.png")
     image = pipeline.load_train_data("imagefolder", tmp_path).images[0]
     assert ((image > 120) & (image < 135)).all()
+
+
+def half_transparent():
+    """Red over whatever lies behind, which is white."""
+    return Image.new("RGBA", (50, 30), (255, 0, 0, 128)), (255, 127, 127)
+
+
+def palette_with_a_transparent_colour():
+    """All of it the transparent colour."""
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.info["transparency"] = 1
+    return image, (255, 255, 255)
+
+
+def palette():
+    """One colour of a palette."""
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    return image, (10, 200, 30)
+
+
+MODES = {
+    "grey": lambda: (Image.new("L", (33, 70), 90), (90, 90, 90)),
+    "grey, 16 bits": lambda: (Image.fromarray(np.full((40, 50), 90 * 257, np.uint16)), (90, 90, 90)),
+    "black and white": lambda: (Image.new("1", (40, 40), 1), (255, 255, 255)),
+    "palette": palette,
+    "palette with a transparent colour": palette_with_a_transparent_colour,
+    "half transparent": half_transparent,
+    "grey, half transparent": lambda: (Image.new("LA", (40, 40), (0, 128)), (127, 127, 127)),
+    "tiny": lambda: (Image.new("RGB", (1, 3), (1, 2, 3)), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
+    image, colour = MODES[mode]()
+    image.save(tmp_path / "image.png")
+    read = pipeline.read_image(tmp_path / "image.png")
+    assert read.shape == (32, 32, 3) and read.dtype == np.uint8
+    assert np.abs(read.astype(int) - colour).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "gif", "tiff", "ppm", "ico"])
+def test_formats_of_pillow(tmp_path, suffix):
+    Image.new("RGB", (48, 48), (200, 120, 40)).save(tmp_path / f"image.{suffix}")
+    assert np.abs(pipeline.read_image(tmp_path / f"image.{suffix}").astype(int) - (200, 120, 40)).max() <= 4
+
+
+def test_a_cmyk_photograph(tmp_path):
+    Image.new("CMYK", (200, 300), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
+    red, green, blue = pipeline.read_image(tmp_path / "red.jpg").mean((0, 1))
+    assert red > 220 and green < 40 and blue < 40
+
+
+def test_a_photograph_taken_with_a_turned_camera_stands_upright(tmp_path):
+    upright = np.zeros((64, 64, 3), np.uint8)
+    upright[:32] = 255  # the sky
+    image = Image.fromarray(np.rot90(upright))  # as the sensor saw it
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    read = pipeline.read_image(tmp_path / "photo.jpg")
+    assert read[:14].min() > 230 and read[18:].max() < 25
+
+
+def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((1000, 800), 3)
+    coarse.save(tmp_path / "photo.jpg", quality=95)
+    expected = np.asarray(coarse.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(pipeline.read_image(tmp_path / "photo.jpg") - expected).mean() < 3
+
+
+def test_folders_inside_a_class_belong_to_it(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / "cat" / "2019" / "may").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "cat" / "2019" / "may" / "x.png")
+    data = pipeline.load_train_data("imagefolder", tmp_path)
+    (position,) = [i for i, path in enumerate(data.paths) if path.endswith("/2019/may/x.png")]
+    assert len(data) == 16 and data.class_names[data.labels[position]] == "cat"
+
+
+# --------------------------------------------------------------------------------------------------
+# Class folders without a test folder
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_test(tmp_path):
+    """Training images only: 30 of one class, 7 of another, 1 of a third."""
+    for name, count in (("many", 30), ("some", 7), ("one", 1)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "train" / name / f"{index}.png")
+    return tmp_path
+
+
+def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without_test, capsys):
+    train = pipeline.load_train_data("imagefolder", without_test)
+    assert "4 images, a tenth of each class, are held out" in capsys.readouterr().out
+    test = pipeline.load_test_data("imagefolder", without_test, train.class_names)
+    assert train.class_names == ["many", "one", "some"]
+    assert train.labels.bincount().tolist() == [27, 1, 6] and test.labels.bincount().tolist() == [3, 0, 1]
+    assert len({*train.paths, *test.paths}) == 38
+
+
+def test_the_same_images_are_held_out_each_time(without_test):
+    once, again = (pipeline.load_test_data("imagefolder", without_test, ["many", "one", "some"]) for _ in range(2))
+    assert once.paths == again.paths
+
+
+# --------------------------------------------------------------------------------------------------
+# Images that were read before
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(class_folders, tmp_path, monkeypatch):
+    """A function that loads a copy of the class folders and says how many images were decoded; the copy; the cache."""
+    folders = Path(shutil.copytree(class_folders, tmp_path / "images"))
+    decoded = []
+    read_image = pipeline.read_image
+    monkeypatch.setattr(pipeline, "read_image", lambda path: decoded.append(path) or read_image(path))
+
+    def load(num_examples=None):
+        decoded.clear()
+        data = pipeline.load_train_data("imagefolder", folders, num_examples, tmp_path / "cache")
+        expected = pipeline.load_train_data("imagefolder", folders, num_examples)  # decodes each of them again
+        assert torch.equal(data.images, expected.images) and data.paths == expected.paths
+        return len(decoded) - len(data)
+
+    return load, folders, tmp_path / "cache"
+
+
+def test_images_are_decoded_once_and_nothing_is_written_among_them(cached):
+    load, folders, cache = cached
+    before = sorted(folders.rglob("*"))
+    assert [load(), load(), load(7), load(7)] == [15, 0, 7, 0]
+    assert sorted(folders.rglob("*")) == before and len(list(cache.rglob("*.safetensors"))) == 2
+
+
+def change_an_image(folders, cache):
+    """Another image in a file of the same name."""
+    Image.new("RGB", (11, 40), (9, 9, 9)).save(folders / "train" / "cat" / "0.png")
+
+
+def change_only_its_time(folders, cache):
+    """A file whose content might have changed."""
+    os.utime(folders / "train" / "cat" / "0.png", (1, 1))
+
+
+def rename_an_image(folders, cache):
+    """Another order of the same images."""
+    (folders / "train" / "cat" / "0.png").rename(folders / "train" / "cat" / "9.png")
+
+
+def flip_a_bit(folders, cache):
+    """A damaged cache."""
+    (path,) = cache.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+
+
+def cut_it_off(folders, cache):
+    """A cache that is not whole."""
+    (path,) = cache.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "change", [change_an_image, change_only_its_time, rename_an_image, flip_a_bit, cut_it_off], ids=lambda f: f.__name__
+)
+def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
+    load, folders, cache = cached
+    load()
+    change(folders, cache)
+    assert [load(), load()] == [15, 0]
 
 
 def test_without_torchvision_folders_end_in_a_sentence_and_digits_still_work(class_folders, monkeypatch):

@@ -9,6 +9,7 @@ output gradients, stand for the block kron(S, A), [O*I, O*I]. `-rP` shows what w
 import copy
 import gc
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -116,7 +117,8 @@ def random_data(count, seed, shape=(3, 7, 9), num_classes=NUM_CLASSES):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
-    return pipeline.ImageData(images, labels, [f"class {i}" for i in range(num_classes)], [])
+    names = [f"class {i}" for i in range(num_classes)]
+    return pipeline.ImageData(images, labels, names, [""] * count, torch.arange(count))
 
 
 def joined_weight(derivatives, layer):
@@ -404,9 +406,9 @@ def comparisons(tmp_path_factory):
         patch.setattr(pipeline, "ClassificationTask", ExpectedLabelsTask)
         for seed in range(NUM_NETWORKS):
             model, data = tiny_network(seed), random_data(32, 100 + seed)
-            images = data.images.repeat_interleave(NUM_CLASSES, 0)
+            repeated = data.take(torch.arange(len(data)).repeat_interleave(NUM_CLASSES))
             every_label = torch.arange(NUM_CLASSES).repeat(len(data))
-            run = influence_run(folder, model, pipeline.ImageData(images, every_label, data.class_names, []), "ekfac")
+            run = influence_run(folder, model, replace(repeated, labels=every_label), "ekfac")
             run.fit_factors()
             for layer in POSITIONS:
                 found[seed, layer] = compare(run, layer, gauss_newton(model, layer, as_float64(data.images)))
@@ -523,7 +525,7 @@ def noisy_teachers_data(num_classes):
     teacher = 1.5 * torch.randn(num_classes, NUM_PIXELS, generator=generator, dtype=torch.float64)
     p = (as_float64(data.images).flatten(1) @ teacher.T).softmax(1)
     labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
-    return pipeline.ImageData(data.images, labels, data.class_names, []), queries
+    return replace(data, labels=labels), queries
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda count: f"{count} classes")

@@ -1,6 +1,7 @@
 """Influence scores of all strategies against per-sample gradients computed by torch.func, and the reuse of results."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import precision
@@ -107,7 +108,7 @@ def test_diagonal_scores_weigh_by_the_mean_squared_pseudo_gradient(tmp_path, dat
     with torch.no_grad():
         cumulative = model(pipeline.normalize(data.images)).softmax(1).cumsum(1)
     uniforms = torch.rand(NUM_TRAIN, generator=torch.Generator().manual_seed(SEED))
-    pseudo = pipeline.ImageData(data.images, (cumulative < uniforms[:, None]).sum(1), data.class_names, [])
+    pseudo = replace(data, labels=(cumulative < uniforms[:, None]).sum(1))
     fisher = [g.square().mean(0) for g in gradients_by_torch_func(model, pseudo, F.cross_entropy)]
     train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
     query_gradients = gradients_by_torch_func(model, queries, minus_margin)
@@ -161,7 +162,7 @@ def test_bfloat16_scores_are_float32_and_close(tmp_path, data, queries, strategy
 def test_float32_and_bfloat16_give_the_ranking_of_float64(data, queries):
     """What tests/precision.py measures on a trained ResNet-9, on a tiny network."""
     clean = pipeline.load_train_data("synthetic", "", 400)
-    examples, is_corrupted = pipeline.with_corrupted_labels(clean, 0.1)
+    examples, is_corrupted = pipeline.training_examples(clean, 0.1)
     table = precision.precision_table(tiny_network, examples, is_corrupted.numpy(), queries)
     single, half = table["fp32 against float64"], table["bf16 against float64"]
     assert single["per_query_spearman_mean"] >= 0.9999 and single["self_influence_spearman"] >= 0.9999
@@ -242,7 +243,7 @@ def test_damaged_factors_are_computed_again(tmp_path, data, damage, capsys):
 
 def test_other_pseudo_labels_damping_or_data_do_not_reuse_scores(tmp_path, data):
     base, _ = influence_run(tmp_path, data).self_influence(1e-3)
-    flipped = pipeline.ImageData(data.images, data.labels.roll(1), data.class_names, [])
+    flipped = replace(data, labels=data.labels.roll(1))
     for run, damping in (
         (influence_run(tmp_path, data, seed=SEED + 1), 1e-3),
         (influence_run(tmp_path, data), 1.00000001e-3),
@@ -257,10 +258,10 @@ def test_fingerprint_changes_with_a_weight_a_label_or_a_pixel(data):
     with torch.no_grad():
         model[-1].weight[0, 0] += 1e-3
     names.add(pipeline.fingerprint(model, data))
-    names.add(pipeline.fingerprint(model, pipeline.ImageData(data.images, data.labels.roll(1), data.class_names, [])))
+    names.add(pipeline.fingerprint(model, replace(data, labels=data.labels.roll(1))))
     pixel = data.images.clone()
     pixel[0, 0, 0, 0] ^= 1
-    names.add(pipeline.fingerprint(model, pipeline.ImageData(pixel, data.labels, data.class_names, [])))
+    names.add(pipeline.fingerprint(model, replace(data, images=pixel)))
     assert len(names) == 4 and all(len(name) == 8 and int(name, 16) >= 0 for name in names)
 
 

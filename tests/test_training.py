@@ -1,5 +1,7 @@
 """The network, the schedule, the batches of an epoch, and checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,7 +96,7 @@ def test_a_diverged_loss_stops_the_training():
 
 def test_checkpoint_round_trip(tmp_path):
     model = pipeline.construct_resnet9(3).eval()
-    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1}
+    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "cleaning": None}
     pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
     assert loaded_metadata == metadata and not loaded.training
@@ -142,18 +144,30 @@ def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "name"), [(None, "model.pth"), (0, "model.pth"), (0.1, "model_corrupt_0.1.pth")], ids=str
+    ("fraction", "cleaned", "name"),
+    [
+        (None, False, "model.pth"),
+        (0, False, "model.pth"),
+        (0.1, False, "model_corrupt_0.1.pth"),
+        (None, True, "model_cleaned.pth"),
+        (0.1, True, "model_corrupt_0.1_cleaned.pth"),
+    ],
 )
-def test_checkpoint_names(tmp_path, fraction, name):
-    assert pipeline.checkpoint_path(tmp_path, fraction) == tmp_path / name
+def test_checkpoint_names(tmp_path, fraction, cleaned, name):
+    assert pipeline.checkpoint_path(tmp_path, fraction, cleaned) == tmp_path / name
 
 
-def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not():
-    from dataclasses import replace
-
+def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path, monkeypatch):
     data = pipeline.generate_digits("", "train", 20)
-    metadata = pipeline.describe(data) | {"dataset": "synthetic", "corrupt_percentage": 0.0}
-    pipeline.require_same_data("model.pth", metadata, data)
+    path = tmp_path / "model.pth"
+    metadata = pipeline.describe(data) | {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None}
+    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
+
+    def load(found):
+        monkeypatch.setattr(pipeline, "load_train_data", lambda *arguments: found)
+        return pipeline.load_trained(path, "cpu", "synthetic", "", None, None, None)[2]
+
+    assert torch.equal(load(data).images, data.images)
     pixel = data.images.clone()
     pixel[7, 1, 2, 3] ^= 1
     for other in (
@@ -163,4 +177,4 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not():
         data.take(torch.arange(19)),
     ):
         with pytest.raises(pipeline.UserError, match=r"model\.pth was trained on other images or labels"):
-            pipeline.require_same_data("model.pth", metadata, other)
+            load(other)

@@ -1,0 +1,257 @@
+"""What a person or a ranking decided about training images: how train.py reads it, and what becomes of it."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SYNTHETIC
+from PIL import Image
+
+import analyze
+import pipeline
+import train
+
+NAMES = ["cat", "grey owl", "äpfel"]
+
+
+@pytest.fixture
+def data():
+    """Six images of three classes, each with a path."""
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 32, 32)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    return pipeline.ImageData(images, labels, NAMES, [f"images/{i} ü.png" for i in range(6)], torch.arange(6))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes lines to a csv file and returns its path."""
+
+    def write(*lines, encoding="utf-8"):
+        path = tmp_path / "decided.csv"
+        path.write_text("\n".join(lines), encoding=encoding)
+        return path
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def test_corrections_by_path_and_by_index(written, data):
+    path = written("path,index,note,new_label", "images/2 ü.png,,a cat!,cat", ",4,,", ",0,,äpfel", encoding="utf-8-sig")
+    assert train.read_corrections(path, data) == pipeline.Cleaning([4], {2: 0, 0: 2})
+
+
+def test_corrections_find_an_absolute_path(written, data):
+    path = written("path,new_label", f"{Path('images').absolute()}/1 ü.png,cat")
+    assert train.read_corrections(path, data) == pipeline.Cleaning([], {1: 0})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["path,new_label", "images/1 ü.png,cat", "images/7.png,cat"], "line 3: images/7.png is not among"),
+        (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
+        (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
+        (["index,new_label", ",cat"], "line 2: there is no training image without path and index"),
+        (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
+        (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 was decided on before"),
+        (["index,label", "1,cat"], "its first line must name the column 'new_label'"),
+        ([], "its first line must name the column 'new_label'"),
+    ],
+    ids=["path", "index", "negative index", "neither", "class", "twice", "column", "empty file"],
+)
+def test_a_mistake_in_corrections_is_named_with_its_line(written, data, lines, message):
+    with pytest.raises(pipeline.UserError, match=re.escape(message)):
+        train.read_corrections(written(*lines), data)
+
+
+@pytest.mark.parametrize("path", ["missing.csv", "."])
+def test_a_file_that_cannot_be_read(data, path):
+    with pytest.raises(pipeline.UserError, match="cannot be read as a csv file"):
+        train.read_corrections(path, data)
+
+
+def test_a_file_that_is_not_utf8(written, data):
+    with pytest.raises(pipeline.UserError, match="in UTF-8"):
+        train.read_corrections(written("path,new_label", "images/1 ü.png,cat", encoding="latin-1"), data)
+
+
+@pytest.mark.parametrize(("fraction", "excluded"), [(0.1, []), (0.34, [5, 0]), (0.5, [5, 0, 3])])
+def test_the_top_of_a_ranking_is_excluded(written, data, fraction, excluded):
+    ranking = [f"{rank},{i},images/{i} ü.png,{i % 3}" for rank, i in enumerate((5, 0, 3, 1, 2, 4), start=1)]
+    path = written("rank,index,path,label", *ranking)
+    found = train.read_suspects(path, fraction, data)
+    assert found == pipeline.Cleaning(excluded[: round(6 * fraction)], {})
+
+
+def test_a_ranking_of_other_labels_is_refused(written, data):
+    with pytest.raises(pipeline.UserError, match="line 3: image 1 has the label 1, not 2"):
+        train.read_suspects(written("index,path,label", "0,images/0 ü.png,0", "1,images/1 ü.png,2"), 0.5, data)
+
+
+def test_examples_after_cleaning(data):
+    corrupted, is_corrupted = pipeline.training_examples(data, 1 / 3)
+    wrong = is_corrupted.nonzero().squeeze(1).tolist()
+    right = next(i for i in range(6) if i not in wrong)
+    cleaning = pipeline.Cleaning(
+        [wrong[0]], {wrong[1]: data.labels[wrong[1]].item(), right: 2 - data.labels[right].item() // 2}
+    )
+    cleaned, still_wrong = pipeline.training_examples(data, 1 / 3, cleaning)
+    assert cleaned.indices.tolist() == [i for i in range(6) if i != wrong[0]]
+    assert torch.equal(cleaned.images, data.images[cleaned.indices])
+    assert cleaned.paths == [data.paths[i] for i in cleaned.indices]
+    assert torch.equal(cleaned.indices[still_wrong], torch.tensor([right]))
+    untouched = [i for i in range(6) if i not in (*wrong, right)]
+    assert all(cleaned.labels[cleaned.indices == i] == corrupted.labels[i] for i in untouched)
+
+
+# --------------------------------------------------------------------------------------------------
+# From scores to a better model, by the commands that the scripts print
+# --------------------------------------------------------------------------------------------------
+
+
+def printed_commands(output):
+    """The commands in what a script printed, as lists of words."""
+    return [shlex.split(line) for line in output.splitlines() if line.startswith("  python ")]
+
+
+def run(command, folder):
+    """Runs a printed command in a folder; returns what it printed."""
+    assert command[0] == "python"
+    process = subprocess.run(
+        [sys.executable, ROOT / command[1], *command[2:]], cwd=folder, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def loop(trained, tmp_path_factory):
+    """The folder after: train, detect, train without the suspects, detect again; and what each printed."""
+    folder = tmp_path_factory.mktemp("loop")
+    shutil.copytree(trained[0], folder, dirs_exist_ok=True)
+    detect, _ = printed_commands(trained[1])
+    detected = run([*detect, "--factor_strategy", "identity"], folder)
+    exclude, correct = printed_commands(detected)
+    excluded = run(exclude, folder)
+    again = run([*printed_commands(excluded)[0], "--factor_strategy", "identity"], folder)
+    return folder, detected, correct, excluded, again
+
+
+def ranked(folder):
+    """The rows of the one ranking in the results of a model."""
+    (path,) = folder.glob("suspects_identity.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_results(loop):
+    folder, _, _, excluded, again = loop
+    assert "6 images are left out" in excluded and "model_corrupt_0.1_cleaned.pth" in excluded
+    before, after = sorted((folder / "influence_results").glob("model_*"), key=lambda path: "cleaned" in path.name)
+    removed = {row["index"] for row in ranked(before)[:6]}
+    assert {row["index"] for row in ranked(after)} == {str(i) for i in range(60)} - removed
+    still_wrong = sum(row["is_corrupted"] == "1" for row in ranked(before)[6:])
+    record = json.loads((after / "detection_identity.json").read_text())
+    assert record["num_train"] == 54 and record["num_corrupted"] == still_wrong
+    assert "Inspecting 10 %" in again
+    _, metadata = pipeline.load_checkpoint(folder / "checkpoints" / "model_corrupt_0.1_cleaned.pth")
+    assert metadata["cleaning"].excluded == [int(row["index"]) for row in ranked(before)[:6]]
+
+
+def test_the_first_model_is_still_there(loop, trained):
+    name = Path("checkpoints") / "model_corrupt_0.1.pth"
+    assert (loop[0] / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_corrections_follow_the_printed_command(loop):
+    folder, _, correct, _, _ = loop
+    clean = pipeline.load_train_data("synthetic", "", 60)
+    _, is_corrupted = pipeline.training_examples(clean, 0.1)
+    wrong = is_corrupted.nonzero().squeeze(1).tolist()
+    lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},"]
+    (folder / "corrections.csv").write_text("\n".join(["index,new_label", *lines]))
+    output = run(correct, folder)
+    assert "59 training images (0 with a wrong label)" in output
+    assert "1 images are left out, 5 get another label" in output
+    analyze_command = [*printed_commands(output)[1], "--factor_strategy", "identity", "--query_indices", "17,3,40-42"]
+    output = run(analyze_command, folder)
+    (path,) = [Path(line.removeprefix("wrote ")) for line in output.splitlines() if line.endswith("identity.csv")]
+    with (folder / path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
+    assert all(row["train"] != str(wrong[5]) for row in rows)
+    test = pipeline.load_test_data("synthetic", "", clean.class_names)
+    for row in rows:  # the labels are the corrected ones, which are the true ones
+        assert row["query_label"] == row["query_class_name"] == str(test.labels[int(row["query"])].item())
+        assert row["train_label"] == row["train_class_name"] == str(clean.labels[int(row["train"])].item())
+
+
+def test_a_cleaned_model_that_there_is_not(trained, script, tmp_path):
+    process = script(
+        tmp_path,
+        "detect_mislabeled_dataset.py",
+        *SYNTHETIC,
+        "--cleaned",
+        "--checkpoint_dir",
+        trained[0] / "checkpoints",
+    )
+    assert process.returncode == 2 and "model_corrupt_0.1_cleaned.pth" in process.stderr
+
+
+def test_a_command_is_quoted_for_the_shell(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
+    text = pipeline.command(
+        "x.py", analyze.parse_arguments(), "factor_strategy", cleaned=False, corrupt_percentage=None
+    )
+    assert shlex.split(text) == [
+        *("python", "x.py", "--dataset_dir", "my $images", "--num_train_examples", "7", "--factor_strategy", "ekfac")
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures of few images, many classes and long names
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 6, 250])
+def test_pictures_of_any_number_of_images(tmp_path, data, count):
+    import detect_mislabeled_dataset as detect
+
+    data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
+    many = data.take(torch.arange(count) % 6)
+    scores = torch.linspace(1, 0, count)
+    order = torch.arange(count).numpy()
+    detect.plot_suspects(tmp_path / "s.png", many, order, scores.numpy(), many.labels, "title")
+    analyze.plot_top_influences(
+        tmp_path / "i.png", scores.expand(2, -1), many.take(torch.tensor([0, -1])), many, "title"
+    )
+    for name in ("s.png", "i.png"):
+        assert Image.open(tmp_path / name).size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("cat", "cat"), ("sixteen letters!", "sixteen letters!"), ("seventeen letters", "seventeen lette…")],
+)
+def test_long_names_are_shortened(name, short):
+    assert pipeline.shorten(name) == short
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [("3", [3]), ("3,17,40-42", [3, 17, 40, 41, 42]), (" 5 , 1-3, 2-4", [5, 1, 2, 3, 4]), ("7-7", [7])],
+)
+def test_index_lists(text, indices):
+    assert pipeline.index_list(text) == indices
