@@ -230,21 +230,19 @@ def influence_parser(description, corrupt_default):
     return parser
 
 
-def command(script, args, *names, **values):
-    """Returns the command that runs a script on the same data: what is not a default of `args`, `names` and `values`.
+def command(script, args, **values):
+    """Returns the command that runs a script on the data and folders of `args`, with further flags as `values`.
 
-    `names` are further flags that are taken from `args`, `values` flags with values of their own. None is left out.
+    Defaults are left out, and flags whose value is None or False.
     """
     defaults = shared_parser("", corrupt_default=None)
     same = ("dataset", "dataset_dir", "checkpoint_dir", "output_dir", "num_train_examples", "precision", "device")
     flags = {name: getattr(args, name) for name in same if getattr(args, name) != defaults.get_default(name)}
-    flags |= {name: getattr(args, name) for name in names} | values
-    words = [
-        (f"--{name}",) if value is True else (f"--{name}", str(value))
-        for name, value in flags.items()
-        if value is not None and value is not False
-    ]
-    return shlex.join(["python", script, *(word for pair in words for word in pair)])
+    words = ["python", script]
+    for name, value in (flags | values).items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def is_main_process():
@@ -1033,7 +1031,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         gradient = rotated_gradient(a, g, q_a, q_g)
         weights = self.inverse_eigenvalues(g)
         if weights is not None:
-            gradient = (gradient * weights).to(g.dtype)
+            gradient.mul_(weights)
         if q_a is not None:
             gradient = q_g @ gradient @ q_a.T
         self.module.storage[PRECONDITIONED_GRADIENT_NAME] = gradient
@@ -1099,7 +1097,7 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 # --------------------------------------------------------------------------------------------------
 
 CPU_QUERY_BYTES = 3 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = 100  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
+QUERY_CHUNK = 50  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
 # The files of each stage. kronfluence reads the arguments again when it computes scores.
 STAGE_FILES = {

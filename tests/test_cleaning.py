@@ -212,12 +212,9 @@ def test_a_cleaned_model_that_there_is_not(trained, script, tmp_path):
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
-    text = pipeline.command(
-        "x.py", analyze.parse_arguments(), "factor_strategy", cleaned=False, corrupt_percentage=None
-    )
-    assert shlex.split(text) == [
-        *("python", "x.py", "--dataset_dir", "my $images", "--num_train_examples", "7", "--factor_strategy", "ekfac")
-    ]
+    text = pipeline.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
+    words = ["--dataset_dir", "my $images", "--num_train_examples", "7", "--cleaned", "--seed", "3"]
+    assert shlex.split(text) == ["python", "x.py", *words]
 
 
 # --------------------------------------------------------------------------------------------------
