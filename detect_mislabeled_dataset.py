@@ -138,9 +138,10 @@ def plot_suspects(path, data, order, scores, predicted, title):
     for cell in axes.flat[len(shown) :]:
         cell.axis("off")
     for cell, index in zip(axes.flat, shown, strict=False):
-        given, guess = (pipeline.shorten(data.class_names[label]) for label in (data.labels[index], predicted[index]))
+        labels = data.labels[index], predicted[index]
+        given, guess = (pipeline.shorten(data.class_names[label]) for label in labels)
         text = f"{given} →\n{guess}\n{scores[index]:.3g}"
-        pipeline.show_image(cell, data.images[index], text, "firebrick" if given != guess else "black")
+        pipeline.show_image(cell, data.images[index], text, "firebrick" if labels[0] != labels[1] else "black")
     figure.suptitle(title, fontsize=11, wrap=True)
     pipeline.save_figure(figure, path)
 
@@ -150,13 +151,13 @@ def plot_curves(path, rankings, fraction, title):
     plt = pipeline.pyplot()
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
     for (name, ranking), (colour, style) in zip(rankings.items(), CURVES, strict=True):
         points = [(0, 0), *((point["inspected"], point["found"]) for point in ranking["curve"])]
         label = f"{METHODS[name]}: {100 * ranking['found_at_10']:.1f} % at 10 %, AUROC {ranking['auroc']:.3f}"
-        axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=2, label=label)
-    axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", label="perfect")
-    axes.plot([0, 1], [0, 1], "-.", color="grey", label="random")
+        axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, linewidth=2, label=label)
+    axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", linewidth=1, label="perfect")
+    axes.plot([0, 1], [0, 1], "-", color="grey", linewidth=1, label="random")
     axes.set(
         xlabel="training images inspected",
         ylabel="mislabeled images found",
@@ -167,7 +168,7 @@ def plot_curves(path, rankings, fraction, title):
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=1, fontsize=9, handlelength=4)
     pipeline.save_figure(figure, path)
 
 

@@ -1419,8 +1419,9 @@ def show_image(axes, image, title, colour="black"):
 
 
 def shorten(name, length=16):
-    """Returns a name of at most `length` characters, the end of a longer one replaced by an ellipsis."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """Returns a name of at most `length` characters: both ends of a longer one, since either may tell it apart."""
+    tail = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - tail]}…{name[-tail:]}"
 
 
 def data_name(dataset, dataset_dir):

@@ -240,7 +240,7 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
 
 @pytest.mark.parametrize(
     ("name", "short"),
-    [("cat", "cat"), ("sixteen letters!", "sixteen letters!"), ("seventeen letters", "seventeen lette…")],
+    [("cat", "cat"), ("sixteen letters!", "sixteen letters!"), ("seventeen letters", "seventee…letters")],
 )
 def test_long_names_are_shortened(name, short):
     assert pipeline.shorten(name) == short
