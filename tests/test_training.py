@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import pipeline
 import train
@@ -72,6 +73,48 @@ def test_training_is_deterministic_and_follows_its_seed():
         )
         results.append(model.head.weight.detach())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_the_top_margin_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [-1.0, -4.0, -1.0]])
+    assert pipeline.top_margin(logits, torch.tensor([0, 2, 1])).tolist() == [1.0, -4.0, -3.0]
+
+
+class GrowingLogits(nn.Module):
+    """Gives every image the logits (step, 0, 0), with step 1 at the first batch, 2 at the second, and so on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.step = nn.Parameter(torch.zeros(())), 0
+
+    def forward(self, images):
+        self.step += 1
+        return torch.tensor([self.step, 0.0, 0.0]).expand(len(images), 3) + self.weight
+
+
+def test_what_the_training_batches_say_is_averaged_over_the_epochs():
+    """Two epochs of two batches: an example sees step 1 or 2, then step 3 or 4; the mean margin follows by hand."""
+    data = pipeline.generate_digits("", "train", 4)
+    data = replace(data, labels=torch.tensor([0, 1, 0, 2]))
+    generator = torch.Generator().manual_seed(5)
+    steps = torch.zeros(2, 4)
+    for epoch in range(2):
+        order, _, _ = train.epoch_batches(4, 2, generator)
+        steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
+    found = train.train(
+        GrowingLogits(),
+        data,
+        batch_size=2,
+        learning_rate=1e-9,
+        weight_decay=0.0,
+        num_epochs=2,
+        seed=5,
+        dtype=torch.float32,
+    )
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert found["aum"].tolist() == pytest.approx((sign * steps.mean(0)).tolist())
+    losses = (steps.exp() + 2).log() - steps * (sign > 0)
+    assert found["mean_loss"].tolist() == pytest.approx(losses.mean(0).tolist(), rel=1e-6)
 
 
 def test_a_diverged_loss_stops_the_training():
