@@ -121,7 +121,7 @@ def main():
             args.num_train_examples,
             args.output_dir,
         )
-        test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names, args.output_dir)
+        test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
         influence = pipeline.InfluenceRun(
             model,

@@ -338,16 +338,9 @@ def load_train_data(dataset, dataset_dir, num_examples=None, cache_dir=None):
     return LOADERS[dataset](dataset_dir, "train", num_examples, cache_dir)
 
 
-def load_test_data(dataset, dataset_dir, class_names, cache_dir=None):
-    """Loads the test images. Raises UserError where their classes are not `class_names`, those of the training."""
-    data = LOADERS[dataset](dataset_dir, "test", None, cache_dir)
-    if data.class_names != class_names:
-        differing = sorted(set(data.class_names) ^ set(class_names))
-        raise UserError(
-            f"--dataset_dir {dataset_dir}: train and test must have the same class folders, but only one has "
-            + ", ".join(repr(name) for name in differing)
-        )
-    return data
+def load_test_data(dataset, dataset_dir, cache_dir=None):
+    """Loads the test images, whose classes are those of the training images, in the same way."""
+    return LOADERS[dataset](dataset_dir, "test", None, cache_dir)
 
 
 def torchvision_datasets():
@@ -415,12 +408,19 @@ def find_samples(dataset_dir, split):
     try:
         # Every file but a hidden one counts, so that what cannot be read is named and not passed over.
         found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: Path(path).name[0] != ".")
+        both = [folder] if held_out else [dataset_dir / "train", dataset_dir / "test"]
+        names = [{path.name for path in folder.iterdir() if path.is_dir()} for folder in both]
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"--dataset imagefolder: {folder} must hold one folder of images per class ({first_line(error)})"
         ) from error
     if len(found.classes) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, but has 1")
+    if differing := names[0] ^ names[-1]:
+        raise UserError(
+            f"--dataset_dir {dataset_dir}: train and test must have the same class folders, but only one has "
+            + ", ".join(map(repr, sorted(differing)))
+        )
     if not held_out:
         return found.samples, found.classes
     is_test = draw_held_out(torch.tensor(found.targets))

@@ -216,7 +216,7 @@ def main():
     device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.choose_dtype(args.precision, device)
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir, clean.class_names, args.output_dir).to(device)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir).to(device)
     data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)
     cleaning = None
     if args.exclude_suspects:

@@ -126,7 +126,7 @@ def run_reference(args):
     device = pipeline.choose_device(args.device, several_processes=False)
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
     data, _ = pipeline.training_examples(clean, args.corrupt_percentage)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir, data.class_names)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir)
     if args.reference == "training":
         figures = reference_training(args, data, test, device)
     else:

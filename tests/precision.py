@@ -100,7 +100,7 @@ def main():
     _, _, data, is_corrupted = pipeline.load_trained(
         checkpoint, "cpu", "synthetic", "", 0.1, args.num_train_examples, cache_dir=None
     )
-    queries = pipeline.load_test_data("synthetic", "", data.class_names).take(torch.arange(args.num_query_examples))
+    queries = pipeline.load_test_data("synthetic", "").take(torch.arange(args.num_query_examples))
     scored = torch.arange(min(args.num_scored_examples, len(data)))
 
     def load_model():

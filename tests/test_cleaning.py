@@ -87,12 +87,11 @@ def test_a_file_that_is_not_utf8(written, data):
         train.read_corrections(written("path,new_label", "images/1 ü.png,cat", encoding="latin-1"), data)
 
 
-@pytest.mark.parametrize(("fraction", "excluded"), [(0.1, []), (0.34, [5, 0]), (0.5, [5, 0, 3])])
+@pytest.mark.parametrize(("fraction", "excluded"), [(0.1, [5]), (0.34, [5, 0]), (0.5, [5, 0, 3])])
 def test_the_top_of_a_ranking_is_excluded(written, data, fraction, excluded):
     ranking = [f"{rank},{i},images/{i} ü.png,{i % 3}" for rank, i in enumerate((5, 0, 3, 1, 2, 4), start=1)]
     path = written("rank,index,path,label", *ranking)
-    found = train.read_suspects(path, fraction, data)
-    assert found == pipeline.Cleaning(excluded[: round(6 * fraction)], {})
+    assert train.read_suspects(path, fraction, data) == pipeline.Cleaning(excluded, {})
 
 
 def test_a_ranking_of_other_labels_is_refused(written, data):
@@ -192,7 +191,7 @@ def test_corrections_follow_the_printed_command(loop):
         rows = list(csv.DictReader(file))
     assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
     assert all(row["train"] != str(wrong[5]) for row in rows)
-    test = pipeline.load_test_data("synthetic", "", clean.class_names)
+    test = pipeline.load_test_data("synthetic", "")
     for row in rows:  # the labels are the corrected ones, which are the true ones
         assert row["query_label"] == row["query_class_name"] == str(test.labels[int(row["query"])].item())
         assert row["train_label"] == row["train_class_name"] == str(clean.labels[int(row["train"])].item())
