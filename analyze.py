@@ -4,11 +4,11 @@ A positive score means that training on the image more would raise the margin of
 negative one that it would lower it (harmful).
 """
 
+import pipeline  # first of all, for Ctrl-C in the imports
+
 import csv
 
 import torch
-
-import pipeline
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file

@@ -5,12 +5,12 @@ label grows late in the training. The script writes the ranking, a contact sheet
 corrupted on purpose, how much of that it and the other rankings find.
 """
 
+import pipeline  # first of all, for Ctrl-C in the imports
+
 import csv
 
 import numpy as np
 import torch.nn.functional as F
-
-import pipeline
 
 NUM_PICTURED = 100
 METHODS = {  # by name: what pictures call it

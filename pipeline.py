@@ -2,6 +2,22 @@
 command line ► images and labels ► label corruption ► batches ► ResNet-9 ► files ► checkpoints ► influence ► results.
 """
 
+import os
+import sys
+
+
+def end_in_one_line(kind, error, traceback):
+    """Takes the place of Python's traceback where Ctrl-C was pressed: one line, exit status 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    sys.stdout.flush()
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119, nothing has been imported yet
+    print(f"{name}: interrupted; nothing is half-written, the same command starts again", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+sys.excepthook = end_in_one_line  # first of all, because the imports take seconds
+
 import argparse
 import atexit
 import contextlib
@@ -90,8 +106,7 @@ def keep_freed_memory():
 def run(main):
     """Calls `main` and turns what can go wrong into one line on standard error.
 
-    Exit status 2 for a mistake of the user, 1 for a failure of the machine or a result that is not a number, 130 for
-    Ctrl-C.
+    Exit status 2 for a mistake of the user, 1 for a failure of the machine or a result that is not a number.
     """
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
@@ -107,9 +122,7 @@ def run(main):
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
     except torch.OutOfMemoryError:
-        status, message = 1, "error: out of GPU memory at the smallest batch there is: free some, or use --device cpu"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; nothing is half-written, the same command starts again"
+        status, message = 1, "error: out of GPU memory: free some, lower the batch sizes, or use --device cpu"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -4,6 +4,8 @@ SGD without momentum, random crops and flips, a learning rate that rises for a f
 zero. `python train.py --help` lists the flags; their defaults are the recipe for CIFAR-10.
 """
 
+import pipeline  # first of all, for Ctrl-C in the imports
+
 import csv
 import dataclasses
 import time
@@ -13,8 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import pipeline
 
 
 def parse_arguments():
