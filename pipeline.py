@@ -35,6 +35,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1179,7 +1180,9 @@ class InfluenceRun:
                 for path in [record_path, *stage_files(folder, phase)]:
                     path.unlink(missing_ok=True)
             self.analyzer.state.wait_for_everyone()
-            with_smaller_batches(compute, overwrite_output_dir=True, **arguments)
+            if not self.analyzer.state.use_distributed:  # there, the other processes would go on without this one
+                compute = partial(with_smaller_batches, compute)
+            compute(overwrite_output_dir=True, **arguments)
             self.analyzer.state.wait_for_everyone()
             require_finite(phase, stage_files(folder, phase))
             if self.is_main_process:

@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -268,7 +269,8 @@ def content(path):
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
         weights = {name: digest(tensor) for name, tensor in checkpoint["weights"].items()}
-        return [weights, without(checkpoint["metadata"], "train_seconds")]
+        dynamics = {name: digest(tensor) for name, tensor in checkpoint["metadata"]["dynamics"].items()}
+        return [weights, dynamics, without(checkpoint["metadata"], "train_seconds", "dynamics")]
     if path.suffix == ".json":
         found = json.loads(path.read_text())
         if path.name.endswith(".complete.json"):  # its checksums depend on the order of the tensors
@@ -586,7 +588,7 @@ def test_without_memory_for_a_single_image_the_run_ends_in_one_sentence(forked, 
     process = forked(tmp_path, DETECT, largest_batch=0)
     assert process.returncode == 1
     assert process.stdout.count("going on with batches of half the size") == 3  # 8, 4, 2, 1
-    assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory at the smallest batch")
+    assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory: free some")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -640,6 +642,15 @@ def test_ctrl_c_in_detection_ends_in_one_sentence_and_the_next_run_is_right(fork
     assert results(tmp_path) == reference[DETECT].results
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_in_the_imports_ends_in_one_sentence(script, tmp_path, name):
+    """A module of the name torch, found first, stands for the seconds in which the real one is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    process = script(tmp_path, name, environment={"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 130
+    assert process.stderr == f"{name}: {INTERRUPTED}\n" and process.stdout == ""
+
+
 # --------------------------------------------------------------------------------------------------
 # Several processes
 # --------------------------------------------------------------------------------------------------
@@ -654,16 +665,85 @@ def test_several_processes_on_the_cpu_are_refused(forked, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_with_one_process_gives_the_same_result(reference, tmp_path):
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+def torchrun(folder, processes, *command):
+    """Runs a command under torchrun and returns the finished process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=1", "--master_addr", "127.0.0.1")
-    with started(tmp_path, *torchrun, "--master_port", port, ROOT / DETECT, *COMMANDS[DETECT]) as process:
-        finished = finish(process)
-    assert finished.returncode == 0, finished.stderr
+    place = ("--master_addr", "127.0.0.1", "--master_port", port)
+    with started(folder, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *place, *command) as process:
+        return finish(process)
+
+
+def test_torchrun_with_one_process_gives_the_same_result(reference, tmp_path):
+    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+    process = torchrun(tmp_path, 1, ROOT / DETECT, *COMMANDS[DETECT])
+    assert process.returncode == 0, process.stderr
     assert results(tmp_path) == reference[DETECT].results
 
 
+def run_as_if_on_gpus(name, *flags):
+    """Runs a script under torchrun on the CPU as it runs on several GPUs: gloo in place of NCCL.
+
+    kronfluence adds up factors and gathers queries only where CUDA is there, so it is told that it is.
+    """
+    from kronfluence.computer import computer
+    from kronfluence.module.tracker import factor, precondition
+    from kronfluence.utils.state import State
+
+    class TorchWithCuda:
+        cuda = types.SimpleNamespace(is_available=lambda: True)
+
+        def __getattr__(self, attribute):
+            return getattr(torch, attribute)
+
+    class DataParallel(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module, device_ids, output_device):
+            super().__init__(module)
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    State(cpu=True)
+    State._shared_state.update(num_processes=2, process_index=rank, local_process_index=rank)
+    computer.DDP, factor.torch, precondition.torch = DataParallel, TorchWithCuda(), TorchWithCuda()
+    torch.Tensor.cuda, torch.cuda.synchronize = lambda tensor: tensor, lambda: None
+    gather = torch.distributed.all_gather_into_tensor  # gloo wants the parts one after the other, and not stacked
+    torch.distributed.all_gather_into_tensor = lambda output_tensor, input_tensor: gather(
+        output_tensor.flatten(0, 1), input_tensor
+    )
+    pipeline.choose_device = lambda *_, **__: torch.device("cpu")
+    sys.argv = [name, *flags]
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        pytest.param(DETECT, ("--factor_strategy", "ekfac", "--damping_factor", "heuristic"), id="detect, ekfac"),
+        pytest.param(ANALYZE, ("--num_query_examples", 5, "--query_batch_size", 2), id="analyze, diagonal"),
+    ],
+)
+def test_two_processes_give_the_scores_of_one(forked, reference, tmp_path, name, flags):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        copy_checkpoint(reference[TRAIN].folder, folder)
+    alone = forked(one, name, *COMMANDS[name], *flags)
+    assert alone.returncode == 0, alone.stderr
+    together = torchrun(two, 2, __file__, name, *COMMANDS[name], *flags)
+    assert together.returncode == 0, together.stderr
+    said = [
+        [line for line in process.stdout.replace(str(folder), "").splitlines() if " in all: " not in line]
+        for folder, process in ((one, alone), (two, together))
+    ]
+    assert said[0] == said[1], "the first process must say what one alone says, and the other nothing"
+    (expected,), (found,) = (
+        [load_file(path)["all_modules"] for path in result_folder(folder).glob("scores_*/*.safetensors")]
+        for folder in (one, two)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 if __name__ == "__main__":
-    serve()
+    run_as_if_on_gpus(*sys.argv[1:]) if len(sys.argv) > 1 else serve()
