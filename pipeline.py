@@ -893,8 +893,9 @@ def whole_batch(batch):
 # G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
 # two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
 # it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, because
-# rankings by pairwise scores do not survive a bfloat16 one. Whether a layer is rotated at all follows from
-# the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
+# rankings by pairwise scores do not survive bfloat16 ones; those by self-influence do, once the factors are there.
+# Whether a layer is rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal,
+# identity), no rotation.
 # --------------------------------------------------------------------------------------------------
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
@@ -1221,7 +1222,8 @@ class InfluenceRun:
         Raises NumericalError where a score is not a number.
         """
         compute, load = self.analyzer.compute_self_scores, self.analyzer.load_self_scores
-        return self.scores("self", compute, load, damping_factor, {})
+        amp_dtype = self.dtype if self.dtype == torch.bfloat16 else None
+        return self.scores("self", compute, load, damping_factor, {}, amp_dtype=amp_dtype)
 
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
         """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
