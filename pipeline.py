@@ -25,12 +25,11 @@ import ctypes
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
-import os
 import platform
 import shlex
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -917,12 +916,40 @@ def rotated_gradient(a, g, q_a, q_g):
     return per_sample_gradient(a, g) @ q_a
 
 
-def add_symmetric_product(total, rows):
-    """Adds rows^T rows to `total` [I, I], rows [R, I]: the blocks from the diagonal on, and their mirror images."""
-    for start in range(0, len(total), SYMMETRIC_BLOCK):
+def symmetric_product(rows):
+    """Returns rows^T rows, [I, I], of rows [R, I]: the blocks from the diagonal on, and their mirror images."""
+    product = rows.new_empty(rows.shape[1], rows.shape[1])
+    for start in range(0, len(product), SYMMETRIC_BLOCK):
         end = start + SYMMETRIC_BLOCK
-        total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
-        total[end:, start:end] = total[start:end, end:].T
+        torch.mm(rows[:, start:end].T, rows[:, start:], out=product[start:end, start:])
+        product[end:, start:end] = product[start:end, end:].T
+    return product
+
+
+def patch_covariance(strips, height, down, num_rows):
+    """Returns the sum of a a^T over positions, [I, I], of patches a that are `height` strips one below the other.
+
+    strips: [H, R, J], of each row of the images what the kernel's columns see at R = B*W' places; the patches of
+    output row t are made of strips t*down to t*down + height - 1, so I = height * J. Block (i, j) of the sum is
+    sum_t strips[t*down + i]^T strips[t*down + j] over t < num_rows: block (i - down, j - down), less the term of
+    t = 0 there, plus the term of the last t here.
+    """
+    interleaved = [strips[start::down].contiguous() for start in range(down)]
+
+    def seen(i, first=0, count=num_rows):  # strip i of the patches of `count` output rows, [count*R, J]
+        start = i // down + first
+        return interleaved[i % down][start : start + count].flatten(0, 1)
+
+    blocks = {}
+    for i, j in itertools.combinations_with_replacement(range(height), 2):
+        if i < down:
+            blocks[i, j] = symmetric_product(seen(i)) if i == j else seen(i).T @ seen(j)
+        else:
+            gone = seen(i - down, 0, 1).T @ seen(j - down, 0, 1)
+            come = seen(i, num_rows - 1, 1).T @ seen(j, num_rows - 1, 1)
+            blocks[i, j] = blocks[i - down, j - down] - gone + come
+        blocks[j, i] = blocks[i, j].T
+    return torch.cat([torch.cat([blocks[i, j] for j in range(height)], 1) for i in range(height)])
 
 
 @contextlib.contextmanager
@@ -939,7 +966,7 @@ def rounded_products(enabled):
 
 
 class BatchHooks:
-    """Hands each batch's patches and output gradients, in the compute dtype, to `update(a, g)`.
+    """Hands each batch's inputs [B, ...] and output gradients [B, T, O], in the compute dtype, to `update(inputs, g)`.
 
     A mixin for kronfluence's trackers; `compute_dtype` names the argument of kronfluence that holds the dtype.
     """
@@ -955,12 +982,15 @@ class BatchHooks:
         def backward_hook(activation, gradient):
             arguments, name = self.compute_dtype
             dtype = getattr(getattr(self.module, arguments), name)
-            a, _ = self.module.get_flattened_activation(activation.to(dtype))  # (B*T, I)
             g, _ = self.module.get_flattened_gradient(gradient.to(dtype))  # (B*T, O)
-            batch_size = len(activation)
-            self.update(a.view(batch_size, -1, a.shape[1]), g.reshape(batch_size, -1, g.shape[1]))
+            self.update(activation.to(dtype), g.reshape(len(gradient), -1, g.shape[1]))
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
+
+    def patches(self, inputs):
+        """Returns the patches [B, T, I] of a layer's inputs."""
+        a, _ = self.module.get_flattened_activation(inputs)
+        return a.view(len(inputs), -1, a.shape[1])
 
     def factor(self, name, like):
         """Returns a factor, moved once to the device and dtype of `like`; None where the strategy has none."""
@@ -1000,17 +1030,12 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
 
     compute_dtype = ("factor_args", "activation_covariance_dtype")
 
-    def update(self, a, g):
-        rounded = self.module.factor_args.per_sample_gradient_dtype == torch.bfloat16
-        for rows, covariance, count in (
-            (a.flatten(0, 1), ACTIVATION_COVARIANCE_MATRIX_NAME, NUM_ACTIVATION_COVARIANCE_PROCESSED),
-            (g.flatten(0, 1), GRADIENT_COVARIANCE_MATRIX_NAME, NUM_GRADIENT_COVARIANCE_PROCESSED),
-        ):
-            if self.module.storage[covariance] is None:
-                self.module.storage[covariance] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            with rounded_products(rounded):
-                add_symmetric_product(self.module.storage[covariance], rows)
-            self.add(count, torch.tensor([len(rows)]))
+    def update(self, inputs, g):
+        with rounded_products(self.module.factor_args.per_sample_gradient_dtype == torch.bfloat16):
+            self.add(ACTIVATION_COVARIANCE_MATRIX_NAME, self.module.activation_covariance(inputs))
+            self.add(GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
+        for count in (NUM_ACTIVATION_COVARIANCE_PROCESSED, NUM_GRADIENT_COVARIANCE_PROCESSED):
+            self.add(count, torch.tensor([g.shape[0] * g.shape[1]]))
 
 
 class LambdaSums(BatchHooks, LambdaTracker):
@@ -1018,8 +1043,8 @@ class LambdaSums(BatchHooks, LambdaTracker):
 
     compute_dtype = ("factor_args", "per_sample_gradient_dtype")
 
-    def update(self, a, g):
-        gradient = rotated_gradient(a, g, *self.eigenvectors(g))
+    def update(self, inputs, g):
+        gradient = rotated_gradient(self.patches(inputs), g, *self.eigenvectors(g))
         for squared in squares(gradient):
             self.add(LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(NUM_LAMBDA_PROCESSED, torch.tensor([len(gradient)]))
@@ -1028,8 +1053,9 @@ class LambdaSums(BatchHooks, LambdaTracker):
 class SelfInfluence(BatchHooks, SelfScoreTracker):
     """G^T H^-1 G of each example: the squared rotated gradient, weighted by 1 / (lambda + damping)."""
 
-    def update(self, a, g):
-        gradient, weights = rotated_gradient(a, g, *self.eigenvectors(g)), self.inverse_eigenvalues(g)
+    def update(self, inputs, g):
+        gradient = rotated_gradient(self.patches(inputs), g, *self.eigenvectors(g))
+        weights = self.inverse_eigenvalues(g)
         self.module.storage[SELF_SCORE_VECTOR_NAME] = torch.cat(
             [
                 squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
@@ -1041,9 +1067,9 @@ class SelfInfluence(BatchHooks, SelfScoreTracker):
 class PreconditionedQuery(BatchHooks, PreconditionTracker):
     """H^-1 G of each query, rotated back, [Q, O, I], so that no training gradient needs a rotation."""
 
-    def update(self, a, g):
+    def update(self, inputs, g):
         q_a, q_g = self.eigenvectors(g)
-        gradient = rotated_gradient(a, g, q_a, q_g)
+        gradient = rotated_gradient(self.patches(inputs), g, q_a, q_g)
         weights = self.inverse_eigenvalues(g)
         if weights is not None:
             gradient.mul_(weights)
@@ -1062,8 +1088,8 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     """Dot products [Q, B] of the preconditioned queries with the per-sample gradients: a matrix product per batch."""
 
-    def update(self, a, g):
-        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+    def update(self, inputs, g):
+        gradient = per_sample_gradient(self.patches(inputs), g).flatten(1)  # (B, O*I)
         queries = self.module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]  # a list of (Q', O, I)
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
         self.module.storage[PAIRWISE_SCORE_MATRIX_NAME] = accumulator(scores)
@@ -1082,6 +1108,11 @@ class EigenbasisTrackers:
             ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(self),
         }
 
+    def activation_covariance(self, inputs):
+        """Returns the sum of a a^T, [I, I], over the patches of a layer's inputs."""
+        patches, _ = self.get_flattened_activation(inputs)
+        return symmetric_product(patches)
+
 
 class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
     """A convolution, neither dilated nor grouped, that kronfluence tracks by the trackers above.
@@ -1090,17 +1121,32 @@ class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
     kronfluence's are: so they are copied in runs of channels from images that are channels last in memory.
     """
 
+    def padded(self, images):
+        """Returns images [B, C, H, W] with their padding, channels last: [B, H, W, C]."""
+        top, left = self.original_module.padding
+        return F.pad(images.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+
     def get_flattened_activation(self, input_activation):
         """Returns the patches [B*T, I] of images [B, C, H, W], with a column of ones for a bias; and B*T."""
         layer = self.original_module
         (height, width), (down, across) = layer.kernel_size, layer.stride
-        (top, left) = layer.padding
-        images = F.pad(input_activation.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
+        images = self.padded(input_activation)
         patches = images.unfold(1, height, down).unfold(2, width, across)  # (B, H', W', C, height, width), a view
         patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * images.shape[3])
         if layer.bias is not None:
             patches = F.pad(patches, (0, 1), value=1)
         return patches, len(patches)
+
+    def activation_covariance(self, inputs):
+        """Returns the sum of a a^T, [I, I], over the patches of images, which are not copied out for it."""
+        layer = self.original_module
+        if layer.bias is not None:
+            return super().activation_covariance(inputs)
+        (height, width), (down, across) = layer.kernel_size, layer.stride
+        images = self.padded(inputs).transpose(0, 1)  # (H, B, W, C)
+        strips = images.unfold(2, width, across).transpose(3, 4)  # (H, B, W', width, C), a view
+        strips = strips.reshape(len(images), -1, width * images.shape[3])
+        return patch_covariance(strips, height, down, (len(images) - height) // down + 1)
 
 
 class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):

@@ -182,6 +182,24 @@ def test_scores_do_not_depend_on_the_number_of_data_partitions(tmp_path, monkeyp
     assert relative_error(parts.self_influence(1e-3)[0], self_influence) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding"),
+    [(1, 1, 0), (3, 1, 1), (3, 1, 0), (5, 2, 2), (3, 2, 0), ((4, 3), (2, 1), (1, 0)), ((2, 3), (3, 2), (0, 2))],
+    ids=str,
+)
+def test_activation_covariance_equals_the_sum_over_patches(monkeypatch, kernel_size, stride, padding):
+    """From strips of the images, where rows that patches share are multiplied once; patches by torch's own unfold."""
+    monkeypatch.setattr(pipeline, "SYMMETRIC_BLOCK", 4)
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
+    images = torch.randn(3, 5, 11, 8, dtype=torch.float64)
+    patches = F.unfold(images, layer.kernel_size, 1, layer.padding, layer.stride)  # (B, C*k*k, T)
+    patches = patches.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2).flatten(0, 1)  # (B*T, k*k*C)
+    tracked = pipeline.EigenbasisConv2d("layer", layer)
+    assert relative_error(tracked.activation_covariance(images), patches.T @ patches) < 1e-12
+    assert torch.equal(tracked.get_flattened_activation(images)[0], patches)
+
+
 def test_margin_is_the_log_odds_of_the_label():
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]], dtype=torch.float64)
     labels = torch.tensor([1, 0])
