@@ -188,11 +188,12 @@ def print_rankings(rankings, method):
 def report_rankings(curve_png, scores, is_corrupted, method, title):
     """Evaluates, draws and prints the rankings by `scores`, arrays [N] by name. Returns their json entries.
 
-    Without a corrupted label there is no truth to compare with: says so, leaves no curve, and returns none.
+    Where labels are not known to be partly wrong there is nothing to compare with: says so, leaves no curve, and
+    returns none.
     """
-    if not is_corrupted.any():
+    if is_corrupted.all() or not is_corrupted.any():
         curve_png.unlink(missing_ok=True)
-        print("No labels were corrupted on purpose, so there is no truth to compare with: look at the suspects.")
+        print("No part of the labels is known to be wrong, so there is no truth to compare with: look at the suspects.")
         return {}
     rankings = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
     plot_curves(curve_png, rankings, is_corrupted.mean(), title)

@@ -35,6 +35,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,12 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory():
+    """Gives freed memory back after all: in a long run the pieces become too small for the next tensors."""
+    with contextlib.suppress(AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run(main):
@@ -278,6 +285,8 @@ def choose_device(name, several_processes):
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {place} is right in one process only: start it without torchrun"
         )
+    if world_size > 1 and not int(os.environ.get("LOCAL_RANK", world_size)) < torch.cuda.device_count():
+        raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
 
 
@@ -419,8 +428,7 @@ def find_samples(dataset_dir, split):
     held_out = not (dataset_dir / "test").exists()
     folder = dataset_dir / ("train" if held_out else split)
     try:
-        # Every file but a hidden one counts, so that what cannot be read is named and not passed over.
-        found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: Path(path).name[0] != ".")
+        found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: not is_hidden(path, folder))
         both = [folder] if held_out else [dataset_dir / "train", dataset_dir / "test"]
         names = [{path.name for path in folder.iterdir() if path.is_dir()} for folder in both]
     except (OSError, RuntimeError) as error:
@@ -436,25 +444,35 @@ def find_samples(dataset_dir, split):
         )
     if not held_out:
         return found.samples, found.classes
-    is_test = draw_held_out(torch.tensor(found.targets))
+    is_test = choose_held_out(found.samples, folder)
+    if not any(is_test):
+        raise UserError(f"--dataset imagefolder: without {dataset_dir / 'test'}, some class must have 2 images or more")
     if split == "train" and is_main_process():
-        print(f"There is no {dataset_dir / 'test'}: {is_test.sum()} images, a tenth of each class, are held out for it")
-    chosen = is_test if split == "test" else ~is_test
-    return [found.samples[i] for i in chosen.nonzero().squeeze(1).tolist()], found.classes
+        print(f"There is no {dataset_dir / 'test'}: {sum(is_test)} images, a tenth of each class, are held out for it")
+    chosen = [held_out == (split == "test") for held_out in is_test]
+    return list(itertools.compress(found.samples, chosen)), found.classes
 
 
-def draw_held_out(labels):
-    """Returns which tenth of each class to hold out, one image at least of a class of two or more, bool [N].
+def is_hidden(path, folder):
+    """Returns whether a file below `folder` is passed over; any other must be an image, lest it be missed unseen."""
+    return any(part[0] == "." for part in Path(path).relative_to(folder).parts)
 
-    labels: int64 [N].
+
+def choose_held_out(samples, folder):
+    """Returns which tenth of each class to hold out, one image at least of a class of two or more, a list of bools.
+
+    samples: (path, label) pairs. The hash of its name below `folder` decides about a file, so that others may come and
+    go and most of the held out ones remain.
     """
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
+    by_class = {}
+    for path, label in samples:
+        name = Path(path).relative_to(folder).as_posix()
+        by_class.setdefault(label, []).append((sha256(str(HELD_OUT_SEED), os.fsencode(name).hex()), path))
+    held_out = set()
+    for members in by_class.values():
         count = max(1, round(len(members) / 10)) if len(members) > 1 else 0
-        is_held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return is_held_out
+        held_out |= {path for _, path in sorted(members)[:count]}
+    return [path in held_out for path, _ in samples]
 
 
 def read_images(paths, split, cache):
@@ -463,8 +481,7 @@ def read_images(paths, split, cache):
     The cache is known by the files' names, sizes and times of change and by its own checksum, and written anew where
     these differ. None stands for no cache.
     """
-    stats = ((path, os.stat(path)) for path in paths)  # noqa: PTH116, pathlib takes seconds for as many as these
-    listing = sha256(code_version(), *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats))
+    listing = sha256(CODE_VERSION, *map(describe_file, paths))
     if cache is not None:
         with contextlib.suppress(OSError, SafetensorError), safe_open(cache, framework="np") as file:
             images = file.get_tensor("images")
@@ -479,6 +496,16 @@ def read_images(paths, split, cache):
     return images
 
 
+def describe_file(path):
+    """Returns name, size and time of change of a file, which change with what is in it."""
+    try:
+        path.encode()
+        stat = os.stat(path)  # noqa: PTH116, pathlib takes seconds for as many as there are
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path!r} cannot be read ({first_line(error)}): remove or rename it") from error
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
 def read_image(path):
     """Returns the image in a file as RGB, uint8 [32, 32, 3], upright, transparency over white.
 
@@ -490,13 +517,15 @@ def read_image(path):
         with Image.open(path) as image:
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
             image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
+                raise ValueError("32 bits per pixel, of unknown range; save it with 8 or 16")
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
                 image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} is not an image that can be read ({first_line(error)}): remove or replace it"
         ) from error
@@ -576,18 +605,18 @@ class Cleaning:
 
 
 def training_examples(clean, fraction, cleaning=None):
-    """Returns the examples to train on and is_corrupted, bool [N]: which of their labels are not those of `clean`.
+    """Returns the examples to train on and is_corrupted, bool [N]: which labels were made wrong and still are.
 
     These are the images of `clean` with the labels that `--corrupt_percentage` stands for, less what a `cleaning`
     excludes, and with the labels that it gives.
     """
-    labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+    labels, made_wrong = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
     kept = torch.ones(len(clean), dtype=torch.bool)
     if cleaning is not None:
         kept[cleaning.excluded] = False
         labels[list(cleaning.new_labels)] = torch.tensor(list(cleaning.new_labels.values()), dtype=torch.int64)
     data = replace(clean, labels=labels).take(kept.nonzero().squeeze(1))
-    return data, data.labels != clean.labels[data.indices]
+    return data, made_wrong[data.indices] & (data.labels != clean.labels[data.indices])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -731,9 +760,8 @@ def sha256(*parts):
     return digest.hexdigest()
 
 
-def code_version():
-    """Returns the SHA-256 of this file: what it computes into a file is reused by the same code only."""
-    return sha256(Path(__file__).read_text(encoding="utf-8"))
+# What is computed into a file is reused by the same code only.
+CODE_VERSION = sha256(Path(__file__).read_text(encoding="utf-8"), *map(version, ("torch", "kronfluence")))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -812,6 +840,11 @@ def load_trained(path, device, dataset, dataset_dir, fraction, num_examples, cac
             f"--corrupt_percentage {metadata['corrupt_percentage']}) than the {len(clean)} asked about: "
             "give the data flags it was trained with, or train again"
         )
+    if is_main_process():
+        wrong = f"{is_corrupted.sum()} with a wrong label"
+        print(
+            f"{path}: trained on {len(data)} images ({wrong}), test accuracy {100 * metadata['accuracy']['test']:.2f} %"
+        )
     return model, metadata, data, is_corrupted
 
 
@@ -865,17 +898,23 @@ class ClassificationTask(Task):
         return -margin(model(images), labels).sum()
 
 
+TRIM_INTERVAL = 16  # batches
+
+
 class InfluenceDataset(torch.utils.data.Dataset):
     """ImageData as kronfluence takes it: whole batches by index, each example with its uniform random number."""
 
     def __init__(self, data, seed):
-        self.data = data
+        self.data, self.num_batches = data, 0
         self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
 
     def __len__(self):
         return len(self.data)
 
     def __getitems__(self, indices):
+        self.num_batches += 1
+        if self.num_batches % TRIM_INTERVAL == 0:
+            return_freed_memory()
         indices = torch.as_tensor(indices, device=self.data.labels.device)
         return normalize(self.data.images[indices]), self.data.labels[indices], self.uniforms[indices]
 
@@ -1157,7 +1196,7 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 # Influence: factors and scores
 # --------------------------------------------------------------------------------------------------
 
-CPU_QUERY_BYTES = 3 * 2**30  # keeps a run on the CPU below 6 GB
+CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 50  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
 
 # The files of each stage. kronfluence reads the arguments again when it computes scores.
@@ -1258,7 +1297,7 @@ class InfluenceRun:
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
         fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
         folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
-        fitted = self.stage("covariance", folder, code_version(), analyzer.fit_covariance_matrices, **fitting)
+        fitted = self.stage("covariance", folder, CODE_VERSION, analyzer.fit_covariance_matrices, **fitting)
         fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
         return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
 
@@ -1420,8 +1459,6 @@ def peak_memory_bytes(device):
 
 def environment(device):
     """Returns what a figure depends on beside the code: hardware and versions."""
-    from importlib.metadata import version
-
     cpu_name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     versions = {"torch": str(torch.__version__)} | {package: version(package) for package in ("kronfluence", "numpy")}
     return {

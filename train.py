@@ -60,12 +60,15 @@ def read_rows(flag, path, columns):
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
+            reader = csv.DictReader(file)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise pipeline.UserError(f"{flag} {path}: its first line must name the column {missing[0]!r}")
             for row in reader:
-                yield f"{flag} {path}, line {reader.line_num}", row
+                place = f"{flag} {path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise pipeline.UserError(f"{place}: has another number of cells than the first line")
+                yield place, row
     except (OSError, ValueError, csv.Error) as error:
         raise pipeline.UserError(
             f"{flag} {path} cannot be read as a csv file in UTF-8 ({pipeline.first_line(error)})"
@@ -73,34 +76,44 @@ def read_rows(flag, path, columns):
 
 
 def find_example(place, row, data, by_path):
-    """Returns the index of the training image that a row calls by `path` or, where that is empty, by `index`."""
+    """Returns the index of the training image that a row calls by `path` or, where that is empty, by `index`.
+
+    Raises UserError where there is none, or where it has another label than the row says (if it has a `label`).
+    """
     path, index = row.get("path", ""), row.get("index", "").strip()
     if path:
         if (found := by_path.get(Path(path).absolute())) is None:
             raise pipeline.UserError(f"{place}: {path} is not among the training images")
-        return found
-    if not index.isdecimal() or int(index) >= len(data):
+    elif index.isdecimal() and int(index) < len(data):
+        found = int(index)
+    else:
         raise pipeline.UserError(
             f"{place}: there is no training image {index or 'without path and index'}, only 0 to {len(data) - 1}"
         )
-    return int(index)
+    if row.get("label", str(data.labels[found].item())) != str(data.labels[found].item()):
+        raise pipeline.UserError(
+            f"{place}: image {found} has the label {data.labels[found]}, not {row['label']}: "
+            "give the data flags of the detection"
+        )
+    return found
 
 
 def read_suspects(path, fraction, data):
     """Returns the Cleaning that leaves out the top `fraction` of a ranking, of the ImageData that it ranks.
 
-    Raises UserError, naming the line, where it ranks something else.
+    Raises UserError, naming the line, where it ranks something else or is no longer in its order.
     """
     by_path = examples_by_path(data)
     ranking = []
-    for place, row in read_rows("--exclude_suspects", path, ("index", "path", "label")):
-        index = find_example(place, row, data, by_path)
-        if row["label"] != str(data.labels[index].item()):
-            raise pipeline.UserError(
-                f"{place}: image {index} has the label {data.labels[index]}, not {row['label']}: "
-                "rank the labels that are trained on"
-            )
-        ranking.append(index)
+    for place, row in read_rows("--exclude_suspects", path, ("rank", "index", "path", "label")):
+        if row["rank"] != str(len(ranking) + 1):
+            raise pipeline.UserError(f"{place}: rank {row['rank']} where {len(ranking) + 1} is due: keep its order")
+        ranking.append(find_example(place, row, data, by_path))
+    if sorted(ranking) != list(range(len(data))):
+        raise pipeline.UserError(
+            f"--exclude_suspects {path} ranks {len(set(ranking))} of the {len(data)} training images: give the ranking "
+            "of a model trained on all of them"
+        )
     return pipeline.Cleaning(ranking[: round(fraction * len(ranking))], {})
 
 
@@ -200,8 +213,11 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 raise pipeline.NumericalError(
                     f"the loss became {mean_loss} in epoch {epoch + 1}: lower --learning_rate"
                 )
-    visits = visits.clamp(min=1)  # a partial batch is dropped, and with few epochs an example with it each time
-    return {"aum": (margin_sums / visits).cpu(), "mean_loss": (loss_sums / visits).cpu()}
+    # Partial batches are dropped, and with few epochs an example may have been among them each time.
+    seen = visits > 0
+    means = torch.where(seen, torch.stack([margin_sums, loss_sums]) / visits, 0)
+    means = torch.where(seen, means, means[:, seen].mean(1, keepdim=True)).cpu()
+    return {"aum": means[0], "mean_loss": means[1]}
 
 
 def evaluate(logits, labels):

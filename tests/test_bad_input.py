@@ -4,6 +4,7 @@ The scripts run in this process, through their `main`, because a process per cas
 """
 
 import importlib
+import os
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
+@pytest.mark.parametrize("environment", [{}, {"LOCAL_RANK": "1"}], ids=["not by torchrun", "more than GPUs"])
+def test_processes_without_a_gpu_of_their_own(fails, monkeypatch, environment):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "1"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert "start them with torchrun" in fails(DETECT)
+
+
 @pytest.mark.parametrize(("name", "flag"), [(TRAIN, "--learning_rate"), (DETECT, "--damping_factor")])
 def test_a_flag_without_its_value_is_named(fails, name, flag):
     assert flag in fails(name, flag)
@@ -140,6 +150,28 @@ def a_text_file(root):
     (root / "train" / "äpfel" / "notes.txt").write_text("not an image")
 
 
+def a_grey_image_of_32_bits(root):
+    """Brightness as floating-point numbers, which may lie between 0 and 1 or between 0 and 65535."""
+    Image.new("F", (40, 40), 0.5).save(root / "train" / "cat" / "1.tiff")
+
+
+def a_dangling_link(root):
+    """A link to a file that is gone."""
+    (root / "train" / "cat" / "9.png").symlink_to("gone.png")
+
+
+def a_name_in_latin_1(root):
+    """A file whose name is not UTF-8."""
+    (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / os.fsdecode(b"\xe4.png"))
+
+
+def one_image_per_class_and_no_test(root):
+    """Nothing that could be held out."""
+    shutil.rmtree(root / "test")
+    for path in (root / "train").glob("*/[1-9].png"):
+        path.unlink()
+
+
 def a_missing_class_in_test(root):
     """A training class that no test image has."""
     shutil.rmtree(root / "test" / "cat")
@@ -159,6 +191,10 @@ def nothing(root):
         (a_truncated_image, "cat/1.png"),
         (an_empty_image, "grey owl/1.png"),
         (a_text_file, "äpfel/notes.txt"),
+        (a_grey_image_of_32_bits, "cat/1.tiff"),
+        (a_dangling_link, "cat/9.png"),
+        (a_name_in_latin_1, "cat/"),
+        (one_image_per_class_and_no_test, "2 images or more"),
         (a_missing_class_in_test, "'cat'"),
         (nothing, "my images"),
     ],

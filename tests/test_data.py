@@ -158,6 +158,13 @@ def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
     assert np.abs(pipeline.read_image(tmp_path / "photo.jpg") - expected).mean() < 3
 
 
+def test_hidden_files_and_folders_are_passed_over(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(class_folders / "train" / "cat", tmp_path / "train" / "cat" / ".originals")
+    (tmp_path / "train" / "cat" / ".DS_Store").write_bytes(b"")
+    assert len(pipeline.load_train_data("imagefolder", tmp_path)) == 15
+
+
 def test_folders_inside_a_class_belong_to_it(class_folders, tmp_path):
     shutil.copytree(class_folders, tmp_path, dirs_exist_ok=True)
     (tmp_path / "train" / "cat" / "2019" / "may").mkdir(parents=True)
@@ -194,6 +201,14 @@ def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without
 def test_the_same_images_are_held_out_each_time(without_test):
     once, again = (pipeline.load_test_data("imagefolder", without_test) for _ in range(2))
     assert once.paths == again.paths
+
+
+def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
+    """Of 31 files a tenth is 3, as of 30; at most the new one takes the place of one, in its class."""
+    before = pipeline.load_test_data("imagefolder", without_test)
+    Image.new("RGB", (8, 8)).save(without_test / "train" / "many" / "a new one.png")
+    after = pipeline.load_test_data("imagefolder", without_test)
+    assert len({*before.paths} & {*after.paths}) >= 3 and after.labels.bincount().tolist() == [3, 0, 1]
 
 
 # --------------------------------------------------------------------------------------------------

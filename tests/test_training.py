@@ -117,6 +117,24 @@ def test_what_the_training_batches_say_is_averaged_over_the_epochs():
     assert found["mean_loss"].tolist() == pytest.approx(losses.mean(0).tolist(), rel=1e-6)
 
 
+def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
+    data = pipeline.generate_digits("", "train", 3)
+    generator = torch.Generator().manual_seed(5)
+    order, _, _ = train.epoch_batches(3, 2, generator)
+    (missed,) = set(range(3)) - set(order.flatten().tolist())
+    found = train.train(
+        GrowingLogits(),
+        replace(data, labels=torch.tensor([0, 0, 0])),
+        batch_size=2,
+        learning_rate=1e-9,
+        weight_decay=0.0,
+        num_epochs=1,
+        seed=5,
+        dtype=torch.float32,
+    )
+    assert found["aum"].tolist() == pytest.approx([1, 1, 1]) and found["mean_loss"][missed] == found["mean_loss"].mean()
+
+
 def test_a_diverged_loss_stops_the_training():
     data = pipeline.generate_digits("", "train", 40)
     with pytest.raises(pipeline.NumericalError, match="learning_rate"):
@@ -203,7 +221,8 @@ def test_checkpoint_names(tmp_path, fraction, cleaned, name):
 def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path, monkeypatch):
     data = pipeline.generate_digits("", "train", 20)
     path = tmp_path / "model.pth"
-    metadata = pipeline.describe(data) | {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None}
+    metadata = {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None, "accuracy": {"test": 0.5}}
+    metadata |= pipeline.describe(data)
     pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
 
     def load(found):
