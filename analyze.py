@@ -38,7 +38,7 @@ def parse_arguments():
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
-        help="queries whose gradients, 9 MB each in float32, are held at a time; on the CPU at most 3 GB of them",
+        help="queries whose gradients, 9 MB each in float32, are held at a time; on the CPU at most 2 GB of them",
     )
     return parser.parse_args()
 

@@ -84,7 +84,8 @@ def write_decisions(path, suspects_csv, job, true_names):
         scores = np.random.default_rng(job["seed"]).random(len(rows))
     else:
         scores = np.array([float(row[job["by"]]) for row in rows])
-    ranking = [rows[i] for i in np.argsort(-scores, kind="stable")]
+    order = np.argsort(-scores, kind="stable")
+    ranking = [rows[i] | {"rank": rank} for rank, i in enumerate(order, start=1)]
     if job["labels"] == "put right":
         top = ranking[: round(job["fraction"] * len(ranking))]
         ranking = [row | {"new_label": true_names[int(row["index"])]} for row in top if row["is_corrupted"] == "1"]
