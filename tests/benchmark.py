@@ -33,6 +33,7 @@ import pipeline
 import train
 
 ROOT = Path(pipeline.__file__).parent
+WORK = ("covariance", "eigendecomposition", "lambda", "scores")
 
 # --------------------------------------------------------------------------------------------------
 # The reference configuration
@@ -175,9 +176,8 @@ def run_script(name, flags, checkpoint_dir, precision, output_dir):
     )
     record = json.loads(next(Path(output_dir).glob("*/*.json")).read_text())
     phases = record["seconds"]
-    work = sum(phases[phase] for phase in ("covariance", "eigendecomposition", "lambda", "scores"))
     return {
-        "seconds": work,
+        "seconds": sum(phases[phase] for phase in WORK),
         "seconds_by_phase": phases,
         "seconds_to_start": wall - phases["total"] + phases["load"],
         "peak_memory_bytes": record["peak_memory_bytes"],
@@ -213,6 +213,17 @@ def agreement(scores, reference, is_corrupted):
 def median(rows, name):
     """Returns the median of a figure over the repeats."""
     return statistics.median(row[name] for row in rows)
+
+
+def product_speed(device, dtype, size=2048, repeats=10):
+    """Returns the floating-point operations per second of a product of square matrices, which bounds all the rest."""
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def measure(args, data_flags, recipe, is_corrupted, folder):
@@ -272,6 +283,10 @@ def print_scores(figures, what):
             f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
         )
     print(f"\nScript start to first useful work: {median(figures[what, 'auto'], 'seconds_to_start'):.1f} s")
+    for precision in ("auto", "fp32"):
+        by_phase = [row["seconds_by_phase"] for row in figures[what, precision]]
+        phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in WORK)
+        print(f"Seconds by phase, {precision}: {phases}")
 
 
 def print_training(figures):
@@ -322,7 +337,9 @@ def main():
 
     data_flags = flags("dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage")
     recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
-    machine = pipeline.environment(pipeline.choose_device(args.device, several_processes=False))
+    device = pipeline.choose_device(args.device, several_processes=False)
+    speeds = {str(dtype): product_speed(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    machine = pipeline.environment(device) | {"product_speed": speeds}
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
     is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)[1].numpy()
     figures, scaled = {}, {}
