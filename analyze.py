@@ -25,7 +25,7 @@ def parse_arguments():
         "--num_query_examples",
         type=pipeline.positive_int,
         metavar="N",
-        help="score the first N test images (default: 2000, or all where there are fewer)",
+        help=f"score the first N test images (default: {DEFAULT_QUERIES}, or all where there are fewer)",
     )
     which.add_argument(
         "--query_indices",
@@ -38,7 +38,7 @@ def parse_arguments():
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
-        help="queries whose gradients, 9 MB each in float32, are held at a time; on the CPU at most 2 GB of them",
+        help="queries whose gradients are held at a time, of 9 MB in float32, half in bfloat16; on a CPU at most 2 GB",
     )
     return parser.parse_args()
 
@@ -137,7 +137,7 @@ def main():
         )
 
     scores, scores_path = influence.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor)
-    if not influence.is_main_process:
+    if not pipeline.is_main_process():
         return
 
     with phases("report"):

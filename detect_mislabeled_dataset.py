@@ -33,7 +33,13 @@ RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=0.1)
-    parser.add_argument("--method", choices=METHODS, default="self_influence", help="what ranks the suspects")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="self_influence",
+        help="what ranks the suspects: self-influence; aum, the margin between the logit of the label and the largest "
+        "other one, as a mean over the training; both, by mean rank; loss or that margin of the finished network",
+    )
     return parser.parse_args()
 
 
@@ -178,10 +184,10 @@ def print_rankings(rankings, method):
     for percent in (1, 5, 10, 20, 30, 50):
         found = (100 * ranking["curve"][percent - 1]["found"] for ranking in rankings.values())
         print(f"{percent:7} %  " + "  ".join(f"{value:12.1f} %" for value in (*found, percent)))
-    best = rankings[method]
+    chosen = rankings[method]
     print(
-        f"Inspecting 10 % of the training set finds {100 * best['found_at_10']:.1f} % of the mislabeled images "
-        f"(20 %: {100 * best['found_at_20']:.1f} %)."
+        f"Inspecting 10 % of the training set finds {100 * chosen['found_at_10']:.1f} % of the mislabeled images "
+        f"(20 %: {100 * chosen['found_at_20']:.1f} %)."
     )
 
 
@@ -248,13 +254,13 @@ def main():
             phases=phases,
         )
 
-    scores, scores_path = influence.self_influence(args.damping_factor)
-    if not influence.is_main_process:
+    self_influence, scores_path = influence.self_influence(args.damping_factor)
+    if not pipeline.is_main_process():
         return
 
     with phases("report"):
         logits = pipeline.compute_logits(model, data.images, influence.batch_size, dtype)
-        scores = suspicions(scores, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
+        scores = suspicions(self_influence, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
         predicted, is_corrupted, data = logits.argmax(1).cpu(), is_corrupted.numpy(), data.to("cpu")
         order = np.argsort(-scores[args.method], kind="stable")
         suspects_csv, suspects_png = influence.path("suspects", "csv"), influence.path("suspects", "png")

@@ -154,10 +154,15 @@ def number(kind, description, allowed):
     return parse
 
 
+def is_non_negative(value):
+    """Returns whether a number is finite and at least 0."""
+    return 0 <= value < math.inf
+
+
 positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
 whole_number = number(int, "a whole number of at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
-non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+non_negative_float = number(float, "a number of at least 0", is_non_negative)
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
 
 
@@ -165,11 +170,11 @@ def index_list(text):
     """Reads indices such as `3,17,40-59` into a list without repetition, in the order given."""
     indices = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        valid = first.isdecimal() and (last or first).isdecimal()
-        if not (valid and int(first) <= int(last or first) < 10**7):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**7):
             raise argparse.ArgumentTypeError(f"'{text}' is not a list of indices such as 3,17,40-59")
-        indices += range(int(first), int(last or first) + 1)
+        indices += range(int(first), int(last) + 1)
     return list(dict.fromkeys(indices))
 
 
@@ -177,7 +182,7 @@ def damping(text):
     """Reads a damping factor: a number of at least 0, or None for `heuristic`."""
     if text == "heuristic":
         return None
-    return number(float, "a number of at least 0, or 'heuristic'", lambda value: 0 <= value < math.inf)(text)
+    return number(float, "a number of at least 0, or 'heuristic'", is_non_negative)(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -192,7 +197,11 @@ def shared_parser(description, corrupt_default):
     parser = OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
     flag("--dataset", choices=("cifar10", "imagefolder", "synthetic"), default="cifar10", help="which images to use")
-    flag("--dataset_dir", default="./data", help="folder of the images (synthetic needs none)")
+    flag(
+        "--dataset_dir",
+        default="./data",
+        help="folder of the images; class folders lie in its train/, and in test/ if that is there",
+    )
     flag("--checkpoint_dir", default="./checkpoints", help="folder of the trained model")
     flag(
         "--output_dir",
@@ -314,7 +323,6 @@ IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
 ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, HELD_OUT_SEED = 11, 12, 13, 16
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
-DEFAULT_QUERIES = 2000
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 
 
@@ -449,7 +457,7 @@ def find_samples(dataset_dir, split):
         raise UserError(f"--dataset imagefolder: without {dataset_dir / 'test'}, some class must have 2 images or more")
     if split == "train" and is_main_process():
         print(f"There is no {dataset_dir / 'test'}: {sum(is_test)} images, a tenth of each class, are held out for it")
-    chosen = [held_out == (split == "test") for held_out in is_test]
+    chosen = [in_test == (split == "test") for in_test in is_test]
     return list(itertools.compress(found.samples, chosen)), found.classes
 
 
@@ -893,7 +901,7 @@ class ClassificationTask(Task):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
-        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.2, with the opposite sign)."""
+        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, with the opposite sign)."""
         images, labels, _ = batch
         return -margin(model(images), labels).sum()
 
@@ -925,13 +933,13 @@ def whole_batch(batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Influence: per-sample gradients, formed once and in the eigenbasis
+# Influence: per-sample gradients
 #
 # A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
 # G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
 # two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, because
-# rankings by pairwise scores do not survive bfloat16 ones; those by self-influence do, once the factors are there.
+# it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, but for
+# those that self-influence itself takes: rankings by pairwise scores do not survive bfloat16 ones.
 # Whether a layer is rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal,
 # identity), no rotation.
 # --------------------------------------------------------------------------------------------------
@@ -965,28 +973,29 @@ def symmetric_product(rows):
     return product
 
 
-def patch_covariance(strips, height, down, num_rows):
+def patch_covariance(strips, height, stride, num_rows):
     """Returns the sum of a a^T over positions, [I, I], of patches a that are `height` strips one below the other.
 
     strips: [H, R, J], of each row of the images what the kernel's columns see at R = B*W' places; the patches of
-    output row t are made of strips t*down to t*down + height - 1, so I = height * J. Block (i, j) of the sum is
-    sum_t strips[t*down + i]^T strips[t*down + j] over t < num_rows: block (i - down, j - down), less the term of
-    t = 0 there, plus the term of the last t here.
+    output row t are made of strips t*stride to t*stride + height - 1, so I = height * J. Block (i, j) of the sum is
+    sum_t strips[t*stride + i]^T strips[t*stride + j] over t < num_rows: block (i - stride, j - stride), less the
+    term of t = 0 there, plus the term of the last t here.
     """
-    interleaved = [strips[start::down].contiguous() for start in range(down)]
+    interleaved = [strips[start::stride].contiguous() for start in range(stride)]
 
-    def seen(i, first=0, count=num_rows):  # strip i of the patches of `count` output rows, [count*R, J]
-        start = i // down + first
-        return interleaved[i % down][start : start + count].flatten(0, 1)
+    def strip_rows(i, first=0, count=num_rows):  # strip i of the patches of `count` output rows, [count*R, J]
+        start = i // stride + first
+        return interleaved[i % stride][start : start + count].flatten(0, 1)
 
     blocks = {}
     for i, j in itertools.combinations_with_replacement(range(height), 2):
-        if i < down:
-            blocks[i, j] = symmetric_product(seen(i)) if i == j else seen(i).T @ seen(j)
+        if i < stride:
+            rows = strip_rows(i)
+            blocks[i, j] = symmetric_product(rows) if i == j else rows.T @ strip_rows(j)
         else:
-            gone = seen(i - down, 0, 1).T @ seen(j - down, 0, 1)
-            come = seen(i, num_rows - 1, 1).T @ seen(j, num_rows - 1, 1)
-            blocks[i, j] = blocks[i - down, j - down] - gone + come
+            first_term = strip_rows(i - stride, 0, 1).T @ strip_rows(j - stride, 0, 1)
+            last_term = strip_rows(i, num_rows - 1, 1).T @ strip_rows(j, num_rows - 1, 1)
+            blocks[i, j] = blocks[i - stride, j - stride] - first_term + last_term
         blocks[j, i] = blocks[i, j].T
     return torch.cat([torch.cat([blocks[i, j] for j in range(height)], 1) for i in range(height)])
 
@@ -1044,7 +1053,7 @@ class BatchHooks:
 
     def inverse_eigenvalues(self, like):
         """Returns 1 / (lambda + damping), [O, I], which kronfluence prepares; None for the identity."""
-        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like))
+        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like[:0]))
 
     def add(self, name, value):
         """Adds to a factor that is zero at first."""
@@ -1070,7 +1079,9 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
     compute_dtype = ("factor_args", "activation_covariance_dtype")
 
     def update(self, inputs, g):
-        with rounded_products(self.module.factor_args.per_sample_gradient_dtype == torch.bfloat16):
+        arguments = self.module.factor_args
+        # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones rounding would drown.
+        with rounded_products(arguments.strategy == "ekfac" and arguments.per_sample_gradient_dtype == torch.bfloat16):
             self.add(ACTIVATION_COVARIANCE_MATRIX_NAME, self.module.activation_covariance(inputs))
             self.add(GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
         for count in (NUM_ACTIVATION_COVARIANCE_PROCESSED, NUM_GRADIENT_COVARIANCE_PROCESSED):
@@ -1168,9 +1179,11 @@ class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
     def get_flattened_activation(self, input_activation):
         """Returns the patches [B*T, I] of images [B, C, H, W], with a column of ones for a bias; and B*T."""
         layer = self.original_module
-        (height, width), (down, across) = layer.kernel_size, layer.stride
+        (height, width), (stride, column_stride) = layer.kernel_size, layer.stride
         images = self.padded(input_activation)
-        patches = images.unfold(1, height, down).unfold(2, width, across)  # (B, H', W', C, height, width), a view
+        patches = images.unfold(1, height, stride).unfold(
+            2, width, column_stride
+        )  # (B, H', W', C, height, width), a view
         patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * images.shape[3])
         if layer.bias is not None:
             patches = F.pad(patches, (0, 1), value=1)
@@ -1181,11 +1194,11 @@ class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
         layer = self.original_module
         if layer.bias is not None:
             return super().activation_covariance(inputs)
-        (height, width), (down, across) = layer.kernel_size, layer.stride
+        (height, width), (stride, column_stride) = layer.kernel_size, layer.stride
         images = self.padded(inputs).transpose(0, 1)  # (H, B, W, C)
-        strips = images.unfold(2, width, across).transpose(3, 4)  # (H, B, W', width, C), a view
+        strips = images.unfold(2, width, column_stride).transpose(3, 4)  # (H, B, W', width, C), a view
         strips = strips.reshape(len(images), -1, width * images.shape[3])
-        return patch_covariance(strips, height, down, (len(images) - height) // down + 1)
+        return patch_covariance(strips, height, stride, (len(images) - height) // stride + 1)
 
 
 class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
@@ -1228,8 +1241,7 @@ class InfluenceRun:
         self.sums_dtype = torch.promote_types(dtype, torch.float32)
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
-        self.is_main_process = is_main_process()
-        if self.is_main_process:
+        if is_main_process():
             lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
         self.analyzer = Analyzer(
             analysis_name=self.folder.name,
@@ -1255,14 +1267,14 @@ class InfluenceRun:
         record_path = folder / f"{phase}.complete.json"
         with self.phases(phase):
             record = None
-            if self.is_main_process:
+            if is_main_process():
                 record = intact_record(record_path, upstream, stage_files(folder, phase))
             record = self.from_main_process(record)
             if record is not None:
-                if self.is_main_process:
+                if is_main_process():
                     print(f"Reusing the {phase} in {folder}")
                 return sha256(json.dumps(record))
-            if self.is_main_process:
+            if is_main_process():
                 for path in [record_path, *stage_files(folder, phase)]:
                     path.unlink(missing_ok=True)
             self.analyzer.state.wait_for_everyone()
@@ -1271,7 +1283,7 @@ class InfluenceRun:
             compute(overwrite_output_dir=True, **arguments)
             self.analyzer.state.wait_for_everyone()
             require_finite(phase, stage_files(folder, phase))
-            if self.is_main_process:
+            if is_main_process():
                 record = {"upstream": upstream, "files": file_checksums(stage_files(folder, phase))}
                 write_json(record_path, record)
             return sha256(json.dumps(self.from_main_process(record)))
@@ -1290,7 +1302,6 @@ class InfluenceRun:
             strategy=self.strategy,
             covariance_max_examples=None,
             lambda_max_examples=None,
-            # EKFAC fits its eigenvalues anew; KFAC inverts the covariances, whose small ones bfloat16 would drown.
             activation_covariance_dtype=self.sums_dtype,
             per_sample_gradient_dtype=self.dtype,
         )

@@ -43,7 +43,7 @@ def parse_arguments():
         type=pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how much of the ranking --exclude_suspects leaves out",
+        help="how much of the ranking --exclude_suspects leaves out; nothing without it",
     )
     return parser.parse_args()
 
@@ -86,10 +86,10 @@ def find_example(place, row, data, by_path):
             raise pipeline.UserError(f"{place}: {path} is not among the training images")
     elif index.isdecimal() and int(index) < len(data):
         found = int(index)
+    elif index:
+        raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
     else:
-        raise pipeline.UserError(
-            f"{place}: there is no training image {index or 'without path and index'}, only 0 to {len(data) - 1}"
-        )
+        raise pipeline.UserError(f"{place}: needs a path or an index")
     if row.get("label", str(data.labels[found].item())) != str(data.labels[found].item()):
         raise pipeline.UserError(
             f"{place}: image {found} has the label {data.labels[found]}, not {row['label']}: "
@@ -173,7 +173,7 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     Returns what the training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the
-    area under the margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3),
+    area under the margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1),
     and `mean_loss`. Raises NumericalError when the loss stops being a number.
     """
     device = data.images.device
@@ -239,7 +239,7 @@ def main():
         cleaning = read_suspects(args.exclude_suspects, args.exclude_fraction, data)
     elif args.corrections:
         cleaning = read_corrections(args.corrections, data)
-    if cleaning:
+    if cleaning is not None:
         data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
         print(f"{len(cleaning.excluded)} images are left out, {len(cleaning.new_labels)} get another label")
     if args.train_batch_size > len(data):
@@ -289,15 +289,10 @@ def main():
     pipeline.save_checkpoint(path, model, metadata)
     total = time.perf_counter() - start
     print(f"trained in {metadata['train_seconds']:.1f} s ({total:.1f} s in all); wrote {path}")
-    same = {"cleaned": cleaning is not None}
+    flags = {"corrupt_percentage": args.corrupt_percentage or 0, "cleaned": cleaning is not None}
     print("Find mislabeled training images, or see which ones the answers to test images come from:")
-    print(
-        "  "
-        + pipeline.command(
-            "detect_mislabeled_dataset.py", args, corrupt_percentage=args.corrupt_percentage or 0, **same
-        )
-    )
-    print("  " + pipeline.command("analyze.py", args, corrupt_percentage=args.corrupt_percentage, **same))
+    for script in ("detect_mislabeled_dataset.py", "analyze.py"):
+        print(f"  {pipeline.command(script, args, **flags)}")
 
 
 if __name__ == "__main__":

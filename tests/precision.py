@@ -1,7 +1,7 @@
 """How far scores move with the precision they are computed in, against float64, and with the pseudo-labels' seed.
 
-Takes the checkpoint that the README's first command leaves behind; prints the table of the README's section on
-precision, and writes it to a json file if asked to:
+Takes the checkpoint that the README's first command leaves behind; prints the table in the README's section
+"What you can rely on", and writes it to a json file if asked to:
 
     python tests/precision.py --num_train_examples 1500 --num_scored_examples 300
 """

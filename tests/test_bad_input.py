@@ -79,7 +79,7 @@ VALUES = [
     )),
     (ANALYZE, "--num_query_examples", "0"),
     (ANALYZE, "--query_batch_size", "-3"),
-    *((ANALYZE, "--query_indices", value) for value in ("", "3,", "5-3", "-1", "1.5", "all")),
+    *((ANALYZE, "--query_indices", value) for value in ("", "3,", "3-", "5-3", "-1", "1.5", "all")),
     *((TRAIN, "--exclude_fraction", value) for value in ("0", "1", "10", "nan")),
 ]  # fmt: skip
 

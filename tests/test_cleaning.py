@@ -63,7 +63,7 @@ def test_corrections_find_an_absolute_path(written, data):
         (["path,new_label", "images/1 ü.png,cat", "images/7.png,cat"], "line 3: images/7.png is not among"),
         (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
         (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
-        (["index,new_label", ",cat"], "line 2: there is no training image without path and index"),
+        (["index,new_label", ",cat"], "line 2: needs a path or an index"),
         (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
         (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 was decided on before"),
         (["index,label", "1,cat"], "its first line must name the column 'new_label'"),
