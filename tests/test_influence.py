@@ -1,6 +1,5 @@
 """Influence scores of all strategies against per-sample gradients computed by torch.func, and the reuse of results."""
 
-import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ from safetensors.torch import load, load_file
 from torch.func import functional_call, grad, vmap
 
 import pipeline
-import train
 
 SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 
@@ -161,22 +159,11 @@ def test_bfloat16_scores_are_float32_and_close(tmp_path, data, queries, strategy
         assert torch.corrcoef(torch.stack([scores.flatten(), reference.flatten()]))[0, 1] > 0.98
 
 
-def test_float32_and_bfloat16_rank_as_float64_does(queries):
-    """EKFAC on a trained ResNet-9, as tests/precision.py measures it, on fewer images."""
-    examples, is_corrupted = pipeline.training_examples(pipeline.load_train_data("synthetic", "", 320), 0.1)
-    torch.manual_seed(0)
-    model = pipeline.construct_resnet9()
-    recipe = {"batch_size": 32, "learning_rate": 0.2, "weight_decay": 1e-4, "num_epochs": 6, "seed": 0}
-    train.train(model, examples, **recipe, dtype=torch.float32)
-    model.eval()
-    scored = torch.arange(100)
-    table = precision.precision_table(
-        lambda: copy.deepcopy(model), examples.take(scored), is_corrupted[scored].numpy(), queries
-    )
-    single, half = table["fp32 against float64"], table["bf16 against float64"]
-    assert single["per_query_spearman_mean"] >= 0.9999 and single["self_influence_spearman"] >= 0.9999
-    assert half["per_query_spearman_mean"] >= 0.995 and half["self_influence_spearman"] >= 0.999
-    assert abs(single["found_at_10_difference"]) <= 0.005 and abs(half["found_at_10_difference"]) <= 0.005
+def test_float32_and_bfloat16_give_the_ranking_of_float64(data, queries):
+    """On a tiny network what tests/precision.py holds a trained ResNet-9 to."""
+    examples, is_corrupted = pipeline.training_examples(pipeline.load_train_data("synthetic", "", 400), 0.1)
+    table = precision.precision_table(tiny_network, examples, is_corrupted.numpy(), queries)
+    assert precision.broken_promises(table) == []
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
