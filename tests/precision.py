@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import detect_mislabeled_dataset as detect
 import pipeline
 
-
 PROMISED = {  # Spearman per query (mean) and of self-influence, at least; found at 10 % differs by half a point at most
     "fp32 against float64": (0.9999, 0.9999),
     "bf16 against float64": (0.995, 0.999),
