@@ -492,12 +492,13 @@ def test_a_folder_that_cannot_be_ends_in_one_sentence_and_status_2(forked, refer
 
 
 @contextlib.contextmanager
-def started(folder, *command):
+def started(folder, *command, environment=()):
     """Starts `python <command>` in a folder and kills it, if it still runs, at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=folder,
-        env={**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", **dict(environment)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores Ctrl-C
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -643,10 +644,11 @@ def test_ctrl_c_in_detection_ends_in_one_sentence_and_the_next_run_is_right(fork
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_ctrl_c_in_the_imports_ends_in_one_sentence(script, tmp_path, name):
+def test_ctrl_c_in_the_imports_ends_in_one_sentence(tmp_path, name):
     """A module of the name torch, found first, stands for the seconds in which the real one is imported."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
-    process = script(tmp_path, name, environment={"PYTHONPATH": str(tmp_path)})
+    with started(tmp_path, ROOT / name, environment={"PYTHONPATH": str(tmp_path)}) as process:
+        process = finish(process)
     assert process.returncode == 130
     assert process.stderr == f"{name}: {INTERRUPTED}\n" and process.stdout == ""
 
