@@ -3,9 +3,10 @@
 The reference is unmodified kronfluence with its defaults (float32, a data loader with per-image transforms) but a
 given batch size, and a float32 training loop over the same kind of loader. Each runs in a process of its own,
 alternating with the scripts, on the same checkpoint, images and pseudo-labels; figures are medians over the repeats.
-Prints the tables of the README's section on speed, and writes everything to a json file:
+Prints the tables of the README's section "Speed", and writes everything to a json file:
 
     python tests/benchmark.py
+    python tests/benchmark.py --parts --scaling 1000,2000,4000
     python tests/benchmark.py --dataset imagefolder --dataset_dir DIR --num_train_examples 50000 \
         --num_query_examples 2000 --train_batch_size 512 --num_train_epochs 25 --reference_batch_size 512
 """
@@ -230,7 +231,7 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
     """Runs everything `args.repeats` times, reference and scripts in turn. Yields (what, who, figures)."""
     scored = [*data_flags, "--num_query_examples", args.num_query_examples]
     checkpoint_dir = folder / "checkpoints-auto-0"
-    for repeat in range(args.repeats):
+    for repeat in range(args.repeats if args.parts else 0):
         for precision in ("auto", "fp32") if "training" in args.parts or not checkpoint_dir.exists() else ():
             target = folder / f"checkpoints-{precision}-{repeat}"
             yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
@@ -320,7 +321,7 @@ def main():
     flag("--reference_batch_size", type=int, default=128)
     flag("--reference_query_batch_size", type=int, default=200)
     flag("--repeats", type=int, default=3)
-    flag("--parts", nargs="+", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
+    flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
     flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
     flag("--json", type=Path, default=Path("benchmark.json"))
     hidden = {"help": argparse.SUPPRESS}
