@@ -939,9 +939,8 @@ def whole_batch(batch):
 # G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
 # two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
 # it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, but for
-# those that self-influence itself takes: rankings by pairwise scores do not survive bfloat16 ones.
-# Whether a layer is rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal,
-# identity), no rotation.
+# those that self-influence itself takes: rankings by pairwise scores do not survive bfloat16 ones. Whether a layer is
+# rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
 # --------------------------------------------------------------------------------------------------
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
@@ -1181,9 +1180,7 @@ class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
         layer = self.original_module
         (height, width), (stride, column_stride) = layer.kernel_size, layer.stride
         images = self.padded(input_activation)
-        patches = images.unfold(1, height, stride).unfold(
-            2, width, column_stride
-        )  # (B, H', W', C, height, width), a view
+        patches = images.unfold(1, height, stride).unfold(2, width, column_stride)  # (B, H', W', C, height, width)
         patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * images.shape[3])
         if layer.bias is not None:
             patches = F.pad(patches, (0, 1), value=1)
