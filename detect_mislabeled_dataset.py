@@ -38,7 +38,7 @@ def parse_arguments():
         choices=METHODS,
         default="self_influence",
         help="what ranks the suspects: self-influence; aum, the margin between the logit of the label and the largest "
-        "other one, as a mean over the training; both, by mean rank; loss or that margin of the finished network",
+        "other one, as a mean over the training; combined, the mean rank by these; loss or that margin in the end",
     )
     return parser.parse_args()
 

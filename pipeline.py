@@ -431,7 +431,8 @@ def load_imagefolder(dataset_dir, split, num_examples=None, cache_dir=None):
 def find_samples(dataset_dir, split):
     """Returns (path, label) of every image of a split of class folders, and the names of the classes.
 
-    Where there is no `<dataset_dir>/test`, the test images are a tenth of each class of `<dataset_dir>/train`.
+    Where there is no `<dataset_dir>/test`, the test images are a tenth of each class of `<dataset_dir>/train`. Raises
+    UserError where these are not two class folders or more, the same in both.
     """
     held_out = not (dataset_dir / "test").exists()
     folder = dataset_dir / ("train" if held_out else split)
@@ -505,7 +506,10 @@ def read_images(paths, split, cache):
 
 
 def describe_file(path):
-    """Returns name, size and time of change of a file, which change with what is in it."""
+    """Returns name, size and time of change of a file, which change with what is in it.
+
+    Raises UserError where it cannot be read or its name is not UTF-8.
+    """
     try:
         path.encode()
         stat = os.stat(path)  # noqa: PTH116, pathlib takes seconds for as many as there are
@@ -833,7 +837,8 @@ def describe(data):
 def load_trained(path, device, dataset, dataset_dir, fraction, num_examples, cache_dir):
     """Loads a checkpoint and the images it was trained on. Returns model, metadata, ImageData and is_corrupted [N].
 
-    Raises UserError where the images, labels or classes found by these data flags are others than it was trained on.
+    Prints which one it is. Raises UserError where the images, labels or classes found by these data flags are others
+    than it was trained on.
     """
     model, metadata = load_checkpoint(path, device)
     clean = load_train_data(dataset, dataset_dir, num_examples, cache_dir)

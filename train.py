@@ -43,7 +43,7 @@ def parse_arguments():
         type=pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how much of the ranking --exclude_suspects leaves out; nothing without it",
+        help="how much of its ranking --exclude_suspects leaves out",
     )
     return parser.parse_args()
 

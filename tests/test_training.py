@@ -92,6 +92,12 @@ class GrowingLogits(nn.Module):
         return torch.tensor([self.step, 0.0, 0.0]).expand(len(images), 3) + self.weight
 
 
+def train_growing_logits(data, num_epochs):
+    """What a training of GrowingLogits in batches of two says of each example."""
+    recipe = {"batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
+    return train.train(GrowingLogits(), data, num_epochs=num_epochs, **recipe)
+
+
 def test_what_the_training_batches_say_is_averaged_over_the_epochs():
     """Two epochs of two batches: an example sees step 1 or 2, then step 3 or 4; the mean margin follows by hand."""
     data = pipeline.generate_digits("", "train", 4)
@@ -101,16 +107,7 @@ def test_what_the_training_batches_say_is_averaged_over_the_epochs():
     for epoch in range(2):
         order, _, _ = train.epoch_batches(4, 2, generator)
         steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
-    found = train.train(
-        GrowingLogits(),
-        data,
-        batch_size=2,
-        learning_rate=1e-9,
-        weight_decay=0.0,
-        num_epochs=2,
-        seed=5,
-        dtype=torch.float32,
-    )
+    found = train_growing_logits(data, num_epochs=2)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert found["aum"].tolist() == pytest.approx((sign * steps.mean(0)).tolist())
     losses = (steps.exp() + 2).log() - steps * (sign > 0)
@@ -122,16 +119,7 @@ def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
     generator = torch.Generator().manual_seed(5)
     order, _, _ = train.epoch_batches(3, 2, generator)
     (missed,) = set(range(3)) - set(order.flatten().tolist())
-    found = train.train(
-        GrowingLogits(),
-        replace(data, labels=torch.tensor([0, 0, 0])),
-        batch_size=2,
-        learning_rate=1e-9,
-        weight_decay=0.0,
-        num_epochs=1,
-        seed=5,
-        dtype=torch.float32,
-    )
+    found = train_growing_logits(replace(data, labels=torch.tensor([0, 0, 0])), num_epochs=1)
     assert found["aum"].tolist() == pytest.approx([1, 1, 1]) and found["mean_loss"][missed] == found["mean_loss"].mean()
 
 
