@@ -7,8 +7,12 @@ negative one that it would lower it (harmful).
 import pipeline  # first of all, for Ctrl-C in the imports
 
 import csv
+from itertools import chain
+from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
@@ -29,7 +33,7 @@ def parse_arguments():
     )
     which.add_argument(
         "--query_indices",
-        type=pipeline.index_list,
+        type=pipeline.number_list,
         metavar="LIST",
         help="score just these test images, such as 3,17,40-59",
     )
@@ -40,7 +44,23 @@ def parse_arguments():
         metavar="N",
         help="queries whose gradients are held at a time, of 9 MB in float32, half in bfloat16; on a CPU at most 2 GB",
     )
-    return parser.parse_args()
+    flag(
+        "--average_with",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="also explain the models of the same name, trained on the same images, in these folders, and take the "
+        "mean of the scores",
+    )
+    flag(
+        "--retrained_dir",
+        metavar="DIR",
+        help="measure how far scores predict the answers of the models in this folder, by train.py --subset_fraction",
+    )
+    args = parser.parse_args()
+    if args.cleaned and args.retrained_dir:
+        parser.error("argument --retrained_dir: not allowed with --cleaned, whose images are no random subsets")
+    return args
 
 
 def choose_queries(test, num_queries, indices):
@@ -103,6 +123,78 @@ def plot_top_influences(path, scores, queries, data, title):
     pipeline.save_figure(figure, path)
 
 
+# --------------------------------------------------------------------------------------------------
+# Do the scores predict retraining?
+# --------------------------------------------------------------------------------------------------
+
+
+def load_retrained(folder, name, data, queries, batch_size, dtype):
+    """Loads the models `<folder>/<name>_subset_*.pth`, trained on random subsets of `data` by --subset_fraction.
+
+    Returns which images each was trained on, bool [M, num_train], and its margins on the queries, float32
+    [M, num_query]. Raises UserError where there are fewer than two, where one was trained on something else, or where
+    the subsets differ in size.
+    """
+    paths = sorted(Path(folder).glob(f"{name}_subset_*.pth"))
+    if len(paths) < 2:
+        raise pipeline.UserError(
+            f"--retrained_dir {folder} has {len(paths)} of the models {name}_subset_*.pth, by train.py "
+            "--subset_fraction 0.5 --subset_seed K: train at least 2, better 50"
+        )
+    trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
+    for path, kept in zip(tqdm(paths, "Asking retrained models", leave=False), trained_on, strict=True):
+        model, metadata = pipeline.load_checkpoint(path, queries.images.device)
+        excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
+        kept[[index for index in excluded if index < len(data)]] = False
+        subset = pipeline.describe(data.take(kept.nonzero().squeeze(1)))
+        if any(metadata[name] != value for name, value in subset.items()):
+            raise pipeline.UserError(
+                f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
+                "give the data flags it was trained with"
+            )
+        logits = pipeline.compute_logits(model, queries.images, batch_size, dtype)
+        margins.append(pipeline.margin(logits, queries.labels).cpu())
+    if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
+        raise pipeline.UserError(f"--retrained_dir {folder}: the subsets differ in size ({sizes}): use one folder each")
+    return trained_on, torch.stack(margins)
+
+
+def linear_datamodeling_scores(scores, trained_on, margins):
+    """Returns the linear datamodeling score of each query, float64 [num_query] (Park et al. 2023, "TRAK", section 2).
+
+    That is Spearman's correlation, over retrained models, of a query's margin, margins [M, num_query], and the sum of
+    its scores [num_query, num_train] over the images which that model was trained on, trained_on [M, num_train];
+    0 where one of them is the same for all models.
+    """
+    predicted = trained_on.double() @ scores.double().T  # (M, num_query)
+    expected, found = (np.apply_along_axis(pipeline.ranks, 0, values.numpy()) for values in (predicted, margins))
+    expected, found = expected - expected.mean(0), found - found.mean(0)
+    norms = np.sqrt((expected**2).sum(0) * (found**2).sum(0))
+    return np.divide((expected * found).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+def finished_scores(runs, queries):
+    """Yields name and scores on these queries of all that was run on the models, by whatever strategy and settings."""
+    for run in runs:
+        for settings, scores in run.finished_pairwise(queries):
+            yield f"{run.folder.name} {settings}", scores
+
+
+def report_retrained(all_scores, trained_on, margins):
+    """Prints the linear datamodeling score of each of `all_scores`, pairs of a name and scores [num_query, num_train].
+
+    Returns them by name: `mean` over the queries and its `standard_error`.
+    """
+    found = {}
+    print(f"Linear datamodeling score, {len(margins)} retrained models, mean over {margins.shape[1]} queries:")
+    for name, scores in all_scores:
+        values = linear_datamodeling_scores(scores, trained_on, margins)
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        found[name] = {"mean": float(values.mean()), "standard_error": float(error)}
+        print(f"  {values.mean():7.4f} ± {error:.4f}   {name}")
+    return found
+
+
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
@@ -111,37 +203,61 @@ def main():
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
-        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, args.cleaned)
-        model, _, data, _ = pipeline.load_trained(
-            path,
-            device,
-            args.dataset,
-            args.dataset_dir,
-            args.corrupt_percentage,
-            args.num_train_examples,
-            args.output_dir,
-        )
         test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        influence = pipeline.InfluenceRun(
-            model,
-            data.to(device),
-            path.stem,
-            output_dir=args.output_dir,
-            strategy=args.factor_strategy,
-            dtype=dtype,
-            seed=args.seed,
-            batch_size=args.train_batch_size,
-            profile=args.profile,
-            phases=phases,
-        )
+        models = [
+            pipeline.load_trained(
+                pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned),
+                device,
+                args.dataset,
+                args.dataset_dir,
+                args.corrupt_percentage,
+                args.num_train_examples,
+                args.output_dir,
+            )
+            for folder in sorted({args.checkpoint_dir, *args.average_with})
+        ]
+        data, name = models[0][2], pipeline.checkpoint_path("", args.corrupt_percentage, "cleaned" * args.cleaned).stem
+        if any(
+            not torch.equal(other.indices, data.indices) or not torch.equal(other.labels, data.labels)
+            for _, _, other, _ in models
+        ):
+            raise pipeline.UserError("--average_with: these models were trained on different images or labels")
+        if args.retrained_dir:
+            retrained = load_retrained(args.retrained_dir, name, data, queries.to(device), 1024, dtype)
+        runs = [
+            pipeline.InfluenceRun(
+                model,
+                data.to(device),
+                name,
+                output_dir=args.output_dir,
+                strategy=args.factor_strategy,
+                dtype=dtype,
+                seed=args.seed,
+                batch_size=args.train_batch_size,
+                profile=args.profile,
+                phases=phases,
+                factor_examples=args.factor_examples,
+            )
+            for model, *_ in models
+        ]
 
-    scores, scores_path = influence.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor)
+    all_scores, paths = zip(
+        *(run.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor) for run in runs),
+        strict=True,
+    )
     if not pipeline.is_main_process():
         return
 
     with phases("report"):
-        top_csv, top_png = influence.path("top_influences", "csv"), influence.path("top_influences", "png")
+        scores, folder = all_scores[0], runs[0].folder
+        if len(runs) > 1:
+            scores = sum(all_scores) / len(runs)
+            folder, *paths = pipeline.save_mean(runs, scores)
+        top_csv, top_png, record_json = (
+            pipeline.result_path(folder, name, args.factor_strategy, suffix)
+            for name, suffix in (("top_influences", "csv"), ("top_influences", "png"), ("pairwise", "json"))
+        )
         write_top_influences(top_csv, scores, queries, data)
         source = pipeline.data_name(args.dataset, args.dataset_dir)
         title = (
@@ -149,17 +265,22 @@ def main():
             f"of {len(data)} training images and their influence ({args.factor_strategy})"
         )
         plot_top_influences(top_png, scores, queries, data, title)
+        datamodeling = {}
+        if args.retrained_dir:
+            mean = [(f"{folder.name} {args.factor_strategy}", scores)] if len(runs) > 1 else []
+            datamodeling = report_retrained(chain(finished_scores(runs, queries), mean), *retrained)
 
     record = {
         "flags": vars(args),
         "num_train": len(data),
         "num_query": len(queries),
+        "linear_datamodeling_scores": datamodeling,
         **pipeline.run_record(phases, device),
     }
-    record_json = influence.path("pairwise", "json")
     pipeline.write_json(record_json, record)
-    influence.report_profile()
-    pipeline.report_files([scores_path, top_csv, top_png, record_json], phases)
+    for run in runs:
+        run.report_profile()
+    pipeline.report_files([*paths, top_csv, top_png, record_json], phases)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,22 @@ corrupted on purpose, how much of that it and the other rankings find.
 import pipeline  # first of all, for Ctrl-C in the imports
 
 import csv
+from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import torch.nn.functional as F
 
 NUM_PICTURED = 100
-METHODS = {  # by name: what pictures call it
-    "self_influence": "self-influence",
-    "aum": "area under the margin",
-    "combined": "both, by mean rank",
-    "loss": "loss",
-    "margin": "margin",
+METHODS = {  # by name: what pictures call it, colour and line of its curve
+    "self_influence": ("self-influence", "#0b5394", "-"),
+    "self_influence_checkpoints": ("self-influence over checkpoints", "#56b4e9", (0, (8, 2))),
+    "grad_norm": ("gradient norm", "#7f6000", (0, (3, 1, 1, 1, 1, 1))),
+    "aum": ("area under the margin", "#d55e00", "--"),
+    "combined": ("self-influence and area under the margin, mean rank", "#009e73", "-."),
+    "loss": ("loss", "#e69f00", (0, (1, 1))),
+    "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
 }
-CURVES = (
-    ("#0b5394", "-"),
-    ("#d55e00", "--"),
-    ("#009e73", "-."),
-    ("#e69f00", (0, (1, 1))),
-    ("#cc79a7", (0, (6, 1, 1, 1))),
-)
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "seed")  # of a training
 
 
@@ -37,8 +34,10 @@ def parse_arguments():
         "--method",
         choices=METHODS,
         default="self_influence",
-        help="what ranks the suspects: self-influence; aum, the margin between the logit of the label and the largest "
-        "other one, as a mean over the training; combined, the mean rank by these; loss or that margin in the end",
+        help="what ranks the suspects: self-influence, or its sum over the checkpoints of train.py --save_epochs; the "
+        "norm of the gradient; aum, the margin between the logit of the label and the largest other one, as a mean "
+        "over the training; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); "
+        "loss or that margin in the end",
     )
     return parser.parse_args()
 
@@ -48,24 +47,21 @@ def parse_arguments():
 # --------------------------------------------------------------------------------------------------
 
 
-def suspicions(self_influence, logits, labels, aum):
+def suspicions(influence, logits, labels, aum):
     """Returns what each method ranks the examples by, the most suspicious highest: float arrays [N] by name.
 
-    self_influence, aum: float [N]; logits: float [N, num_classes] of the finished network; labels: int64 [N].
+    influence: float [N] by name, `self_influence` and what else of the kind there is; logits: float [N, num_classes] of
+    the finished network; labels: int64 [N]; aum: float [N]. Methods without their inputs are left out.
     """
-    return {
-        "self_influence": self_influence.numpy(),
+    influence = {name: values.numpy() for name, values in influence.items()}
+    best = influence.get("self_influence_checkpoints", influence["self_influence"])
+    found = influence | {
         "aum": -aum.numpy(),
-        "combined": (ranks(self_influence.numpy()) + ranks(-aum.numpy())) / 2,
+        "combined": (pipeline.ranks(best) + pipeline.ranks(-aum.numpy())) / 2,
         "loss": F.cross_entropy(logits, labels, reduction="none").numpy(),
         "margin": -pipeline.top_margin(logits, labels).numpy(),
     }
-
-
-def ranks(scores):
-    """Returns the place of each score among the N, 1 for the lowest; equal scores share the mean of theirs."""
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+    return {name: found[name] for name in METHODS if name in found}
 
 
 def detection_curve(scores, is_corrupted):
@@ -84,7 +80,7 @@ def auroc(scores, is_corrupted):
     scores: float [N]; is_corrupted: bool [N], both kinds present.
     """
     positives = is_corrupted.sum()
-    above = ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
+    above = pipeline.ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
     return float(above / (positives * (len(scores) - positives)))
 
 
@@ -116,20 +112,20 @@ def evaluate_ranking(scores, is_corrupted):
 
 
 def write_suspects(path, data, order, scores, predicted, is_corrupted):
-    """Writes every training image to a csv file, in the given order. scores: arrays [N] by method."""
+    """Writes every training image to a csv file, in the given order. scores: arrays [N] by method, empty if missing."""
     names = data.class_names
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             [
                 *("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name"),
-                *(*scores, "is_corrupted"),
+                *(*METHODS, "is_corrupted"),
             ]
         )
         for rank, position in enumerate(order.tolist(), start=1):
             label, guess = data.labels[position].item(), predicted[position].item()
             example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
-            values = [values[position] for values in scores.values()]
+            values = [scores[name][position] if name in scores else "" for name in METHODS]
             writer.writerow([rank, *example, *values, int(is_corrupted[position])])
 
 
@@ -158,9 +154,10 @@ def plot_curves(path, rankings, fraction, title):
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
-    for (name, ranking), (colour, style) in zip(rankings.items(), CURVES, strict=True):
+    for name, ranking in rankings.items():
+        caption, colour, style = METHODS[name]
         points = [(0, 0), *((point["inspected"], point["found"]) for point in ranking["curve"])]
-        label = f"{METHODS[name]}: {100 * ranking['found_at_10']:.1f} % at 10 %, AUROC {ranking['auroc']:.3f}"
+        label = f"{caption}: {100 * ranking['found_at_10']:.1f} % at 10 %, AUROC {ranking['auroc']:.3f}"
         axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, linewidth=2, label=label)
     axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", linewidth=1, label="perfect")
     axes.plot([0, 1], [0, 1], "-", color="grey", linewidth=1, label="random")
@@ -180,10 +177,11 @@ def plot_curves(path, rankings, fraction, title):
 
 def print_rankings(rankings, method):
     """Prints what each ranking finds, in percent, and the sentence that sums up that of `method`."""
-    print("inspected  " + "  ".join(f"{name:>14}" for name in (*rankings, "random")))
-    for percent in (1, 5, 10, 20, 30, 50):
-        found = (100 * ranking["curve"][percent - 1]["found"] for ranking in rankings.values())
-        print(f"{percent:7} %  " + "  ".join(f"{value:12.1f} %" for value in (*found, percent)))
+    percents = (1, 5, 10, 20, 30, 50)
+    print(f"{'inspected':26}" + "".join(f"{percent:6} %" for percent in percents) + "    AUROC")
+    for name, ranking in rankings.items():
+        found = "".join(f"{100 * ranking['curve'][percent - 1]['found']:6.1f} %" for percent in percents)
+        print(f"{name:26}{found}   {ranking['auroc']:.4f}")
     chosen = rankings[method]
     print(
         f"Inspecting 10 % of the training set finds {100 * chosen['found_at_10']:.1f} % of the mislabeled images "
@@ -205,6 +203,14 @@ def report_rankings(curve_png, scores, is_corrupted, method, title):
     plot_curves(curve_png, rankings, is_corrupted.mean(), title)
     print_rankings(rankings, method)
     return rankings
+
+
+def checkpoints_along_the_way(model, metadata, name):
+    """Yields model and name, which is that of the results, of each checkpoint that --save_epochs kept."""
+    for epoch, weights in metadata["epoch_weights"].items():
+        copy = deepcopy(model)
+        copy.load_state_dict(weights)
+        yield copy, name if epoch == metadata["num_train_epochs"] else f"{name}_epoch{epoch}"
 
 
 def print_next_steps(args, metadata, suspects_csv):
@@ -230,7 +236,7 @@ def main():
     dtype = pipeline.choose_dtype(args.precision, device)
 
     with phases("load"):
-        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, args.cleaned)
+        path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, "cleaned" * args.cleaned)
         model, metadata, data, is_corrupted = pipeline.load_trained(
             path,
             device,
@@ -240,35 +246,46 @@ def main():
             args.num_train_examples,
             args.output_dir,
         )
+        if args.method == "self_influence_checkpoints" and not metadata["epoch_weights"]:
+            raise pipeline.UserError(f"--method {args.method}: {path} has no checkpoints, train with --save_epochs")
         data = data.to(device)
-        influence = pipeline.InfluenceRun(
-            model,
-            data,
-            path.stem,
+        influence_run = partial(
+            pipeline.InfluenceRun,
+            data=data,
             output_dir=args.output_dir,
-            strategy=args.factor_strategy,
             dtype=dtype,
             seed=args.seed,
             batch_size=args.train_batch_size,
             profile=args.profile,
             phases=phases,
+            factor_examples=args.factor_examples,
         )
+        run = influence_run(model, name=path.stem, strategy=args.factor_strategy)
 
-    self_influence, scores_path = influence.self_influence(args.damping_factor)
+    influence = {}
+    influence["self_influence"], scores_path = run.self_influence(args.damping_factor)
+    if metadata["epoch_weights"]:
+        influence["self_influence_checkpoints"] = sum(
+            influence_run(copy, name=name, strategy=args.factor_strategy).self_influence(args.damping_factor)[0]
+            for copy, name in checkpoints_along_the_way(model, metadata, path.stem)
+        )
+    if args.method == "grad_norm":
+        squared_norm, _ = influence_run(model, name=path.stem, strategy="identity").self_influence(0.0)
+        influence["grad_norm"] = squared_norm.sqrt()
     if not pipeline.is_main_process():
         return
 
     with phases("report"):
-        logits = pipeline.compute_logits(model, data.images, influence.batch_size, dtype)
-        scores = suspicions(self_influence, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
+        logits = pipeline.compute_logits(model, data.images, run.batch_size, dtype)
+        scores = suspicions(influence, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
         predicted, is_corrupted, data = logits.argmax(1).cpu(), is_corrupted.numpy(), data.to("cpu")
         order = np.argsort(-scores[args.method], kind="stable")
-        suspects_csv, suspects_png = influence.path("suspects", "csv"), influence.path("suspects", "png")
-        curve_png, record_json = influence.path("detection_curve", "png"), influence.path("detection", "json")
+        suspects_csv, suspects_png = run.path("suspects", "csv"), run.path("suspects", "png")
+        curve_png, record_json = run.path("detection_curve", "png"), run.path("detection", "json")
         write_suspects(suspects_csv, data, order, scores, predicted, is_corrupted)
         images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"
         title = (
-            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method]} "
+            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method][0]} "
             f"({args.factor_strategy}):\ngiven label → predicted label (red where they differ), score"
         )
         plot_suspects(suspects_png, data, order, scores[args.method], predicted, title)
@@ -283,7 +300,7 @@ def main():
         **pipeline.run_record(phases, device),
     }
     pipeline.write_json(record_json, record)
-    influence.report_profile()
+    run.report_profile()
     pipeline.report_files([suspects_csv, suspects_png, curve_png, record_json, scores_path], phases)
     print_next_steps(args, metadata, suspects_csv)
 

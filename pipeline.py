@@ -21,6 +21,7 @@ sys.excepthook = end_in_one_line  # first of all, because the imports take secon
 import argparse
 import atexit
 import contextlib
+import copy
 import ctypes
 import gc
 import hashlib
@@ -69,7 +70,7 @@ from kronfluence.utils.constants import (
 )
 from kronfluence.utils.dataset import DataLoaderKwargs
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -166,16 +167,16 @@ non_negative_float = number(float, "a number of at least 0", is_non_negative)
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
 
 
-def index_list(text):
-    """Reads indices such as `3,17,40-59` into a list without repetition, in the order given."""
-    indices = []
+def number_list(text):
+    """Reads numbers such as `3,17,40-59` into a list without repetition, in the order given."""
+    numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**7):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a list of indices such as 3,17,40-59")
-        indices += range(int(first), int(last) + 1)
-    return list(dict.fromkeys(indices))
+            raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 3,17,40-59")
+        numbers += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(numbers))
 
 
 def damping(text):
@@ -241,6 +242,12 @@ def influence_parser(description, corrupt_default):
         help="explain the model that train.py trained with --exclude_suspects or --corrections",
     )
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="approximation of the curvature")
+    flag(
+        "--factor_examples",
+        type=positive_int,
+        metavar="N",
+        help="fit the curvature on N training images, drawn at random, instead of on all of them",
+    )
     flag(
         "--train_batch_size",
         type=positive_int,
@@ -321,7 +328,7 @@ def choose_dtype(precision, device):
 
 IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
-ORDER_SEED, SUBSET_SEED, CORRUPTION_SEED, HELD_OUT_SEED = 11, 12, 13, 16
+ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED, HELD_OUT_SEED, FACTORS_SEED, SUBSET_SEED = 11, 12, 13, 16, 17, 18
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 
@@ -391,7 +398,7 @@ def draw_examples(total, num_examples):
         return torch.arange(total)
     if num_examples > total:
         raise UserError(f"--num_train_examples {num_examples}: there are only {total} training images")
-    return torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:num_examples]
+    return torch.randperm(total, generator=torch.Generator().manual_seed(EXAMPLES_SEED))[:num_examples]
 
 
 def load_cifar10(dataset_dir, split, num_examples=None, cache_dir=None):
@@ -610,10 +617,19 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What --exclude_suspects or --corrections decided, by index among the loaded training images."""
+    """What --exclude_suspects, --corrections or --subset_fraction decided, by index among the loaded images."""
 
     excluded: list
     new_labels: dict  # label by index
+
+
+def draw_subset(num_examples, fraction, seed):
+    """Returns the Cleaning that leaves a random subset of round(fraction * N) examples, the same for the same seed.
+
+    No seed makes it depend on which labels are corrupted, or on the subset of another seed.
+    """
+    order = np.random.default_rng((SUBSET_SEED, seed)).permutation(num_examples)
+    return Cleaning(sorted(order[round(fraction * num_examples) :].tolist()), {})
 
 
 def training_examples(clean, fraction, cleaning=None):
@@ -781,10 +797,13 @@ CODE_VERSION = sha256(Path(__file__).read_text(encoding="utf-8"), *map(version, 
 # --------------------------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, cleaned=False):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are)."""
-    name = (f"model_corrupt_{fraction}" if fraction else "model") + "_cleaned" * cleaned
-    return Path(checkpoint_dir) / f"{name}.pth"
+def checkpoint_path(checkpoint_dir, fraction, kind=""):
+    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
+
+    `kind` is `cleaned` or `subset_<fraction>_<seed>` where it was trained on other examples than these.
+    """
+    name = f"model_corrupt_{fraction}" if fraction else "model"
+    return Path(checkpoint_dir) / f"{name}{kind and '_'}{kind}.pth"
 
 
 def save_checkpoint(path, model, metadata):
@@ -814,6 +833,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         metadata = checkpoint["metadata"]
+        if not metadata.keys() >= {"dynamics", "epoch_weights"}:
+            raise ValueError("written by an earlier train.py")
         metadata["cleaning"] = metadata["cleaning"] and Cleaning(**metadata["cleaning"])
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
@@ -1226,28 +1247,50 @@ STAGE_FILES = {
 class InfluenceRun:
     """kronfluence's Analyzer on one checkpoint and data set, with results that are reused only where they belong.
 
-    Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`. `phases` gets the times.
+    Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`. `phases` gets the times. Factors are
+    fitted on all of `data`, or on `factor_examples` of them; `model` stays as it is.
     """
 
-    def __init__(self, model, data, name, *, output_dir, strategy, dtype, seed, batch_size, profile, phases):
+    def __init__(
+        self,
+        model,
+        data,
+        name,
+        *,
+        output_dir,
+        strategy,
+        dtype,
+        seed,
+        batch_size,
+        profile,
+        phases,
+        factor_examples=None,
+    ):
+        if factor_examples is not None and factor_examples > len(data):
+            raise UserError(f"--factor_examples {factor_examples}: there are only {len(data)} training images")
         TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
         # kronfluence collects garbage around every stage, and would walk all of torch's own objects each time.
-        gc.freeze()
-        atexit.register(gc.unfreeze)
+        if not gc.get_freeze_count():  # a second time would freeze what is left of the run before
+            gc.freeze()
+            atexit.register(gc.unfreeze)
         device = data.images.device
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
-        self.dataset = InfluenceDataset(data, seed)
+        self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
         layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         self.gradient_bytes = sum(layer.weight.numel() for layer in layers) * dtype.itemsize
         self.strategy, self.dtype, self.seed, self.phases = strategy, dtype, seed, phases
         self.sums_dtype = torch.promote_types(dtype, torch.float32)
         self.batch_size = batch_size or (1024 if device.type == "cuda" else 64)
         self.factors_name = f"{strategy}-{str(dtype).removeprefix('torch.')}-seed{seed}"
+        if factor_examples is not None:
+            chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(FACTORS_SEED))[:factor_examples]
+            self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
+            self.factors_name += f"-of{factor_examples}"
         if is_main_process():
             lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
         self.analyzer = Analyzer(
             analysis_name=self.folder.name,
-            model=prepare_model(model, ClassificationTask()),
+            model=prepare_model(copy.deepcopy(model), ClassificationTask()),
             task=ClassificationTask(),
             cpu=device.type == "cpu",
             profile=profile,
@@ -1257,7 +1300,7 @@ class InfluenceRun:
 
     def path(self, name, suffix):
         """Returns the path of a result file of this strategy, `<folder>/<name>_<strategy>.<suffix>`."""
-        return self.folder / f"{name}_{self.strategy}.{suffix}"
+        return result_path(self.folder, name, self.strategy, suffix)
 
     def stage(self, phase, folder, upstream, compute, **arguments):
         """Calls `compute(**arguments)`, which writes files into `folder`, unless an earlier run's are there unharmed.
@@ -1270,7 +1313,7 @@ class InfluenceRun:
         with self.phases(phase):
             record = None
             if is_main_process():
-                record = intact_record(record_path, upstream, stage_files(folder, phase))
+                record = intact_record(record_path, stage_files(folder, phase), upstream)
             record = self.from_main_process(record)
             if record is not None:
                 if is_main_process():
@@ -1286,7 +1329,11 @@ class InfluenceRun:
             self.analyzer.state.wait_for_everyone()
             require_finite(phase, stage_files(folder, phase))
             if is_main_process():
-                record = {"upstream": upstream, "files": file_checksums(stage_files(folder, phase))}
+                record = {
+                    "code": CODE_VERSION,
+                    "upstream": upstream,
+                    "files": file_checksums(stage_files(folder, phase)),
+                }
                 write_json(record_path, record)
             return sha256(json.dumps(self.from_main_process(record)))
 
@@ -1308,9 +1355,9 @@ class InfluenceRun:
             per_sample_gradient_dtype=self.dtype,
         )
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
-        fitting = common | {"dataset": self.dataset, "per_device_batch_size": self.batch_size}
+        fitting = common | {"dataset": self.factor_dataset, "per_device_batch_size": self.batch_size}
         folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
-        fitted = self.stage("covariance", folder, CODE_VERSION, analyzer.fit_covariance_matrices, **fitting)
+        fitted = self.stage("covariance", folder, None, analyzer.fit_covariance_matrices, **fitting)
         fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
         return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
 
@@ -1335,10 +1382,22 @@ class InfluenceRun:
             query_batch_size = min(query_batch_size, max(1, CPU_QUERY_BYTES // self.gradient_bytes))
         chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
         arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
-        kind = f"pairwise-{len(query_data)}-{sha256(query_data.images, query_data.labels)[:8]}"
         return self.scores(
-            kind, compute, load, damping_factor, arguments, query_gradient_accumulation_steps=query_batch_size // chunk
+            pairwise_kind(query_data),
+            compute,
+            load,
+            damping_factor,
+            arguments,
+            query_gradient_accumulation_steps=query_batch_size // chunk,
         )
+
+    def finished_pairwise(self, query_data):
+        """Yields strategy and settings, and the unharmed scores, of all pairwise runs on these queries."""
+        start = f"scores_{pairwise_kind(query_data)}-"
+        for folder in sorted(self.folder.glob(f"{start}*")):
+            files = stage_files(folder, "scores")
+            if intact_record(folder / "scores.complete.json", files) is not None:
+                yield folder.name.removeprefix(start), load_file(files[0])[ALL_MODULE_NAME]
 
     def scores(self, kind, compute, load, damping_factor, arguments, **score_arguments):
         """Computes, or reuses, and loads the scores of one `kind`, by kronfluence's `compute` and `load`."""
@@ -1373,6 +1432,26 @@ class InfluenceRun:
             print(table)
 
 
+def result_path(folder, name, strategy, suffix):
+    """Returns the path of a result file of a strategy."""
+    return folder / f"{name}_{strategy}.{suffix}"
+
+
+def save_mean(runs, scores):
+    """Writes the mean of several runs' scores, whole or not at all. Returns a folder of its own and the file in it."""
+    first, names = runs[0].folder, [run.folder.name for run in runs]
+    folder = first.with_name(f"{first.name.rsplit('-', 1)[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
+    path = result_path(folder, "pairwise", runs[0].strategy, "safetensors")
+    with atomic_path(path) as temporary:
+        save_file({ALL_MODULE_NAME: scores}, temporary)
+    return folder, path
+
+
+def pairwise_kind(query_data):
+    """Returns what the scores on these queries are called."""
+    return f"pairwise-{len(query_data)}-{sha256(query_data.images, query_data.labels)[:8]}"
+
+
 def with_smaller_batches(compute, **arguments):
     """Calls `compute(**arguments)`, and again with every batch size halved when CUDA runs out of memory."""
     while True:
@@ -1404,21 +1483,21 @@ def stage_files(folder, phase):
     return sorted(path for pattern in STAGE_FILES[phase] for path in folder.glob(pattern))
 
 
-def intact_record(record_path, upstream, paths):
-    """Returns the record of a finished stage if it has this `upstream` and its files are unharmed, else None.
+def intact_record(record_path, paths, *upstream):
+    """Returns the record of a stage that this code finished and whose files are unharmed, else None.
 
-    Says which files are damaged, if the record is there but they are not what it says.
+    Where an `upstream` is given, it must be that of the record. Says which files are damaged, if nothing else is wrong.
     """
     try:
         record = json.loads(record_path.read_text())
         expected, found = record["files"], file_checksums(paths)
-        if record["upstream"] != upstream:
+        if record["code"] != CODE_VERSION or any(record["upstream"] != value for value in upstream):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     damaged = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if damaged:
-        print(f"Computing anew what is damaged in {record_path.parent}: {', '.join(damaged)}")
+        print(f"Not using what is damaged in {record_path.parent}: {', '.join(damaged)}")
     return None if damaged else record
 
 
@@ -1432,8 +1511,14 @@ def file_checksums(paths):
 
 
 # --------------------------------------------------------------------------------------------------
-# Result files
+# Results
 # --------------------------------------------------------------------------------------------------
+
+
+def ranks(scores):
+    """Returns the place of each score [N] among the N, 1 for the lowest; equal scores share the mean of theirs."""
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
 class Phases:

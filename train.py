@@ -27,6 +27,7 @@ def parse_arguments():
     flag("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty on all parameters")
     flag("--num_train_epochs", type=pipeline.positive_int, default=25, help="passes over the training images")
     flag("--seed", type=pipeline.whole_number, default=1004, help="initial weights, order, crops and flips")
+    fraction = pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1)
     cleaning = parser.add_mutually_exclusive_group()
     cleaning.add_argument(
         "--exclude_suspects",
@@ -40,12 +41,29 @@ def parse_arguments():
     )
     flag(
         "--exclude_fraction",
-        type=pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1),
+        type=fraction,
         default=0.1,
         metavar="FRACTION",
         help="how much of its ranking --exclude_suspects leaves out",
     )
-    return parser.parse_args()
+    cleaning.add_argument(
+        "--subset_fraction",
+        type=fraction,
+        metavar="FRACTION",
+        help="train on a random part of the images, for analyze.py --retrained_dir",
+    )
+    flag("--subset_seed", type=pipeline.whole_number, default=0, help="which part --subset_fraction takes")
+    flag(
+        "--save_epochs",
+        type=pipeline.number_list,
+        default=[],
+        metavar="LIST",
+        help="keep the weights after these epochs, such as 10,25; each makes a detection take as long once more",
+    )
+    args = parser.parse_args()
+    if args.save_epochs and not 1 <= min(args.save_epochs) <= max(args.save_epochs) <= args.num_train_epochs:
+        parser.error(f"argument --save_epochs: there are only the epochs 1 to {args.num_train_epochs}")
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,12 +187,13 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
-def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype):
+def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype, save_epochs=()):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     Returns what the training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the
     area under the margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1),
-    and `mean_loss`. Raises NumericalError when the loss stops being a number.
+    and `mean_loss`; and the weights after each of `save_epochs`. Raises NumericalError when the loss stops being a
+    number.
     """
     device = data.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
@@ -182,6 +201,7 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
     steps_per_epoch = len(data) // batch_size
     total_steps = num_epochs * steps_per_epoch
     margin_sums, loss_sums, visits = torch.zeros(3, len(data), device=device)
+    epoch_weights = {}
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_epochs):
             start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
@@ -213,16 +233,30 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 raise pipeline.NumericalError(
                     f"the loss became {mean_loss} in epoch {epoch + 1}: lower --learning_rate"
                 )
+            if epoch + 1 in save_epochs:
+                epoch_weights[epoch + 1] = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     # Partial batches are dropped, and with few epochs an example may have been among them each time.
     seen = visits > 0
     means = torch.where(seen, torch.stack([margin_sums, loss_sums]) / visits, 0)
     means = torch.where(seen, means, means[:, seen].mean(1, keepdim=True)).cpu()
-    return {"aum": means[0], "mean_loss": means[1]}
+    return {"aum": means[0], "mean_loss": means[1]}, epoch_weights
 
 
 def evaluate(logits, labels):
     """Returns mean cross-entropy and accuracy of logits [N, num_classes] against labels [N]."""
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def print_next_steps(args, kind):
+    """Prints the commands that take up what was trained."""
+    corrupted = {"corrupt_percentage": args.corrupt_percentage or 0}
+    if args.subset_fraction:
+        print("With some 50 such models, and one that was trained on all images, see how far scores predict them:")
+        print(f"  {pipeline.command('analyze.py', args, **corrupted, retrained_dir=args.checkpoint_dir)}")
+        return
+    print("Find mislabeled training images, or see which ones the answers to test images come from:")
+    for script in ("detect_mislabeled_dataset.py", "analyze.py"):
+        print(f"  {pipeline.command(script, args, **corrupted, cleaned=kind == 'cleaned')}")
 
 
 def main():
@@ -234,11 +268,14 @@ def main():
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
     test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir).to(device)
     data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)
-    cleaning = None
+    cleaning, kind = None, ""
     if args.exclude_suspects:
-        cleaning = read_suspects(args.exclude_suspects, args.exclude_fraction, data)
+        cleaning, kind = read_suspects(args.exclude_suspects, args.exclude_fraction, data), "cleaned"
     elif args.corrections:
-        cleaning = read_corrections(args.corrections, data)
+        cleaning, kind = read_corrections(args.corrections, data), "cleaned"
+    elif args.subset_fraction:
+        cleaning = pipeline.draw_subset(len(data), args.subset_fraction, args.subset_seed)
+        kind = f"subset_{args.subset_fraction}_{args.subset_seed}"
     if cleaning is not None:
         data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
         print(f"{len(cleaning.excluded)} images are left out, {len(cleaning.new_labels)} get another label")
@@ -246,7 +283,7 @@ def main():
         raise pipeline.UserError(
             f"argument --train_batch_size: {args.train_batch_size} is more than the {len(data)} training images"
         )
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, cleaning is not None)
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, kind)
     pipeline.lock(path, waiting=None)
     print(
         f"{len(data)} training images ({is_corrupted.sum()} with a wrong label), {len(test)} test images, "
@@ -265,7 +302,7 @@ def main():
     model = pipeline.construct_resnet9(len(data.class_names)).to(device)
     data = data.to(device)
     train_start = time.perf_counter()
-    metadata["dynamics"] = train(
+    metadata["dynamics"], metadata["epoch_weights"] = train(
         model,
         data,
         batch_size=args.train_batch_size,
@@ -274,6 +311,7 @@ def main():
         num_epochs=args.num_train_epochs,
         seed=args.seed,
         dtype=dtype,
+        save_epochs=args.save_epochs,
     )
     metadata["train_seconds"] = time.perf_counter() - train_start
 
@@ -289,10 +327,7 @@ def main():
     pipeline.save_checkpoint(path, model, metadata)
     total = time.perf_counter() - start
     print(f"trained in {metadata['train_seconds']:.1f} s ({total:.1f} s in all); wrote {path}")
-    flags = {"corrupt_percentage": args.corrupt_percentage or 0, "cleaned": cleaning is not None}
-    print("Find mislabeled training images, or see which ones the answers to test images come from:")
-    for script in ("detect_mislabeled_dataset.py", "analyze.py"):
-        print(f"  {pipeline.command(script, args, **flags)}")
+    print_next_steps(args, kind)
 
 
 if __name__ == "__main__":

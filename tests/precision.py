@@ -78,7 +78,7 @@ def compare(scores, reference, is_corrupted):
 def precision_table(load_model, data, is_corrupted, queries, strategy="ekfac", batch_size=64):
     """Returns the comparisons by name: fp32 and bf16 with float64, fp32 with fp32 under another seed.
 
-    load_model: called for a new copy of the model each time, because kronfluence changes it.
+    load_model: called for a new copy of the model each time, because one is made float64.
     """
 
     def scores(dtype, seed=1004):

@@ -1,150 +1,378 @@
-"""What cleaning the training labels is worth: test accuracy with the suspects left out, or given their true labels.
+"""Studies too long for a test: what finds mislabeled images, what cleaning is worth, how many images factors need.
 
-For every seed: trains on the true labels, on labels of which a part is wrong, and on what is left of those without
-the top 10, 15 and 20 % of the ranking by self-influence, by loss, and of a random one; and with the wrong labels
-among the top of the first ranking put right, as a person would who looks at them. Every result is a line in a file;
-a study that was stopped goes on where it was, and a table of what is there ends each run:
+    python tests/study.py detection --dataset cifar10
+    python tests/study.py cleaning --dataset cifar10
+    python tests/study.py factors --dataset cifar10 --retrained_dir DIR
 
-    python tests/study.py --dataset imagefolder --dataset_dir DIR --num_train_examples 10000 --train_batch_size 128
+`detection` trains on wrong labels of several kinds, and compares all methods and, with `--folds`, the loss of held-out
+images in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without the
+top of a ranking or with that put right. `factors` fits the curvature on ever more of the training images, and compares
+the scores with those by all of them. Every result is a line in a file; a study that was stopped goes on where it was,
+and a table of what is there ends each run.
 """
 
 import argparse
-import csv
+import contextlib
 import json
 import statistics
 import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import call
-
+import analyze
+import detect_mislabeled_dataset as detect
 import pipeline
+import train
 
-ROOT = Path(pipeline.__file__).parent
-FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("self_influence", "loss", "random")
 RECIPE = ("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
-ASKED = ("dataset", "num_train_examples", "corrupt_percentage", *RECIPE)  # what a result depends on
+ASKED = (
+    "dataset",
+    "dataset_dir",
+    "num_train_examples",
+    "num_query_examples",
+    "save_epochs",
+    *RECIPE,
+)  # what a result depends on
+NOISES = (("uniform", 0.1), ("similar", 0.2), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
+SIMILAR = {
+    **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
+    **{"airplane": "ship", "ship": "airplane", "bird": "airplane", "frog": "bird"},
+}
+FRACTIONS = (0.1, 0.15, 0.2)
+RANKINGS = ("self_influence", "aum", "loss", "random")
+FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
+PSEUDO_LABEL_SEED = 1004
 
 
-def jobs(seeds):
-    """Returns every training of the study, by what is done about the wrong labels, by which ranking, how far down."""
-    for seed in seeds:
-        yield {"seed": seed, "labels": "true"}
-        yield {"seed": seed, "labels": "corrupted"}
-        for fraction in FRACTIONS:
-            for by in RANKINGS:
-                yield {"seed": seed, "labels": "left out", "by": by, "fraction": fraction}
-            yield {"seed": seed, "labels": "put right", "by": "self_influence", "fraction": fraction}
+class Study:
+    """Images, recipe, and the results that are there, in `<folder>/results.jsonl`."""
 
+    def __init__(self, args):
+        self.args, self.folder = args, args.folder
+        pipeline.make_folder(self.folder)
+        self.device = pipeline.choose_device("auto", several_processes=False)
+        self.dtype = pipeline.choose_dtype("auto", self.device)
+        self.clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, self.folder)
+        self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
+        self.asked = {name: getattr(args, name) for name in ASKED}
+        self.path = self.folder / "results.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
 
-def run_job(job, data_flags, recipe, fraction, true_names, folder):
-    """Trains as `job` says, after what it needs. Returns the test accuracy, from 0 to 1.
+    def results(self, jobs, compute):
+        """Returns a row for each job, a dictionary, and writes those that `compute(**job)` has to compute."""
+        rows = []
+        for job in jobs:
+            row = next((row for row in self.rows if job.items() <= row.items()), None)
+            if row is None:
+                start = time.perf_counter()
+                figures = compute(**{name: value for name, value in job.items() if name != "study"})
+                row = job | figures | {"seconds": time.perf_counter() - start} | self.asked
+                row |= {"environment": pipeline.environment(self.device)}
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(job, flush=True)
+            rows.append(row)
+        return rows
 
-    true_names: the name of the true class of every training image.
-    """
-    corrupted = ("--corrupt_percentage", fraction)
-    model, results = folder / f"seed{job['seed']}", folder / f"results{job['seed']}"
-    flags = [*data_flags, *recipe, "--seed", job["seed"], "--output_dir", results]
-    if job["labels"] == "true":
-        return train(model, flags)
-    if job["labels"] == "corrupted":
-        return train(model, [*flags, *corrupted])
-    if not pipeline.checkpoint_path(model, fraction).exists():
-        train(model, [*flags, *corrupted])
-    if not list(results.glob("*/suspects_ekfac.csv")):
-        call(
-            *(ROOT / "detect_mislabeled_dataset.py", *data_flags, *corrupted),
-            *("--checkpoint_dir", model, "--output_dir", results),
+    def labels(self, noise, fraction, seed):
+        """Returns wrong labels for a fraction of the training images, int64 [N], and which they are, bool [N]."""
+        true, names = self.clean.labels, self.clean.class_names
+        if noise == "uniform":
+            return pipeline.corrupt_labels(true, fraction, len(names), seed)
+        chosen = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[: round(fraction * len(true))]
+        following = [*names[1:], names[0]]
+        similar = [SIMILAR.get(name, other) for name, other in zip(names, following, strict=True)]
+        similar = torch.tensor([names.index(name) for name in similar])
+        labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
+        labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
+        return labels, is_corrupted
+
+    def train(self, data, seed):
+        """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
+        torch.manual_seed(seed)
+        model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
+        args = self.args
+        dynamics, epoch_weights = train.train(
+            model,
+            data.to(self.device),
+            batch_size=args.train_batch_size,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            num_epochs=args.num_train_epochs,
+            seed=seed,
+            dtype=self.dtype,
+            save_epochs=args.save_epochs,
         )
-    table = folder / "decided.csv"
-    write_decisions(table, next(results.glob("*/suspects_ekfac.csv")), job, true_names)
-    if job["labels"] == "left out":
-        decision = ("--exclude_suspects", table, "--exclude_fraction", job["fraction"])
-    else:
-        decision = ("--corrections", table)
-    return train(folder / "cleaned", [*flags, *corrupted, *decision])
+        return model, dynamics, epoch_weights
+
+    def logits(self, model, data):
+        """Returns the logits of images, float32 [N, num_classes], on the CPU."""
+        return pipeline.compute_logits(model, data.images.to(self.device), 1024, self.dtype).cpu()
+
+    def accuracy(self, model):
+        """Returns the accuracy on the test images, from 0 to 1."""
+        return (self.logits(model, self.test).argmax(1) == self.test.labels.cpu()).float().mean().item()
+
+    @contextlib.contextmanager
+    def influence(self, data):
+        """Yields what makes an InfluenceRun of (model, name, strategy) on `data`, in a folder for the time being."""
+        with tempfile.TemporaryDirectory() as folder:
+            yield partial(
+                pipeline.InfluenceRun,
+                data=data.to(self.device),
+                output_dir=folder,
+                dtype=self.dtype,
+                seed=PSEUDO_LABEL_SEED,
+                batch_size=None,
+                profile=False,
+                phases=pipeline.Phases(),
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # What finds mislabeled images
+    # ----------------------------------------------------------------------------------------------
+
+    def detection(self, noise, fraction, corruption_seed, seed):
+        """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds."""
+        labels, is_corrupted = self.labels(noise, fraction, corruption_seed)
+        data = replace(self.clean, labels=labels)
+        model, dynamics, epoch_weights = self.train(data, seed)
+        metadata = {"epoch_weights": epoch_weights, "num_train_epochs": self.args.num_train_epochs}
+        with self.influence(data) as run:
+            final = run(model, name="final", strategy="ekfac")
+            influence = {"self_influence": final.self_influence(1e-8)[0]}
+            heuristic, _ = final.self_influence(None)
+            if epoch_weights:
+                influence["self_influence_checkpoints"] = sum(
+                    run(copy, name=name, strategy="ekfac").self_influence(1e-8)[0]
+                    for copy, name in detect.checkpoints_along_the_way(model, metadata, "final")
+                )
+            influence["grad_norm"] = run(model, name="final", strategy="identity").self_influence(0.0)[0].sqrt()
+        scores = detect.suspicions(influence, self.logits(model, data), labels, dynamics["aum"])
+        scores |= {"self_influence, heuristic": heuristic.numpy(), "mean_loss": dynamics["mean_loss"].numpy()}
+        save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
+        return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
+
+    def scores_path(self, *job):
+        """Returns the file with the scores of a run of `detection`."""
+        return self.folder / f"scores-{pipeline.sha256(json.dumps([*job, self.asked]))[:8]}.npz"
+
+    def cross_validation(self, folds, noise, fraction, corruption_seed, seed):
+        """Ranks each image by its loss on a network that was trained without its fold. Returns what that finds."""
+        labels, is_corrupted = self.labels(noise, fraction, corruption_seed)
+        data = replace(self.clean, labels=labels)
+        losses = torch.zeros(len(data))
+        for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
+            kept = torch.ones(len(data), dtype=torch.bool)
+            kept[held_out] = False
+            model, _, _ = self.train(data.take(kept.nonzero().squeeze(1)), seed)
+            part = data.take(held_out)
+            losses[held_out] = F.cross_entropy(self.logits(model, part), part.labels, reduction="none")
+        return {"methods": figures({f"{folds}-fold cross-validation": losses.numpy()}, is_corrupted.numpy())}
+
+    # ----------------------------------------------------------------------------------------------
+    # What cleaning is worth
+    # ----------------------------------------------------------------------------------------------
+
+    def cleaning(self, labels, seed, by=None, fraction=None, noise="uniform", corrupted=0.1):
+        """Trains on the true labels, or on corrupted ones after something was done about them. Returns the accuracy.
+
+        Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
+        """
+        wrong, _ = self.labels(noise, corrupted, pipeline.CORRUPTION_SEED)
+        data = replace(self.clean, labels=wrong)
+        if labels == "true":
+            data = self.clean
+        elif by is not None:
+            top = self.ranking(by, noise, corrupted, seed)[: round(fraction * len(data))]
+            if labels == "put right":
+                data = replace(data, labels=wrong.index_put((top,), self.clean.labels[top]))
+            else:
+                kept = torch.ones(len(data), dtype=torch.bool)
+                kept[top] = False
+                data = data.take(kept.nonzero().squeeze(1))
+        return {"accuracy": self.accuracy(self.train(data, seed)[0])}
+
+    def ranking(self, by, noise, fraction, seed):
+        """Returns the training images in order of falling suspicion, int64 [N]."""
+        if by == "random":
+            return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
+        job = {"noise": noise, "fraction": fraction, "corruption_seed": pipeline.CORRUPTION_SEED, "seed": seed}
+        path = self.scores_path(*job.values())
+        if not path.exists():
+            self.detection(**job)
+        with np.load(path) as scores:
+            return torch.from_numpy(np.argsort(-scores[by], kind="stable"))
+
+    # ----------------------------------------------------------------------------------------------
+    # How many images factors need
+    # ----------------------------------------------------------------------------------------------
+
+    def factors(self, percent, pseudo_label_seed, seed, retrained_dir):
+        """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds."""
+        labels, is_corrupted = self.labels("uniform", 0.1, pipeline.CORRUPTION_SEED)
+        data = replace(self.clean, labels=labels)
+        queries = self.test.take(torch.arange(min(self.args.num_query_examples, len(self.test))))
+        if retrained_dir:
+            retrained = analyze.load_retrained(retrained_dir, "model_corrupt_0.1", data, queries, 1024, self.dtype)
+        path = self.folder / f"factors-{pipeline.sha256(json.dumps([seed, self.asked]))[:8]}.pth"
+        if not path.exists():
+            model, _, _ = self.train(data, seed)
+            with pipeline.atomic_path(path) as temporary:
+                torch.save(model.state_dict(), temporary)
+        model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        model.eval()
+        phases = pipeline.Phases()
+        examples = None if percent == 100 else round(percent / 100 * len(data))
+        settings = {"factor_examples": examples, "phases": phases, "seed": pseudo_label_seed, "strategy": "ekfac"}
+        with self.influence(data) as run:
+            run = run(model, name="model", **settings)
+            self_influence = run.self_influence(1e-8)[0].numpy()
+            pairwise = run.pairwise_influence(queries, 1000, 1e-8)[0]
+        full_path = self.folder / f"full-{path.stem}.npz"
+        if percent == 100 and pseudo_label_seed == PSEUDO_LABEL_SEED:
+            save(full_path, self_influence=self_influence, pairwise=pairwise.numpy())
+        if not full_path.exists():
+            self.factors(100, PSEUDO_LABEL_SEED, seed, None)
+        full = np.load(full_path)
+        found = {
+            "factor_seconds": sum(phases.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
+            "self_influence_spearman": spearman(self_influence, full["self_influence"]),
+            "pairwise_spearman": float(
+                np.mean([spearman(*pair) for pair in zip(pairwise, full["pairwise"], strict=True)])
+            ),
+            "found_at_10": detect.evaluate_ranking(self_influence, is_corrupted.numpy())["found_at_10"],
+        }
+        if retrained_dir:
+            found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, *retrained).mean())
+        return found
 
 
-def train(checkpoint_dir, flags):
-    """Runs train.py. Returns the test accuracy."""
-    call(ROOT / "train.py", *flags, "--checkpoint_dir", checkpoint_dir)
-    newest = max(Path(checkpoint_dir).glob("*.pth"), key=lambda path: path.stat().st_mtime)
-    return torch.load(newest, weights_only=True)["metadata"]["accuracy"]["test"]
+def spearman(a, b):
+    """Returns the rank correlation of two arrays [N]."""
+    return float(np.corrcoef(pipeline.ranks(np.asarray(a)), pipeline.ranks(np.asarray(b)))[0, 1])
 
 
-def write_decisions(path, suspects_csv, job, true_names):
-    """Writes the table that train.py is given: the ranking by `job["by"]`, or the true labels of its top."""
-    with suspects_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if job["by"] == "random":
-        scores = np.random.default_rng(job["seed"]).random(len(rows))
-    else:
-        scores = np.array([float(row[job["by"]]) for row in rows])
-    order = np.argsort(-scores, kind="stable")
-    ranking = [rows[i] | {"rank": rank} for rank, i in enumerate(order, start=1)]
-    if job["labels"] == "put right":
-        top = ranking[: round(job["fraction"] * len(ranking))]
-        ranking = [row | {"new_label": true_names[int(row["index"])]} for row in top if row["is_corrupted"] == "1"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(ranking[0]))
-        writer.writeheader()
-        writer.writerows(ranking)
+def figures(scores, is_corrupted):
+    """Returns what each method finds, without the curve."""
+    rankings = {name: detect.evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
+    return {name: {key: value for key, value in row.items() if key != "curve"} for name, row in rankings.items()}
 
 
-def print_table(rows):
-    """Prints mean and standard deviation of the test accuracy over the seeds that are there, in Markdown."""
-    groups = {}
+def save(path, **arrays):
+    """Writes arrays to an npz file, whole or not at all."""
+    with pipeline.atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def spread(values, digits, unit=""):
+    """Returns mean ± standard deviation as text, the mean alone of a single value."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}{unit}"
+
+
+def study_detection(study):
+    """Runs and prints the comparison of the methods: seeds of training and corruption, kinds of noise."""
+    args = study.args
+    for noise, fraction in NOISES[: args.num_noises]:
+        runs = [
+            {"noise": noise, "fraction": fraction, "corruption_seed": pipeline.CORRUPTION_SEED + c, "seed": s}
+            for c in range(args.corruption_seeds)
+            for s in range(args.seeds)
+        ]
+        rows = study.results([{"study": "detection", **run} for run in runs], study.detection)
+        for folds in args.folds:
+            jobs = [{"study": "cross_validation", "folds": folds, **run} for run in runs]
+            rows += study.results(jobs, study.cross_validation)
+        values = {}
+        for row in rows:
+            for method, found in row["methods"].items():
+                values.setdefault(method, []).append(found)
+        print(f"\n{100 * fraction:.0f} % {noise} noise\n")
+        print(
+            "| method | found at 10 % | found at 20 % | AUROC | average precision | runs |\n|---|---|---|---|---|---|"
+        )
+        for method, found in values.items():
+            cells = [spread([100 * row[key] for row in found], 1, " %") for key in ("found_at_10", "found_at_20")]
+            cells += [spread([row[key] for row in found], 3) for key in ("auroc", "average_precision")]
+            print(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+
+
+def study_cleaning(study):
+    """Runs and prints the test accuracy after nothing or something was done about a tenth of wrong labels."""
+    kinds = [{"labels": "true"}, {"labels": "corrupted"}]
+    for fraction in FRACTIONS:
+        kinds += [{"labels": "left out", "by": by, "fraction": fraction} for by in RANKINGS]
+        kinds += [{"labels": "put right", "by": by, "fraction": fraction} for by in ("self_influence", "aum")]
+    rows = {}
+    for seed in range(study.args.seeds):
+        for number, kind in enumerate(kinds):
+            rows.setdefault(number, []).extend(
+                study.results([{"study": "cleaning", **kind, "seed": seed}], study.cleaning)
+            )
+    print("\n| labels | ranked by | top | test accuracy | seeds |\n|---|---|---|---|---|")
+    for kind, found in zip(kinds, rows.values(), strict=True):
+        top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
+        accuracy = spread([100 * row["accuracy"] for row in found], 2, " %")
+        print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {len(found)} |")
+
+
+def study_factors(study):
+    """Runs and prints what is lost by fitting factors on fewer images, and by other pseudo-labels on all of them."""
+    settings = [(100, PSEUDO_LABEL_SEED), (100, PSEUDO_LABEL_SEED + 1)]
+    settings += [(percent, PSEUDO_LABEL_SEED) for percent in FACTOR_PERCENTS[1:]]
+    job = {"study": "factors", "seed": 0, "retrained_dir": study.args.retrained_dir}
+    jobs = [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
+    rows = study.results(jobs, study.factors)
+    print(
+        "\n| images | pairwise Spearman | self-influence Spearman | found at 10 % | LDS | seconds |"
+        "\n|---|---|---|---|---|---|"
+    )
     for row in rows:
-        groups.setdefault((row["labels"], row.get("by"), row.get("fraction")), []).append(100 * row["accuracy"])
-    print("| labels | ranked by | top | test accuracy | seeds |\n|---|---|---|---|---|")
-    for (labels, by, fraction), values in groups.items():
-        top = f"{100 * fraction:.0f} %" if fraction else ""
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"| {labels} | {by or ''} | {top} | {statistics.mean(values):.2f} %{spread} | {len(values)} |")
+        name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != PSEUDO_LABEL_SEED)
+        lds = f"{row['lds']:.4f}" if "lds" in row else ""
+        print(
+            f"| {name} | {row['pairwise_spearman']:.4f} | {row['self_influence_spearman']:.4f} | "
+            f"{100 * row['found_at_10']:.1f} % | {lds} | {row['factor_seconds']:.1f} |"
+        )
+
+
+STUDIES = {"detection": study_detection, "cleaning": study_cleaning, "factors": study_factors}
 
 
 def main():
     """Parses, runs what is not there yet, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    flag("study", choices=STUDIES)
     flag("--dataset", default="synthetic")
     flag("--dataset_dir", default="./data")
-    flag("--num_train_examples", type=int, default=1500)
-    flag("--corrupt_percentage", type=float, default=0.1)
-    flag("--train_batch_size", type=int, default=32)
+    flag("--num_train_examples", type=int, help="default: all")
+    flag("--num_query_examples", type=int, default=200)
+    flag("--train_batch_size", type=int, default=512)
     flag("--num_train_epochs", type=int, default=25)
     flag("--learning_rate", type=float, default=0.4)
     flag("--weight_decay", type=float, default=1e-4)
-    flag("--seeds", type=int, default=3)
-    flag("--folder", type=Path, default=Path("study"), help="keeps the models and rankings, and results.jsonl")
+    flag("--save_epochs", type=pipeline.number_list, default=[])
+    flag("--seeds", type=int, default=3, help="of the training")
+    flag("--corruption_seeds", type=int, default=3)
+    flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
+    flag("--folds", type=int, nargs="*", default=[], help="of a cross-validation, such as 2 5")
+    flag("--retrained_dir", help="models by train.py --subset_fraction, for the linear datamodeling score")
+    flag("--folder", type=Path, default=Path("study"), help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
-
-    def flags(*names):
-        return [text for name in names for text in (f"--{name}", getattr(args, name))]
-
-    data_flags = flags("dataset", "dataset_dir", "num_train_examples")
-    recipe = flags(*RECIPE)
-    asked = {name: getattr(args, name) for name in ASKED}
-    args.folder.mkdir(parents=True, exist_ok=True)
-    results = args.folder / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    rows = [row for row in rows if asked.items() <= row.items()]
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.folder)
-    true_names = [clean.class_names[label] for label in clean.labels]
-    for job in jobs(range(args.seeds)):
-        if any(job.items() <= row.items() for row in rows):
-            continue
-        accuracy = run_job(job, data_flags, recipe, args.corrupt_percentage, true_names, args.folder)
-        rows.append(job | {"accuracy": accuracy} | asked)
-        with results.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(rows[-1], flush=True)
-    print_table(rows)
+    STUDIES[args.study](Study(args))
 
 
 if __name__ == "__main__":
-    main()
+    pipeline.run(main)

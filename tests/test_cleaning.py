@@ -264,5 +264,5 @@ def test_long_names_are_shortened(name, short):
     ("text", "indices"),
     [("3", [3]), ("3,17,40-42", [3, 17, 40, 41, 42]), (" 5 , 1-3, 2-4", [5, 1, 2, 3, 4]), ("7-7", [7])],
 )
-def test_index_lists(text, indices):
-    assert pipeline.index_list(text) == indices
+def test_number_lists(text, indices):
+    assert pipeline.number_list(text) == indices

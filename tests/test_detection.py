@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import detect_mislabeled_dataset as detect
+import pipeline
 
 # Ranked by score: clean, corrupted, corrupted, clean, corrupted.
 SCORES = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
@@ -13,6 +14,11 @@ CORRUPTED = np.array([True, False, True, False, True])
 def test_auroc_by_hand():
     """Of the 6 pairs (corrupted, clean), 0.7 and 0.5 each beat 0.3 and lose to 0.9, 0.1 loses to both: 2 of 6."""
     assert detect.auroc(SCORES, CORRUPTED) == pytest.approx(2 / 6)
+
+
+def test_ranks_by_hand():
+    """The two threes share the places 3 and 4."""
+    assert pipeline.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
 
 
 def test_auroc_counts_ties_half():

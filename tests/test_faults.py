@@ -416,8 +416,8 @@ def test_a_damaged_file_is_named_and_computed_anew(forked, reference, tmp_path, 
     damage(path)
     process = forked(tmp_path, DETECT)
     assert process.returncode == 0, process.stderr
-    said = [line for line in process.stdout.splitlines() if line.startswith("Computing anew")]
-    assert said == [f"Computing anew what is damaged in {path.parent}: {path.name}"]
+    said = [line for line in process.stdout.splitlines() if line.startswith("Not using")]
+    assert said == [f"Not using what is damaged in {path.parent}: {path.name}"]
     assert results(tmp_path) == reference[DETECT].results
 
 

@@ -114,8 +114,10 @@ def detected(trained, script, tmp_path_factory):
 def test_detect_prints_table_sentence_and_paths(detected):
     folder, process = detected
     lines = process.stdout.splitlines()
-    table = [line.split()[0] for line in lines if line.split()[1:2] == ["%"]]
-    assert table == ["1", "5", "10", "20", "30", "50"]
+    start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
+    assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
+    table = [line.split()[0] for line in lines[start + 1 : start + 6]]
+    assert table == ["self_influence", "aum", "combined", "loss", "margin"]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
     assert {path.name for path in written} == {
@@ -143,7 +145,8 @@ def test_detect_suspects_csv(detected):
     )
     data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
     labels, is_corrupted = pipeline.corrupt_labels(data.labels, 0.1, 10)
-    for _, index, file, label, name, guess, guess_name, _, _, _, loss, _, corrupted in body:
+    for _, index, file, label, name, guess, guess_name, _, checkpoints, norm, _, _, loss, _, corrupted in body:
+        assert checkpoints == norm == "", "methods that were not asked for"
         assert int(label) == labels[int(index)] and name == str(label) and guess_name == str(guess)
         assert bool(int(corrupted)) == is_corrupted[int(index)] and file == "" and float(loss) > 0
 
@@ -159,8 +162,8 @@ def test_detect_json_agrees_with_its_csv(detected):
     assert set(record["rankings"]) == {"self_influence", "aum", "combined", "loss", "margin"}
     _, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
     body.sort(key=lambda row: int(row[1]))
-    is_corrupted = np.array([row[12] == "1" for row in body])
-    for name, column in (("self_influence", 7), ("aum", 8), ("loss", 10), ("margin", 11)):
+    is_corrupted = np.array([row[14] == "1" for row in body])
+    for name, column in (("self_influence", 7), ("aum", 10), ("loss", 12), ("margin", 13)):
         scores = np.array([np.float32(row[column]) for row in body])
         assert record["rankings"][name] == detect.evaluate_ranking(scores, is_corrupted)
 

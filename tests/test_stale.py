@@ -187,6 +187,12 @@ def other_data_set(path, metadata):
     pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata | {"images_sha256": "0" * 64})
 
 
+def of_an_earlier_train(path, metadata):
+    """A checkpoint that does not say what happened during the training."""
+    del metadata["epoch_weights"]
+    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
+
+
 def half_a_file(path, metadata):
     """The first half of a checkpoint."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -204,7 +210,10 @@ def foreign_weights(path, metadata):
 
 @pytest.mark.parametrize(
     "replace",
-    [other_architecture, other_number_of_classes, other_data_set, half_a_file, empty_file, foreign_weights],
+    [
+        *(other_architecture, other_number_of_classes, other_data_set),
+        *(of_an_earlier_train, half_a_file, empty_file, foreign_weights),
+    ],
     ids=lambda function: function.__name__.replace("_", " "),
 )
 def test_a_foreign_checkpoint_is_refused_in_one_sentence(run, used, replace):

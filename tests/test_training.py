@@ -95,7 +95,7 @@ class GrowingLogits(nn.Module):
 def train_growing_logits(data, num_epochs):
     """What a training of GrowingLogits in batches of two says of each example."""
     recipe = {"batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
-    return train.train(GrowingLogits(), data, num_epochs=num_epochs, **recipe)
+    return train.train(GrowingLogits(), data, num_epochs=num_epochs, **recipe)[0]
 
 
 def test_what_the_training_batches_say_is_averaged_over_the_epochs():
@@ -123,6 +123,18 @@ def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
     assert found["aum"].tolist() == pytest.approx([1, 1, 1]) and found["mean_loss"][missed] == found["mean_loss"].mean()
 
 
+def test_the_weights_after_the_epochs_that_are_asked_for_are_kept():
+    data = pipeline.generate_digits("", "train", 20)
+    recipe = {"batch_size": 10, "learning_rate": 0.1, "weight_decay": 1e-4, "seed": 1, "dtype": torch.float32}
+    torch.manual_seed(0)
+    model = pipeline.construct_resnet9()
+    _, kept = train.train(model, data, num_epochs=3, save_epochs=[1, 3], **recipe)
+    assert list(kept) == [1, 3] and not torch.equal(kept[1]["head.weight"], kept[3]["head.weight"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, kept[3][name])
+    assert kept[1]["features.0.1.num_batches_tracked"] == 2
+
+
 def test_a_diverged_loss_stops_the_training():
     data = pipeline.generate_digits("", "train", 40)
     with pytest.raises(pipeline.NumericalError, match="learning_rate"):
@@ -146,6 +158,7 @@ def test_a_diverged_loss_stops_the_training():
 def test_checkpoint_round_trip(tmp_path):
     model = pipeline.construct_resnet9(3).eval()
     metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "cleaning": None}
+    metadata |= {"dynamics": {}, "epoch_weights": {}}
     pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
     assert loaded_metadata == metadata and not loaded.training
@@ -193,23 +206,25 @@ def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "cleaned", "name"),
+    ("fraction", "kind", "name"),
     [
-        (None, False, "model.pth"),
-        (0, False, "model.pth"),
-        (0.1, False, "model_corrupt_0.1.pth"),
-        (None, True, "model_cleaned.pth"),
-        (0.1, True, "model_corrupt_0.1_cleaned.pth"),
+        (None, "", "model.pth"),
+        (0, "", "model.pth"),
+        (0.1, "", "model_corrupt_0.1.pth"),
+        (None, "cleaned", "model_cleaned.pth"),
+        (0.1, "cleaned", "model_corrupt_0.1_cleaned.pth"),
+        (0.1, "subset_0.5_3", "model_corrupt_0.1_subset_0.5_3.pth"),
     ],
 )
-def test_checkpoint_names(tmp_path, fraction, cleaned, name):
-    assert pipeline.checkpoint_path(tmp_path, fraction, cleaned) == tmp_path / name
+def test_checkpoint_names(tmp_path, fraction, kind, name):
+    assert pipeline.checkpoint_path(tmp_path, fraction, kind) == tmp_path / name
 
 
 def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path, monkeypatch):
     data = pipeline.generate_digits("", "train", 20)
     path = tmp_path / "model.pth"
     metadata = {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None, "accuracy": {"test": 0.5}}
+    metadata |= {"dynamics": {}, "epoch_weights": {}}
     metadata |= pipeline.describe(data)
     pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
 
