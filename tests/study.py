@@ -83,19 +83,6 @@ class Study:
             rows.append(row)
         return rows
 
-    def labels(self, noise, fraction, seed):
-        """Returns wrong labels for a fraction of the training images, int64 [N], and which they are, bool [N]."""
-        true, names = self.clean.labels, self.clean.class_names
-        if noise == "uniform":
-            return pipeline.corrupt_labels(true, fraction, len(names), seed)
-        chosen = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[: round(fraction * len(true))]
-        following = [*names[1:], names[0]]
-        similar = [SIMILAR.get(name, other) for name, other in zip(names, following, strict=True)]
-        similar = torch.tensor([names.index(name) for name in similar])
-        labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
-        labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
-        return labels, is_corrupted
-
     def train(self, data, seed):
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
         torch.manual_seed(seed)
@@ -143,7 +130,7 @@ class Study:
 
     def detection(self, noise, fraction, corruption_seed, seed):
         """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds."""
-        labels, is_corrupted = self.labels(noise, fraction, corruption_seed)
+        labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
         model, dynamics, epoch_weights = self.train(data, seed)
         metadata = {"epoch_weights": epoch_weights, "num_train_epochs": self.args.num_train_epochs}
@@ -168,7 +155,7 @@ class Study:
 
     def cross_validation(self, folds, noise, fraction, corruption_seed, seed):
         """Ranks each image by its loss on a network that was trained without its fold. Returns what that finds."""
-        labels, is_corrupted = self.labels(noise, fraction, corruption_seed)
+        labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
         losses = torch.zeros(len(data))
         for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
@@ -188,7 +175,7 @@ class Study:
 
         Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
         """
-        wrong, _ = self.labels(noise, corrupted, pipeline.CORRUPTION_SEED)
+        wrong, _ = wrong_labels(self.clean, noise, corrupted, pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=wrong)
         if labels == "true":
             data = self.clean
@@ -219,7 +206,7 @@ class Study:
 
     def factors(self, percent, pseudo_label_seed, seed, retrained_dir):
         """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds."""
-        labels, is_corrupted = self.labels("uniform", 0.1, pipeline.CORRUPTION_SEED)
+        labels, is_corrupted = wrong_labels(self.clean, "uniform", 0.1, pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=labels)
         queries = self.test.take(torch.arange(min(self.args.num_query_examples, len(self.test))))
         if retrained_dir:
@@ -256,6 +243,23 @@ class Study:
         if retrained_dir:
             found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, *retrained).mean())
         return found
+
+
+def wrong_labels(clean, noise, fraction, seed):
+    """Returns labels of which a fraction is wrong, int64 [N], and which ones are, bool [N].
+
+    `similar` noise gives each class one wrong label, that of SIMILAR or else of the next class.
+    """
+    true, names = clean.labels, clean.class_names
+    if noise == "uniform":
+        return pipeline.corrupt_labels(true, fraction, len(names), seed)
+    chosen = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[: round(fraction * len(true))]
+    following = [*names[1:], names[0]]
+    similar = [SIMILAR.get(name, other) for name, other in zip(names, following, strict=True)]
+    similar = torch.tensor([names.index(name) for name in similar])
+    labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
+    labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
+    return labels, is_corrupted
 
 
 def spearman(a, b):

@@ -1,0 +1,57 @@
+"""The studies on forty digits: what they train on, what they write, and that a stopped one goes on."""
+
+import json
+
+import pytest
+import study
+import torch
+
+import pipeline
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a study in a folder of its own. Returns what it printed and the rows of its results."""
+
+    def call(name, *flags):
+        recipe = ("--num_train_examples", "40", "--train_batch_size", "10", "--num_train_epochs", "1")
+        more = ("--learning_rate", "0.05", "--num_query_examples", "3", "--seeds", "1", "--corruption_seeds", "1")
+        monkeypatch.setattr("sys.argv", ["study.py", name, "--folder", str(tmp_path), *recipe, *more, *flags])
+        study.main()
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        return capsys.readouterr().out, [json.loads(line) for line in lines]
+
+    return call
+
+
+def test_similar_noise_flips_each_class_to_its_partner():
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    labels = torch.arange(10).repeat(10)
+    data = pipeline.ImageData(torch.zeros(100, 3, 32, 32), labels, names, [""] * 100, torch.arange(100))
+    found, is_corrupted = study.wrong_labels(data, "similar", 0.3, seed=1)
+    flips = {(names[a], names[b]) for a, b in zip(labels.tolist(), found.tolist(), strict=True) if a != b}
+    assert is_corrupted.sum() == 30 and torch.equal(found != labels, is_corrupted)
+    assert flips <= set(study.SIMILAR.items()) and len(flips) > 5
+
+
+def test_detection_and_cleaning_go_on_where_they_were(run):
+    """The second time nothing is computed; the cleaning takes its rankings from the detection's scores."""
+    flags = ("--num_noises", "1", "--folds", "2")
+    output, rows = run("detection", *flags)
+    assert [row["study"] for row in rows] == ["detection", "cross_validation"]
+    assert {"self_influence", "aum", "combined", "grad_norm", "self_influence, heuristic"} <= rows[0]["methods"].keys()
+    assert rows[1]["methods"].keys() == {"2-fold cross-validation"}
+    assert all(0 <= found["auroc"] <= 1 for row in rows for found in row["methods"].values())
+    assert run("detection", *flags)[1] == rows
+    output, cleaned = run("cleaning")
+    cleaned = cleaned[2:]
+    assert len(cleaned) == 2 + len(study.FRACTIONS) * (len(study.RANKINGS) + 2)
+    assert f"| left out | aum | 20 % | {100 * cleaned[-5]['accuracy']:.2f} % | 1 |" in output
+
+
+def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
+    monkeypatch.setattr(study, "FACTOR_PERCENTS", (100, 50))
+    _, (full, other, half) = run("factors")
+    assert full["pairwise_spearman"] == full["self_influence_spearman"] == pytest.approx(1)
+    assert all(0 < row["self_influence_spearman"] < 1 for row in (other, half))
+    assert other["pseudo_label_seed"] != half["pseudo_label_seed"] == full["pseudo_label_seed"]
