@@ -1,8 +1,8 @@
-"""Ranks the training images by self-influence, or what else gives them away, and so finds the mislabeled ones.
+"""Ranks the training images by what gives the mislabeled ones away, and so finds these.
 
-A mislabeled image is one the network has to memorise: it has a large influence on its own loss, and the margin of its
-label grows late in the training. The script writes the ranking, a contact sheet of its top, and, where labels were
-corrupted on purpose, how much of that it and the other rankings find.
+A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, and in the
+end it has a large influence on its own loss. The script writes the ranking, a contact sheet of its top, and, where
+labels were corrupted on purpose, how much of that it and the other rankings find.
 """
 
 import pipeline  # first of all, for Ctrl-C in the imports
@@ -33,11 +33,11 @@ def parse_arguments():
     parser.add_argument(
         "--method",
         choices=METHODS,
-        default="self_influence",
-        help="what ranks the suspects: self-influence, or its sum over the checkpoints of train.py --save_epochs; the "
-        "norm of the gradient; aum, the margin between the logit of the label and the largest other one, as a mean "
-        "over the training; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); "
-        "loss or that margin in the end",
+        default="aum",
+        help="what ranks the suspects: aum, the margin between the logit of the label and the largest other one, as a "
+        "mean over the training; self-influence, or its sum over the checkpoints of train.py --save_epochs; the norm "
+        "of the gradient; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); loss "
+        "or that margin in the end",
     )
     return parser.parse_args()
 
