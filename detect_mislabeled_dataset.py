@@ -24,6 +24,7 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "loss": ("loss", "#e69f00", (0, (1, 1))),
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
 }
+WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "seed")  # of a training
 
 
@@ -284,9 +285,10 @@ def main():
         curve_png, record_json = run.path("detection_curve", "png"), run.path("detection", "json")
         write_suspects(suspects_csv, data, order, scores, predicted, is_corrupted)
         images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"
+        curvature = f" ({args.factor_strategy})" if args.method in WITH_CURVATURE else ""
         title = (
-            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method][0]} "
-            f"({args.factor_strategy}):\ngiven label → predicted label (red where they differ), score"
+            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method][0]}{curvature}:\n"
+            "given label → predicted label (red where they differ), score"
         )
         plot_suspects(suspects_png, data, order, scores[args.method], predicted, title)
         title = f"Mislabeled among {images},\nfound by inspecting the top of a ranking ({args.factor_strategy})"
