@@ -17,6 +17,7 @@ from tqdm import tqdm
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
+EVAL_BATCH_SIZE = 1024  # of the retrained models
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
 
@@ -70,6 +71,19 @@ def choose_queries(test, num_queries, indices):
     if num_queries is not None and num_queries > len(test):
         raise pipeline.UserError(f"--num_query_examples {num_queries}: there are only {len(test)} test images")
     return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
+
+
+def load_models(paths, device, data_flags):
+    """Loads checkpoints of the same training examples. Returns the models and the examples, ImageData on the CPU.
+
+    data_flags: what `load_trained` takes after the device. Raises UserError where they were trained on different ones.
+    """
+    loaded = [pipeline.load_trained(path, device, *data_flags) for path in paths]
+    data = loaded[0][2]
+    for _, _, other, _ in loaded:
+        if not (torch.equal(other.indices, data.indices) and torch.equal(other.labels, data.labels)):
+            raise pipeline.UserError("--average_with: these models were trained on different images or labels")
+    return [model for model, *_ in loaded], data
 
 
 def strongest(scores, count):
@@ -128,7 +142,7 @@ def plot_top_influences(path, scores, queries, data, title):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_retrained(folder, name, data, queries, batch_size, dtype):
+def load_retrained(folder, name, data, queries, dtype):
     """Loads the models `<folder>/<name>_subset_*.pth`, trained on random subsets of `data` by --subset_fraction.
 
     Returns which images each was trained on, bool [M, num_train], and its margins on the queries, float32
@@ -146,13 +160,13 @@ def load_retrained(folder, name, data, queries, batch_size, dtype):
         model, metadata = pipeline.load_checkpoint(path, queries.images.device)
         excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
         kept[[index for index in excluded if index < len(data)]] = False
-        subset = pipeline.describe(data.take(kept.nonzero().squeeze(1)))
+        subset = pipeline.describe(data.keep(kept))
         if any(metadata[name] != value for name, value in subset.items()):
             raise pipeline.UserError(
                 f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
                 "give the data flags it was trained with"
             )
-        logits = pipeline.compute_logits(model, queries.images, batch_size, dtype)
+        logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
         raise pipeline.UserError(f"--retrained_dir {folder}: the subsets differ in size ({sizes}): use one folder each")
@@ -205,42 +219,17 @@ def main():
     with phases("load"):
         test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        models = [
-            pipeline.load_trained(
-                pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned),
-                device,
-                args.dataset,
-                args.dataset_dir,
-                args.corrupt_percentage,
-                args.num_train_examples,
-                args.output_dir,
-            )
-            for folder in sorted({args.checkpoint_dir, *args.average_with})
+        folders = sorted({args.checkpoint_dir, *args.average_with})
+        paths = [
+            pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned) for folder in folders
         ]
-        data, name = models[0][2], pipeline.checkpoint_path("", args.corrupt_percentage, "cleaned" * args.cleaned).stem
-        if any(
-            not torch.equal(other.indices, data.indices) or not torch.equal(other.labels, data.labels)
-            for _, _, other, _ in models
-        ):
-            raise pipeline.UserError("--average_with: these models were trained on different images or labels")
+        data_flags = args.dataset, args.dataset_dir, args.corrupt_percentage, args.num_train_examples, args.output_dir
+        models, data = load_models(paths, device, data_flags)
+        name = paths[0].stem
         if args.retrained_dir:
-            retrained = load_retrained(args.retrained_dir, name, data, queries.to(device), 1024, dtype)
-        runs = [
-            pipeline.InfluenceRun(
-                model,
-                data.to(device),
-                name,
-                output_dir=args.output_dir,
-                strategy=args.factor_strategy,
-                dtype=dtype,
-                seed=args.seed,
-                batch_size=args.train_batch_size,
-                profile=args.profile,
-                phases=phases,
-                factor_examples=args.factor_examples,
-            )
-            for model, *_ in models
-        ]
+            retrained = load_retrained(args.retrained_dir, name, data, queries.to(device), dtype)
+        settings = pipeline.influence_settings(args, dtype, phases)
+        runs = [pipeline.InfluenceRun(model, data.to(device), name, **settings) for model in models]
 
     all_scores, paths = zip(
         *(run.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor) for run in runs),
@@ -254,10 +243,9 @@ def main():
         if len(runs) > 1:
             scores = sum(all_scores) / len(runs)
             folder, *paths = pipeline.save_mean(runs, scores)
-        top_csv, top_png, record_json = (
-            pipeline.result_path(folder, name, args.factor_strategy, suffix)
-            for name, suffix in (("top_influences", "csv"), ("top_influences", "png"), ("pairwise", "json"))
-        )
+        top_csv = pipeline.result_path(folder, "top_influences", args.factor_strategy, "csv")
+        top_png = pipeline.result_path(folder, "top_influences", args.factor_strategy, "png")
+        record_json = pipeline.result_path(folder, "pairwise", args.factor_strategy, "json")
         write_top_influences(top_csv, scores, queries, data)
         source = pipeline.data_name(args.dataset, args.dataset_dir)
         title = (

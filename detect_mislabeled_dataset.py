@@ -44,6 +44,33 @@ def parse_arguments():
 
 
 # --------------------------------------------------------------------------------------------------
+# Influence
+# --------------------------------------------------------------------------------------------------
+
+
+def sum_over_checkpoints(make_run, model, metadata, name, damping_factor):
+    """Returns self-influence summed over the weights that --save_epochs kept, float32 [N], with the factors of each.
+
+    After TracIn (Pruthi et al. 2020), without its weights, the learning rates. make_run: an InfluenceRun of a model and
+    a `name`, by which the last epoch is known for what `model` is.
+    """
+    total = 0
+    for epoch, weights in metadata["epoch_weights"].items():
+        checkpoint = deepcopy(model)
+        checkpoint.load_state_dict(weights)
+        is_last = epoch == metadata["num_train_epochs"]
+        run = make_run(checkpoint, name=name if is_last else f"{name}_epoch{epoch}")
+        total = total + run.self_influence(damping_factor)[0]
+    return total
+
+
+def gradient_norm(make_run, model, name):
+    """Returns the norm of each example's gradient, float32 [N]: its square is self-influence without curvature."""
+    squared, _ = make_run(model, name=name, strategy="identity").self_influence(0.0)
+    return squared.sqrt()
+
+
+# --------------------------------------------------------------------------------------------------
 # Rankings and what they find
 # --------------------------------------------------------------------------------------------------
 
@@ -206,14 +233,6 @@ def report_rankings(curve_png, scores, is_corrupted, method, title):
     return rankings
 
 
-def checkpoints_along_the_way(model, metadata, name):
-    """Yields model and name, which is that of the results, of each checkpoint that --save_epochs kept."""
-    for epoch, weights in metadata["epoch_weights"].items():
-        copy = deepcopy(model)
-        copy.load_state_dict(weights)
-        yield copy, name if epoch == metadata["num_train_epochs"] else f"{name}_epoch{epoch}"
-
-
 def print_next_steps(args, metadata, suspects_csv):
     """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
     if args.cleaned:
@@ -250,29 +269,17 @@ def main():
         if args.method == "self_influence_checkpoints" and not metadata["epoch_weights"]:
             raise pipeline.UserError(f"--method {args.method}: {path} has no checkpoints, train with --save_epochs")
         data = data.to(device)
-        influence_run = partial(
-            pipeline.InfluenceRun,
-            data=data,
-            output_dir=args.output_dir,
-            dtype=dtype,
-            seed=args.seed,
-            batch_size=args.train_batch_size,
-            profile=args.profile,
-            phases=phases,
-            factor_examples=args.factor_examples,
-        )
-        run = influence_run(model, name=path.stem, strategy=args.factor_strategy)
+        make_run = partial(pipeline.InfluenceRun, data=data, **pipeline.influence_settings(args, dtype, phases))
+        run = make_run(model, name=path.stem)
 
     influence = {}
     influence["self_influence"], scores_path = run.self_influence(args.damping_factor)
     if metadata["epoch_weights"]:
-        influence["self_influence_checkpoints"] = sum(
-            influence_run(copy, name=name, strategy=args.factor_strategy).self_influence(args.damping_factor)[0]
-            for copy, name in checkpoints_along_the_way(model, metadata, path.stem)
+        influence["self_influence_checkpoints"] = sum_over_checkpoints(
+            make_run, model, metadata, path.stem, args.damping_factor
         )
     if args.method == "grad_norm":
-        squared_norm, _ = influence_run(model, name=path.stem, strategy="identity").self_influence(0.0)
-        influence["grad_norm"] = squared_norm.sqrt()
+        influence["grad_norm"] = gradient_norm(make_run, model, path.stem)
     if not pipeline.is_main_process():
         return
 

@@ -266,6 +266,20 @@ def influence_parser(description, corrupt_default):
     return parser
 
 
+def influence_settings(args, dtype, phases):
+    """Returns what the flags of `influence_parser` mean to an InfluenceRun, its arguments by name."""
+    return {
+        "output_dir": args.output_dir,
+        "strategy": args.factor_strategy,
+        "dtype": dtype,
+        "seed": args.seed,
+        "batch_size": args.train_batch_size,
+        "profile": args.profile,
+        "phases": phases,
+        "factor_examples": args.factor_examples,
+    }
+
+
 def command(script, args, **values):
     """Returns the command that runs a script on the data and folders of `args`, with further flags as `values`.
 
@@ -360,6 +374,10 @@ class ImageData:
             paths=[self.paths[i] for i in indices.tolist()],
             indices=self.indices[indices],
         )
+
+    def keep(self, kept):
+        """Returns the examples where `kept`, bool [N] on the CPU, is true."""
+        return self.take(kept.nonzero().squeeze(1))
 
     def to(self, device):
         """Returns the same data with its tensors on `device`."""
@@ -643,7 +661,7 @@ def training_examples(clean, fraction, cleaning=None):
     if cleaning is not None:
         kept[cleaning.excluded] = False
         labels[list(cleaning.new_labels)] = torch.tensor(list(cleaning.new_labels.values()), dtype=torch.int64)
-    data = replace(clean, labels=labels).take(kept.nonzero().squeeze(1))
+    data = replace(clean, labels=labels).keep(kept)
     return data, made_wrong[data.indices] & (data.labels != clean.labels[data.indices])
 
 
@@ -1313,7 +1331,9 @@ class InfluenceRun:
         with self.phases(phase):
             record = None
             if is_main_process():
-                record = intact_record(record_path, stage_files(folder, phase), upstream)
+                record = intact_record(record_path, stage_files(folder, phase))
+                if record is not None and record["upstream"] != upstream:
+                    record = None
             record = self.from_main_process(record)
             if record is not None:
                 if is_main_process():
@@ -1483,15 +1503,15 @@ def stage_files(folder, phase):
     return sorted(path for pattern in STAGE_FILES[phase] for path in folder.glob(pattern))
 
 
-def intact_record(record_path, paths, *upstream):
+def intact_record(record_path, paths):
     """Returns the record of a stage that this code finished and whose files are unharmed, else None.
 
-    Where an `upstream` is given, it must be that of the record. Says which files are damaged, if nothing else is wrong.
+    Says which files are damaged, if there is a record of this code that names them.
     """
     try:
         record = json.loads(record_path.read_text())
         expected, found = record["files"], file_checksums(paths)
-        if record["code"] != CODE_VERSION or any(record["upstream"] != value for value in upstream):
+        if record["code"] != CODE_VERSION:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None

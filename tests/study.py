@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from precision import spearman
+
 import analyze
 import detect_mislabeled_dataset as detect
 import pipeline
@@ -111,12 +113,13 @@ class Study:
 
     @contextlib.contextmanager
     def influence(self, data):
-        """Yields what makes an InfluenceRun of (model, name, strategy) on `data`, in a folder for the time being."""
+        """Yields what makes an InfluenceRun of a model and a name on `data`, in a folder for the time being."""
         with tempfile.TemporaryDirectory() as folder:
             yield partial(
                 pipeline.InfluenceRun,
                 data=data.to(self.device),
                 output_dir=folder,
+                strategy="ekfac",
                 dtype=self.dtype,
                 seed=PSEUDO_LABEL_SEED,
                 batch_size=None,
@@ -134,16 +137,15 @@ class Study:
         data = replace(self.clean, labels=labels)
         model, dynamics, epoch_weights = self.train(data, seed)
         metadata = {"epoch_weights": epoch_weights, "num_train_epochs": self.args.num_train_epochs}
-        with self.influence(data) as run:
-            final = run(model, name="final", strategy="ekfac")
+        with self.influence(data) as make_run:
+            final = make_run(model, name="final")
             influence = {"self_influence": final.self_influence(1e-8)[0]}
             heuristic, _ = final.self_influence(None)
             if epoch_weights:
-                influence["self_influence_checkpoints"] = sum(
-                    run(copy, name=name, strategy="ekfac").self_influence(1e-8)[0]
-                    for copy, name in detect.checkpoints_along_the_way(model, metadata, "final")
+                influence["self_influence_checkpoints"] = detect.sum_over_checkpoints(
+                    make_run, model, metadata, "final", 1e-8
                 )
-            influence["grad_norm"] = run(model, name="final", strategy="identity").self_influence(0.0)[0].sqrt()
+            influence["grad_norm"] = detect.gradient_norm(make_run, model, "final")
         scores = detect.suspicions(influence, self.logits(model, data), labels, dynamics["aum"])
         scores |= {"self_influence, heuristic": heuristic.numpy(), "mean_loss": dynamics["mean_loss"].numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
@@ -161,7 +163,7 @@ class Study:
         for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
             kept = torch.ones(len(data), dtype=torch.bool)
             kept[held_out] = False
-            model, _, _ = self.train(data.take(kept.nonzero().squeeze(1)), seed)
+            model, _, _ = self.train(data.keep(kept), seed)
             part = data.take(held_out)
             losses[held_out] = F.cross_entropy(self.logits(model, part), part.labels, reduction="none")
         return {"methods": figures({f"{folds}-fold cross-validation": losses.numpy()}, is_corrupted.numpy())}
@@ -170,33 +172,33 @@ class Study:
     # What cleaning is worth
     # ----------------------------------------------------------------------------------------------
 
-    def cleaning(self, labels, seed, by=None, fraction=None, noise="uniform", corrupted=0.1):
+    def cleaning(self, labels, seed, by=None, fraction=None):
         """Trains on the true labels, or on corrupted ones after something was done about them. Returns the accuracy.
 
         Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
         """
-        wrong, _ = wrong_labels(self.clean, noise, corrupted, pipeline.CORRUPTION_SEED)
+        wrong, _ = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=wrong)
         if labels == "true":
             data = self.clean
         elif by is not None:
-            top = self.ranking(by, noise, corrupted, seed)[: round(fraction * len(data))]
+            top = self.ranking(by, seed)[: round(fraction * len(data))]
             if labels == "put right":
                 data = replace(data, labels=wrong.index_put((top,), self.clean.labels[top]))
             else:
                 kept = torch.ones(len(data), dtype=torch.bool)
                 kept[top] = False
-                data = data.take(kept.nonzero().squeeze(1))
+                data = data.keep(kept)
         return {"accuracy": self.accuracy(self.train(data, seed)[0])}
 
-    def ranking(self, by, noise, fraction, seed):
+    def ranking(self, by, seed):
         """Returns the training images in order of falling suspicion, int64 [N]."""
         if by == "random":
             return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
-        job = {"noise": noise, "fraction": fraction, "corruption_seed": pipeline.CORRUPTION_SEED, "seed": seed}
-        path = self.scores_path(*job.values())
+        job = (*NOISES[0], pipeline.CORRUPTION_SEED, seed)
+        path = self.scores_path(*job)
         if not path.exists():
-            self.detection(**job)
+            self.detection(*job)
         with np.load(path) as scores:
             return torch.from_numpy(np.argsort(-scores[by], kind="stable"))
 
@@ -206,11 +208,11 @@ class Study:
 
     def factors(self, percent, pseudo_label_seed, seed, retrained_dir):
         """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds."""
-        labels, is_corrupted = wrong_labels(self.clean, "uniform", 0.1, pipeline.CORRUPTION_SEED)
+        labels, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=labels)
         queries = self.test.take(torch.arange(min(self.args.num_query_examples, len(self.test))))
         if retrained_dir:
-            retrained = analyze.load_retrained(retrained_dir, "model_corrupt_0.1", data, queries, 1024, self.dtype)
+            retrained = analyze.load_retrained(retrained_dir, "model_corrupt_0.1", data, queries, self.dtype)
         path = self.folder / f"factors-{pipeline.sha256(json.dumps([seed, self.asked]))[:8]}.pth"
         if not path.exists():
             model, _, _ = self.train(data, seed)
@@ -221,9 +223,9 @@ class Study:
         model.eval()
         phases = pipeline.Phases()
         examples = None if percent == 100 else round(percent / 100 * len(data))
-        settings = {"factor_examples": examples, "phases": phases, "seed": pseudo_label_seed, "strategy": "ekfac"}
-        with self.influence(data) as run:
-            run = run(model, name="model", **settings)
+        settings = {"factor_examples": examples, "phases": phases, "seed": pseudo_label_seed}
+        with self.influence(data) as make_run:
+            run = make_run(model, name="model", **settings)
             self_influence = run.self_influence(1e-8)[0].numpy()
             pairwise = run.pairwise_influence(queries, 1000, 1e-8)[0]
         full_path = self.folder / f"full-{path.stem}.npz"
@@ -260,11 +262,6 @@ def wrong_labels(clean, noise, fraction, seed):
     labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
     labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
     return labels, is_corrupted
-
-
-def spearman(a, b):
-    """Returns the rank correlation of two arrays [N]."""
-    return float(np.corrcoef(pipeline.ranks(np.asarray(a)), pipeline.ranks(np.asarray(b)))[0, 1])
 
 
 def figures(scores, is_corrupted):

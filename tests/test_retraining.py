@@ -40,6 +40,12 @@ def loaded(folder, name="checkpoints/model_corrupt_0.2.pth"):
     return pipeline.load_trained(folder / name, "cpu", "synthetic", "", 0.2, 40, None)
 
 
+def influence_run(folder, data, model, **settings):
+    """An InfluenceRun in float32 with the pseudo-labels that are the scripts' default."""
+    settings |= {"output_dir": folder, "dtype": torch.float32, "seed": 1004, "batch_size": 64}
+    return pipeline.InfluenceRun(model, data, "model", profile=False, phases=pipeline.Phases(), **settings)
+
+
 def columns(folder, name):
     """The columns of a table in a folder, by name, in order of index."""
     with (folder / name).open(newline="", encoding="utf-8") as file:
@@ -93,18 +99,7 @@ def test_the_sum_over_checkpoints_is_the_sum_of_single_runs(folder, detected, tm
     expected = torch.zeros(40)
     for epoch in (1, 2):
         model.load_state_dict(metadata["epoch_weights"][epoch])
-        expected += pipeline.InfluenceRun(
-            model.eval(),
-            data,
-            "model",
-            output_dir=tmp_path,
-            strategy="diagonal",
-            dtype=torch.float32,
-            seed=1004,
-            batch_size=64,
-            profile=False,
-            phases=pipeline.Phases(),
-        ).self_influence(1e-8)[0]
+        expected += influence_run(tmp_path, data, model.eval(), strategy="diagonal").self_influence(1e-8)[0]
     found = [float(value) for value in detected[0]["self_influence_checkpoints"]]
     assert found == pytest.approx(expected.tolist(), rel=1e-5)
     order = np.argsort([int(rank) for rank in detected[0]["rank"]])
@@ -245,19 +240,7 @@ def test_one_retrained_model_is_too_few(folder, script, tmp_path):
 
 def factors(folder, data, model, **settings):
     """The factors that an InfluenceRun fits, by file and layer."""
-    run = pipeline.InfluenceRun(
-        model,
-        data,
-        "model",
-        output_dir=folder,
-        strategy="ekfac",
-        dtype=torch.float32,
-        seed=1004,
-        batch_size=4,
-        profile=False,
-        phases=pipeline.Phases(),
-        **settings,
-    )
+    run = influence_run(folder, data, model, strategy="ekfac", **settings)
     run.fit_factors()
     (place,) = run.folder.glob("factors_*")
     return {
