@@ -37,7 +37,6 @@ import train
 RECIPE = ("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
 ASKED = (
     "dataset",
-    "dataset_dir",
     "num_train_examples",
     "num_query_examples",
     "save_epochs",
@@ -48,14 +47,15 @@ SIMILAR = {
     **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
     **{"airplane": "ship", "ship": "airplane", "bird": "airplane", "frog": "bird"},
 }
+FOLDER = Path(__file__).resolve().parent / "studies"
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("self_influence", "aum", "loss", "random")
+RANKINGS = ("aum", "self_influence", "loss", "random")
 FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
-PSEUDO_LABEL_SEED = 1004
+FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 
 
 class Study:
-    """Images, recipe, and the results that are there, in `<folder>/results.jsonl`."""
+    """Images, recipe, and the results that are there of these, in `<folder>/results.jsonl`."""
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder
@@ -65,25 +65,27 @@ class Study:
         self.clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, self.folder)
         self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
         self.asked = {name: getattr(args, name) for name in ASKED}
+        self.asked["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
 
-    def results(self, jobs, compute):
-        """Returns a row for each job, a dictionary, and writes those that `compute(**job)` has to compute."""
-        rows = []
+    def complete(self, jobs, compute):
+        """Writes and keeps a row for each job, a dictionary, that `compute(**job)` has still to compute."""
         for job in jobs:
-            row = next((row for row in self.rows if job.items() <= row.items()), None)
-            if row is None:
+            if not self.found(job):
                 start = time.perf_counter()
                 figures = compute(**{name: value for name, value in job.items() if name != "study"})
                 row = job | figures | {"seconds": time.perf_counter() - start} | self.asked
                 row |= {"environment": pipeline.environment(self.device)}
                 with self.path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+                self.rows.append(row)
                 print(job, flush=True)
-            rows.append(row)
-        return rows
+
+    def found(self, job):
+        """Returns the rows that are there of a job, or of all that share these of its settings."""
+        return [row for row in self.rows if job.items() <= row.items()]
 
     def train(self, data, seed):
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
@@ -121,7 +123,7 @@ class Study:
                 output_dir=folder,
                 strategy="ekfac",
                 dtype=self.dtype,
-                seed=PSEUDO_LABEL_SEED,
+                seed=FIRST_SEED,
                 batch_size=None,
                 profile=False,
                 phases=pipeline.Phases(),
@@ -179,9 +181,11 @@ class Study:
         """
         wrong, _ = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=wrong)
+        if labels == "corrupted":
+            return {"accuracy": self.detected(seed)["accuracy"]}
         if labels == "true":
             data = self.clean
-        elif by is not None:
+        else:
             top = self.ranking(by, seed)[: round(fraction * len(data))]
             if labels == "put right":
                 data = replace(data, labels=wrong.index_put((top,), self.clean.labels[top]))
@@ -195,12 +199,18 @@ class Study:
         """Returns the training images in order of falling suspicion, int64 [N]."""
         if by == "random":
             return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
-        job = (*NOISES[0], pipeline.CORRUPTION_SEED, seed)
-        path = self.scores_path(*job)
-        if not path.exists():
-            self.detection(*job)
+        self.detected(seed)
+        path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
+        if not path.exists():  # of a study that goes on with the results alone
+            self.detection(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
         with np.load(path) as scores:
             return torch.from_numpy(np.argsort(-scores[by], kind="stable"))
+
+    def detected(self, seed):
+        """Returns the row of the detection among the labels that the cleaning starts from."""
+        job = detection_job(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
+        self.complete([job], self.detection)
+        return self.found(job)[0]
 
     # ----------------------------------------------------------------------------------------------
     # How many images factors need
@@ -229,10 +239,10 @@ class Study:
             self_influence = run.self_influence(1e-8)[0].numpy()
             pairwise = run.pairwise_influence(queries, 1000, 1e-8)[0]
         full_path = self.folder / f"full-{path.stem}.npz"
-        if percent == 100 and pseudo_label_seed == PSEUDO_LABEL_SEED:
+        if percent == 100 and pseudo_label_seed == FIRST_SEED:
             save(full_path, self_influence=self_influence, pairwise=pairwise.numpy())
         if not full_path.exists():
-            self.factors(100, PSEUDO_LABEL_SEED, seed, None)
+            self.factors(100, FIRST_SEED, seed, None)
         full = np.load(full_path)
         found = {
             "factor_seconds": sum(phases.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
@@ -282,23 +292,37 @@ def spread(values, digits, unit=""):
     return f"{statistics.mean(values):.{digits}f}{deviation}{unit}"
 
 
+def detection_job(noise, fraction, corruption_seed, seed):
+    """Returns what defines a run of `detection`."""
+    run = {"noise": noise, "fraction": fraction, "corruption_seed": corruption_seed, "seed": seed}
+    return {"study": "detection", **run}
+
+
 def study_detection(study):
-    """Runs and prints the comparison of the methods: seeds of training and corruption, kinds of noise."""
+    """Compares the methods: seeds of training and corruption, kinds of noise."""
     args = study.args
     for noise, fraction in NOISES[: args.num_noises]:
-        runs = [
-            {"noise": noise, "fraction": fraction, "corruption_seed": pipeline.CORRUPTION_SEED + c, "seed": s}
+        jobs = [
+            detection_job(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s)
             for c in range(args.corruption_seeds)
             for s in range(args.seeds)
         ]
-        rows = study.results([{"study": "detection", **run} for run in runs], study.detection)
+        study.complete(jobs, study.detection)
         for folds in args.folds:
-            jobs = [{"study": "cross_validation", "folds": folds, **run} for run in runs]
-            rows += study.results(jobs, study.cross_validation)
+            study.complete(
+                [{**job, "study": "cross_validation", "folds": folds} for job in jobs], study.cross_validation
+            )
+
+
+def print_detection(study):
+    """Prints a table for each kind of noise."""
+    for noise, fraction in NOISES:
         values = {}
-        for row in rows:
+        for row in study.found({"noise": noise, "fraction": fraction}):
             for method, found in row["methods"].items():
                 values.setdefault(method, []).append(found)
+        if not values:
+            continue
         print(f"\n{100 * fraction:.0f} % {noise} noise\n")
         print(
             "| method | found at 10 % | found at 20 % | AUROC | average precision | runs |\n|---|---|---|---|---|---|"
@@ -309,38 +333,54 @@ def study_detection(study):
             print(f"| {method} | {' | '.join(cells)} | {len(found)} |")
 
 
-def study_cleaning(study):
-    """Runs and prints the test accuracy after nothing or something was done about a tenth of wrong labels."""
-    kinds = [{"labels": "true"}, {"labels": "corrupted"}]
+def cleaning_kinds():
+    """Yields what is done about wrong labels."""
+    yield {"labels": "true"}
+    yield {"labels": "corrupted"}
     for fraction in FRACTIONS:
-        kinds += [{"labels": "left out", "by": by, "fraction": fraction} for by in RANKINGS]
-        kinds += [{"labels": "put right", "by": by, "fraction": fraction} for by in ("self_influence", "aum")]
-    rows = {}
-    for seed in range(study.args.seeds):
-        for number, kind in enumerate(kinds):
-            rows.setdefault(number, []).extend(
-                study.results([{"study": "cleaning", **kind, "seed": seed}], study.cleaning)
-            )
-    print("\n| labels | ranked by | top | test accuracy | seeds |\n|---|---|---|---|---|")
-    for kind, found in zip(kinds, rows.values(), strict=True):
-        top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
-        accuracy = spread([100 * row["accuracy"] for row in found], 2, " %")
-        print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {len(found)} |")
+        for by in RANKINGS:
+            yield {"labels": "left out", "by": by, "fraction": fraction}
+        for by in ("aum", "self_influence"):
+            yield {"labels": "put right", "by": by, "fraction": fraction}
+
+
+def study_cleaning(study):
+    """Trains after nothing or something was done about a tenth of wrong labels."""
+    for seed in range(FIRST_SEED, FIRST_SEED + study.args.seeds):
+        study.complete([{"study": "cleaning", **kind, "seed": seed} for kind in cleaning_kinds()], study.cleaning)
+
+
+def print_cleaning(study):
+    """Prints test accuracies, and what is gained over doing nothing, seed by seed."""
+    rows = {row["seed"]: row for row in study.found({"study": "cleaning", "labels": "corrupted"})}
+    print("\n| labels | ranked by | top | test accuracy | gain, points | seeds |\n|---|---|---|---|---|---|")
+    for kind in cleaning_kinds():
+        found = [row for row in study.found({"study": "cleaning", **kind}) if row["seed"] in rows]
+        if found:
+            top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
+            accuracy = spread([100 * row["accuracy"] for row in found], 2, " %")
+            gain = spread([100 * (row["accuracy"] - rows[row["seed"]]["accuracy"]) for row in found], 2)
+            print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 
 def study_factors(study):
-    """Runs and prints what is lost by fitting factors on fewer images, and by other pseudo-labels on all of them."""
-    settings = [(100, PSEUDO_LABEL_SEED), (100, PSEUDO_LABEL_SEED + 1)]
-    settings += [(percent, PSEUDO_LABEL_SEED) for percent in FACTOR_PERCENTS[1:]]
-    job = {"study": "factors", "seed": 0, "retrained_dir": study.args.retrained_dir}
-    jobs = [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
-    rows = study.results(jobs, study.factors)
+    """Fits factors on fewer images, and with other pseudo-labels on all of them."""
+    settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
+    settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
+    job = {"study": "factors", "seed": FIRST_SEED, "retrained_dir": study.args.retrained_dir}
+    study.complete(
+        [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings], study.factors
+    )
+
+
+def print_factors(study):
+    """Prints agreement with factors of all images, and what they are worth."""
     print(
         "\n| images | pairwise Spearman | self-influence Spearman | found at 10 % | LDS | seconds |"
         "\n|---|---|---|---|---|---|"
     )
-    for row in rows:
-        name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != PSEUDO_LABEL_SEED)
+    for row in study.found({"study": "factors", "retrained_dir": study.args.retrained_dir}):
+        name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
         lds = f"{row['lds']:.4f}" if "lds" in row else ""
         print(
             f"| {name} | {row['pairwise_spearman']:.4f} | {row['self_influence_spearman']:.4f} | "
@@ -348,7 +388,11 @@ def study_factors(study):
         )
 
 
-STUDIES = {"detection": study_detection, "cleaning": study_cleaning, "factors": study_factors}
+STUDIES = {
+    "detection": (study_detection, print_detection),
+    "cleaning": (study_cleaning, print_cleaning),
+    "factors": (study_factors, print_factors),
+}
 
 
 def main():
@@ -370,9 +414,14 @@ def main():
     flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
     flag("--folds", type=int, nargs="*", default=[], help="of a cross-validation, such as 2 5")
     flag("--retrained_dir", help="models by train.py --subset_fraction, for the linear datamodeling score")
-    flag("--folder", type=Path, default=Path("study"), help="keeps results.jsonl, and scores by which to go on")
+    flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
-    STUDIES[args.study](Study(args))
+    study = Study(args)
+    run, print_table = STUDIES[args.study]
+    try:
+        run(study)
+    finally:
+        print_table(study)
 
 
 if __name__ == "__main__":

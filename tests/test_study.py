@@ -40,13 +40,18 @@ def test_detection_and_cleaning_go_on_where_they_were(run):
     output, rows = run("detection", *flags)
     assert [row["study"] for row in rows] == ["detection", "cross_validation"]
     assert {"self_influence", "aum", "combined", "grad_norm", "self_influence, heuristic"} <= rows[0]["methods"].keys()
+    assert "| aum |" in output
     assert rows[1]["methods"].keys() == {"2-fold cross-validation"}
     assert all(0 <= found["auroc"] <= 1 for row in rows for found in row["methods"].values())
     assert run("detection", *flags)[1] == rows
     output, cleaned = run("cleaning")
     cleaned = cleaned[2:]
     assert len(cleaned) == 2 + len(study.FRACTIONS) * (len(study.RANKINGS) + 2)
-    assert f"| left out | aum | 20 % | {100 * cleaned[-5]['accuracy']:.2f} % | 1 |" in output
+    found = {(row["labels"], row.get("by"), row.get("fraction")): 100 * row["accuracy"] for row in cleaned}
+    assert found["corrupted", None, None] == 100 * rows[0]["accuracy"]
+    accuracy = found["left out", "aum", 0.2]
+    gain = accuracy - found["corrupted", None, None]
+    assert f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |" in output
 
 
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
