@@ -25,7 +25,6 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
 }
 WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
-RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "seed")  # of a training
 
 
 def parse_arguments():
@@ -38,7 +37,8 @@ def parse_arguments():
         help="what ranks the suspects: aum, the margin between the logit of the label and the largest other one, as a "
         "mean over the training; self-influence, or its sum over the checkpoints of train.py --save_epochs; the norm "
         "of the gradient; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); loss "
-        "or that margin in the end",
+        "or that margin in the end; self-influence is computed in any case, to compare with (quickest with "
+        "--factor_strategy identity)",
     )
     return parser.parse_args()
 
@@ -49,10 +49,11 @@ def parse_arguments():
 
 
 def sum_over_checkpoints(make_run, model, metadata, name, damping_factor):
-    """Returns self-influence summed over the weights that --save_epochs kept, float32 [N], with the factors of each.
+    """Returns the sum of self-influence over the weights that --save_epochs kept, float32 [N].
 
-    After TracIn (Pruthi et al. 2020), without its weights, the learning rates. make_run: an InfluenceRun of a model and
-    a `name`, by which the last epoch is known for what `model` is.
+    After TracIn (Pruthi et al. 2020), without its weights, the learning rates, and with factors fitted anew for each.
+    make_run: makes an InfluenceRun of a model and a name; that of the last epoch is `name`, so that its results are
+    those of the finished model, and computed once.
     """
     total = 0
     for epoch, weights in metadata["epoch_weights"].items():
@@ -237,7 +238,7 @@ def print_next_steps(args, metadata, suspects_csv):
     """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
     if args.cleaned:
         return
-    recipe = {name: metadata[name] for name in RECIPE}
+    recipe = {name: metadata[name] for name in (*pipeline.RECIPE, "seed")}
 
     def retrain(**flags):
         return pipeline.command("train.py", args, corrupt_percentage=args.corrupt_percentage or None, **recipe, **flags)

@@ -190,7 +190,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def shared_parser(description, corrupt_default):
@@ -461,11 +461,11 @@ def find_samples(dataset_dir, split):
     """
     held_out = not (dataset_dir / "test").exists()
     folder = dataset_dir / ("train" if held_out else split)
+    both = [folder] if held_out else [dataset_dir / "train", dataset_dir / "test"]
     try:
-        found = torchvision_datasets().ImageFolder(folder, is_valid_file=lambda path: not is_hidden(path, folder))
-        both = [folder] if held_out else [dataset_dir / "train", dataset_dir / "test"]
-        names = [{path.name for path in folder.iterdir() if path.is_dir()} for folder in both]
-    except (OSError, RuntimeError) as error:
+        names = [{path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."} for folder in both]
+        found = image_folder(folder)
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--dataset imagefolder: {folder} must hold one folder of images per class ({first_line(error)})"
         ) from error
@@ -487,9 +487,18 @@ def find_samples(dataset_dir, split):
     return list(itertools.compress(found.samples, chosen)), found.classes
 
 
-def is_hidden(path, folder):
-    """Returns whether a file below `folder` is passed over; any other must be an image, lest it be missed unseen."""
-    return any(part[0] == "." for part in Path(path).relative_to(folder).parts)
+def image_folder(folder):
+    """Returns torchvision's ImageFolder of all files but hidden ones: what is no image must not be missed unseen."""
+
+    class ImageFolder(torchvision_datasets().ImageFolder):
+        def find_classes(self, directory):
+            names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+            return names, {name: label for label, name in enumerate(names)}
+
+    def is_hidden(path):
+        return any(part[0] == "." for part in Path(path).relative_to(folder).parts)
+
+    return ImageFolder(folder, is_valid_file=lambda path: not is_hidden(path))
 
 
 def choose_held_out(samples, folder):
@@ -553,8 +562,8 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
+            file_format, image = image.format, ImageOps.exif_transpose(image)
+            if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
                 raise ValueError("32 bits per pixel, of unknown range; save it with 8 or 16")
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
                 image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
@@ -644,7 +653,7 @@ class Cleaning:
 def draw_subset(num_examples, fraction, seed):
     """Returns the Cleaning that leaves a random subset of round(fraction * N) examples, the same for the same seed.
 
-    No seed makes it depend on which labels are corrupted, or on the subset of another seed.
+    Subsets of different seeds, and the choice of corrupted labels, are independent of each other.
     """
     order = np.random.default_rng((SUBSET_SEED, seed)).permutation(num_examples)
     return Cleaning(sorted(order[round(fraction * num_examples) :].tolist()), {})
@@ -815,6 +824,9 @@ CODE_VERSION = sha256(Path(__file__).read_text(encoding="utf-8"), *map(version, 
 # --------------------------------------------------------------------------------------------------
 
 
+RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")  # of a training, but for its seed
+
+
 def checkpoint_path(checkpoint_dir, fraction, kind=""):
     """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
 
@@ -843,19 +855,25 @@ def load_checkpoint(path, device="cpu"):
 
     Raises UserError where there is none, or where the file is something else.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
+        others = sorted(other.name for other in path.parent.glob("model*.pth"))
+        there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
         raise UserError(
-            f"there is no checkpoint {path}: run train.py with the same --checkpoint_dir, --dataset and "
-            "--corrupt_percentage (and for --cleaned with --exclude_suspects or --corrections) first"
+            f"there is no checkpoint {path}{there}: run train.py with the same --checkpoint_dir, --dataset and "
+            "--corrupt_percentage (and for --cleaned with --exclude_suspects or --corrections) first; "
+            "--corrupt_percentage 0 takes model.pth"
         )
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
         if not metadata.keys() >= {"dynamics", "epoch_weights"}:
             raise ValueError("written by an earlier train.py")
         metadata["cleaning"] = metadata["cleaning"] and Cleaning(**metadata["cleaning"])
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can fail in any way
         raise UserError(
             f"{path} is not a whole checkpoint of train.py ({first_line(error):.100}): train again"
@@ -1045,15 +1063,14 @@ def patch_covariance(strips, height, stride, num_rows):
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices on a CPU round their inputs, not their sums, to bfloat16."""
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    if enabled:
-        settings.fp32_precision = "bf16"
+    """Lets products of float32 matrices round their inputs, not their sums: to bfloat16 on a CPU, to TF32 on CUDA."""
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if enabled else ("ieee", "ieee")
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        cpu.fp32_precision, cuda.fp32_precision = before
 
 
 class BatchHooks:
@@ -1096,7 +1113,7 @@ class BatchHooks:
 
     def inverse_eigenvalues(self, like):
         """Returns 1 / (lambda + damping), [O, I], which kronfluence prepares; None for the identity."""
-        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like[:0]))
+        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like[:0]))  # an empty tensor, for its device and dtype
 
     def add(self, name, value):
         """Adds to a factor that is zero at first."""
@@ -1265,8 +1282,12 @@ STAGE_FILES = {
 class InfluenceRun:
     """kronfluence's Analyzer on one checkpoint and data set, with results that are reused only where they belong.
 
-    Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`. `phases` gets the times. Factors are
-    fitted on all of `data`, or on `factor_examples` of them; `model` stays as it is.
+    Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`, whose lock this process keeps until it
+    ends. `model`, on the device of `data`, stays as it is. Factors are fitted on all of `data`, or on `factor_examples`
+    of them, drawn at random; `dtype` is that of forward and backward passes and of per-sample gradients, `seed` that
+    of the pseudo-labels. `batch_size` images are taken at a time, by default 64 on a CPU and 1,024 on CUDA. `phases`
+    gets the times, and with `profile` kronfluence keeps a table of its own. Raises UserError where there are fewer
+    images than `factor_examples`.
     """
 
     def __init__(
@@ -1336,7 +1357,7 @@ class InfluenceRun:
                     record = None
             record = self.from_main_process(record)
             if record is not None:
-                if is_main_process():
+                if is_main_process() and record["files"]:
                     print(f"Reusing the {phase} in {folder}")
                 return sha256(json.dumps(record))
             if is_main_process():
@@ -1401,6 +1422,7 @@ class InfluenceRun:
         if not query_data.images.is_cuda:
             query_batch_size = min(query_batch_size, max(1, CPU_QUERY_BYTES // self.gradient_bytes))
         chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
+        steps = query_batch_size // (chunk * self.analyzer.state.num_processes)  # each process gets the others' too
         arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
         return self.scores(
             pairwise_kind(query_data),
@@ -1408,7 +1430,7 @@ class InfluenceRun:
             load,
             damping_factor,
             arguments,
-            query_gradient_accumulation_steps=query_batch_size // chunk,
+            query_gradient_accumulation_steps=max(1, steps),
         )
 
     def finished_pairwise(self, query_data):
@@ -1420,7 +1442,10 @@ class InfluenceRun:
                 yield folder.name.removeprefix(start), load_file(files[0])[ALL_MODULE_NAME]
 
     def scores(self, kind, compute, load, damping_factor, arguments, **score_arguments):
-        """Computes, or reuses, and loads the scores of one `kind`, by kronfluence's `compute` and `load`."""
+        """Computes or reuses the scores of one `kind`, by kronfluence's `compute` and `load`.
+
+        Returns them, float32, in the shape of that kind, and the file that holds them.
+        """
         fitted = self.fit_factors()
         damping_name = "heuristic" if damping_factor is None else damping_factor
         scores_name = f"{kind}-{self.factors_name}-damping-{damping_name}"
@@ -1506,13 +1531,14 @@ def stage_files(folder, phase):
 def intact_record(record_path, paths):
     """Returns the record of a stage that this code finished and whose files are unharmed, else None.
 
-    Says which files are damaged, if there is a record of this code that names them.
+    Says which files are damaged, or that they are of another version of the code, if there is a record of them.
     """
     try:
         record = json.loads(record_path.read_text())
-        expected, found = record["files"], file_checksums(paths)
         if record["code"] != CODE_VERSION:
+            print(f"Not using what another version of the code or its libraries computed in {record_path.parent}")
             return None
+        expected, found = record["files"], file_checksums(paths)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     damaged = sorted(name for name in expected | found if expected.get(name) != found.get(name))

@@ -133,6 +133,11 @@ def test_formats_of_pillow(tmp_path, suffix):
     assert np.abs(pipeline.read_image(tmp_path / f"image.{suffix}").astype(int) - (200, 120, 40)).max() <= 4
 
 
+def test_16_bits_of_grey_without_compression(tmp_path):
+    (tmp_path / "image.pgm").write_bytes(b"P5 40 40 65535\n" + np.full(1600, 90 * 257, ">u2").tobytes())
+    assert (pipeline.read_image(tmp_path / "image.pgm") == 90).all()
+
+
 def test_a_cmyk_photograph(tmp_path):
     Image.new("CMYK", (200, 300), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
     red, green, blue = pipeline.read_image(tmp_path / "red.jpg").mean((0, 1))
@@ -162,7 +167,11 @@ def test_hidden_files_and_folders_are_passed_over(class_folders, tmp_path):
     shutil.copytree(class_folders, tmp_path, dirs_exist_ok=True)
     shutil.copytree(class_folders / "train" / "cat", tmp_path / "train" / "cat" / ".originals")
     (tmp_path / "train" / "cat" / ".DS_Store").write_bytes(b"")
-    assert len(pipeline.load_train_data("imagefolder", tmp_path)) == 15
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    shutil.copytree(class_folders / "train" / "cat", tmp_path / "train" / ".thumbnails")
+    expected, found = (pipeline.load_train_data("imagefolder", folder) for folder in (class_folders, tmp_path))
+    assert len(found) == 15 and found.class_names == expected.class_names
+    assert torch.equal(found.labels, expected.labels) and torch.equal(found.images, expected.images)
 
 
 def test_folders_inside_a_class_belong_to_it(class_folders, tmp_path):
