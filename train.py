@@ -58,9 +58,13 @@ def parse_arguments():
         type=pipeline.number_list,
         default=[],
         metavar="LIST",
-        help="keep the weights after these epochs, such as 10,25; each makes a detection take as long once more",
+        help="keep the weights after these epochs, such as 10,25; each but the last of the training makes "
+        "a detection take as long once more",
     )
     args = parser.parse_args()
+    for name, needed in (("exclude_fraction", "exclude_suspects"), ("subset_seed", "subset_fraction")):
+        if getattr(args, name) != parser.get_default(name) and getattr(args, needed) is None:
+            parser.error(f"argument --{name}: means nothing without --{needed}")
     if args.save_epochs and not 1 <= min(args.save_epochs) <= max(args.save_epochs) <= args.num_train_epochs:
         parser.error(f"argument --save_epochs: there are only the epochs 1 to {args.num_train_epochs}")
     return args
@@ -108,10 +112,10 @@ def find_example(place, row, data, by_path):
         raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
     else:
         raise pipeline.UserError(f"{place}: needs a path or an index")
-    if row.get("label", str(data.labels[found].item())) != str(data.labels[found].item()):
+    if row.get("label", "").strip() not in ("", str(data.labels[found].item())):
         raise pipeline.UserError(
-            f"{place}: image {found} has the label {data.labels[found]}, not {row['label']}: "
-            "give the data flags of the detection"
+            f"{place}: image {found} has the label {data.labels[found]} before any cleaning, not {row['label']}: "
+            "give the data flags of the detection, or leave out the column label"
         )
     return found
 
@@ -138,7 +142,8 @@ def read_suspects(path, fraction, data):
 def read_corrections(path, data):
     """Returns the Cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
 
-    Raises UserError, naming the line, for an unknown image or class, or one image twice.
+    Raises UserError, naming the line, for an unknown image or class, or one image twice, and where most images would
+    be left out, as by a ranking to which a column was added and filled in for some rows.
     """
     by_path = examples_by_path(data)
     decided = {}
@@ -149,10 +154,13 @@ def read_corrections(path, data):
         if index in decided:
             raise pipeline.UserError(f"{place}: image {index} was decided on before")
         decided[index] = data.class_names.index(name) if name else None
-    return pipeline.Cleaning(
-        [index for index, label in decided.items() if label is None],
-        {index: label for index, label in decided.items() if label is not None},
-    )
+    excluded = [index for index, label in decided.items() if label is None]
+    if len(excluded) > len(data) / 2:
+        raise pipeline.UserError(
+            f"--corrections {path} leaves out {len(excluded)} of the {len(data)} images, because an empty new_label "
+            "does so: delete the rows of images that nothing was decided about"
+        )
+    return pipeline.Cleaning(excluded, {index: label for index, label in decided.items() if label is not None})
 
 
 def examples_by_path(data):
@@ -190,10 +198,11 @@ def epoch_batches(num_examples, batch_size, generator):
 def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype, save_epochs=()):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    Returns what the training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the
-    area under the margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1),
-    and `mean_loss`; and the weights after each of `save_epochs`. Raises NumericalError when the loss stops being a
-    number.
+    The last, partial batch of an epoch is dropped; `batch_size` must be len(data) at most. Returns what the training
+    batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the area under the margin
+    between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1), and `mean_loss`; and a
+    dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError when the loss stops being
+    a number.
     """
     device = data.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device

@@ -249,6 +249,16 @@ def test_no_checkpoint(fails, name):
     assert "run train.py" in fails(name, *SYNTHETIC)
 
 
+def test_no_checkpoint_but_others(fails, trained):
+    message = fails(DETECT, *SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--corrupt_percentage", 0)
+    assert "model.pth, only model_corrupt_0.1.pth: run train.py" in message
+
+
+@pytest.mark.parametrize("flags", [("--subset_seed", "3"), ("--exclude_fraction", "0.2", "--corrections", "x.csv")])
+def test_a_flag_without_the_one_it_belongs_to(fails, flags):
+    assert f"argument {flags[0]}: means nothing without" in fails(TRAIN, *SYNTHETIC, *flags)
+
+
 def test_a_checkpoint_of_other_labels(fails, trained):
     flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_train_examples", 50)
     assert "other images or labels" in fails(DETECT, *flags, unchanged=trained[0])

@@ -69,12 +69,13 @@ def test_corrections_find_an_absolute_path(written, data):
         (["index,label", "1,cat"], "its first line must name the column 'new_label'"),
         (["path,new_label", "images/1 ü.png,cat", "images/2 ü.png"], "line 3: has another number of cells"),
         (["index,new_label", "1,cat,dog"], "line 2: has another number of cells"),
-        (["index,label,new_label", "1,0,cat"], "line 2: image 1 has the label 1, not 0"),
+        (["index,label,new_label", "1,,cat", "2,0,cat"], "line 3: image 2 has the label 2 before any cleaning, not 0"),
+        (["index,new_label", "0,", "1,", "2,", "3,cat", "4,"], "leaves out 4 of the 6 images, because an empty"),
         ([], "its first line must name the column 'new_label'"),
     ],
     ids=[
         *("path", "index", "negative index", "neither", "class", "twice", "column"),
-        *("short row", "long row", "label", "empty file"),
+        *("short row", "long row", "label", "most left out", "empty file"),
     ],
 )
 def test_a_mistake_in_corrections_is_named_with_its_line(written, data, lines, message):
@@ -103,7 +104,7 @@ def test_the_top_of_a_ranking_is_excluded(written, data, fraction, excluded):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["1,0,0", "2,1,2"], "line 3: image 1 has the label 1, not 2"),
+        (["1,0,0", "2,1,2"], "line 3: image 1 has the label 1 before any cleaning, not 2"),
         (["2,1,1", "1,0,0"], "line 2: rank 2 where 1 is due"),
         (["1,5,2", "2,0,0"], "ranks 2 of the 6 training images"),
         ([f"{rank},{min(rank, 5)},{min(rank, 5) % 3}" for rank in range(1, 7)], "ranks 5 of the 6 training images"),
