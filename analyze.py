@@ -78,12 +78,14 @@ def load_models(paths, device, data_flags):
 
     data_flags: what `load_trained` takes after the device. Raises UserError where they were trained on different ones.
     """
-    loaded = [pipeline.load_trained(path, device, *data_flags) for path in paths]
-    data = loaded[0][2]
-    for _, _, other, _ in loaded:
-        if not (torch.equal(other.indices, data.indices) and torch.equal(other.labels, data.labels)):
-            raise pipeline.UserError("--average_with: these models were trained on different images or labels")
-    return [model for model, *_ in loaded], data
+    models, data = [], None
+    for path in paths:
+        model, _, found, _ = pipeline.load_trained(path, device, *data_flags)
+        data = data or found
+        if not (torch.equal(found.indices, data.indices) and torch.equal(found.labels, data.labels)):
+            raise pipeline.UserError(f"--average_with: {path} was trained on other images or labels than {paths[0]}")
+        models.append(model)
+    return models, data
 
 
 def strongest(scores, count):
@@ -155,21 +157,28 @@ def load_retrained(folder, name, data, queries, dtype):
             f"--retrained_dir {folder} has {len(paths)} of the models {name}_subset_*.pth, by train.py "
             "--subset_fraction 0.5 --subset_seed K: train at least 2, better 50"
         )
-    trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
+    trained_on, margins, recipes = torch.ones(len(paths), len(data), dtype=torch.bool), [], {}
     for path, kept in zip(tqdm(paths, "Asking retrained models", leave=False), trained_on, strict=True):
         model, metadata = pipeline.load_checkpoint(path, queries.images.device)
         excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
         kept[[index for index in excluded if index < len(data)]] = False
         subset = pipeline.describe(data.keep(kept))
-        if any(metadata[name] != value for name, value in subset.items()):
+        if any(metadata[field] != value for field, value in subset.items()):
             raise pipeline.UserError(
                 f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
                 "give the data flags it was trained with"
             )
+        recipes[path.name] = [metadata[field] for field in pipeline.RECIPE]
         logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
         raise pipeline.UserError(f"--retrained_dir {folder}: the subsets differ in size ({sizes}): use one folder each")
+    for other, recipe in recipes.items():
+        if recipe != recipes[paths[0].name]:
+            raise pipeline.UserError(
+                f"--retrained_dir {folder}: {other} and {paths[0].name} differ in one of {', '.join(pipeline.RECIPE)}: "
+                "use one folder for each recipe"
+            )
     return trained_on, torch.stack(margins)
 
 
@@ -219,20 +228,24 @@ def main():
     with phases("load"):
         test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        folders = sorted({args.checkpoint_dir, *args.average_with})
-        paths = [
-            pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned) for folder in folders
+        # By where they are, so that none counts twice and two commands wait for each other's models in one order.
+        folders = {Path(folder).resolve(): folder for folder in (*args.average_with, args.checkpoint_dir)}
+        checkpoints = [
+            pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned)
+            for _, folder in sorted(folders.items())
         ]
         data_flags = args.dataset, args.dataset_dir, args.corrupt_percentage, args.num_train_examples, args.output_dir
-        models, data = load_models(paths, device, data_flags)
-        name = paths[0].stem
+        models, data = load_models(checkpoints, device, data_flags)
+        name, on_device, queries_on_device = checkpoints[0].stem, data.to(device), queries.to(device)
         if args.retrained_dir:
-            retrained = load_retrained(args.retrained_dir, name, data, queries.to(device), dtype)
+            retrained = load_retrained(args.retrained_dir, name, data, queries_on_device, dtype)
         settings = pipeline.influence_settings(args, dtype, phases)
-        runs = [pipeline.InfluenceRun(model, data.to(device), name, **settings) for model in models]
+        runs = [pipeline.InfluenceRun(model, on_device, name, **settings) for model in models]
+        if len({run.folder for run in runs}) < len(runs):
+            raise pipeline.UserError("--average_with: two of these folders hold the same model: name each model once")
 
-    all_scores, paths = zip(
-        *(run.pairwise_influence(queries.to(device), args.query_batch_size, args.damping_factor) for run in runs),
+    all_scores, score_paths = zip(
+        *(run.pairwise_influence(queries_on_device, args.query_batch_size, args.damping_factor) for run in runs),
         strict=True,
     )
     if not pipeline.is_main_process():
@@ -242,7 +255,8 @@ def main():
         scores, folder = all_scores[0], runs[0].folder
         if len(runs) > 1:
             scores = sum(all_scores) / len(runs)
-            folder, *paths = pipeline.save_mean(runs, scores)
+            folder, mean_path = pipeline.save_mean(runs, scores)
+            score_paths = [mean_path]
         top_csv = pipeline.result_path(folder, "top_influences", args.factor_strategy, "csv")
         top_png = pipeline.result_path(folder, "top_influences", args.factor_strategy, "png")
         record_json = pipeline.result_path(folder, "pairwise", args.factor_strategy, "json")
@@ -268,7 +282,7 @@ def main():
     pipeline.write_json(record_json, record)
     for run in runs:
         run.report_profile()
-    pipeline.report_files([*paths, top_csv, top_png, record_json], phases)
+    pipeline.report_files([*score_paths, top_csv, top_png, record_json], phases)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,27 @@ def test_subsets_of_different_sizes_are_refused(folder, script, tmp_path):
     assert process.returncode == 2 and "[10, 20]" in process.stderr
 
 
+def test_retrained_models_of_different_recipes_are_refused(folder, script, tmp_path):
+    flags = ("--subset_fraction", 0.5, "--subset_seed", 3, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
+    assert script(folder, "train.py", *TRAIN, *CORRUPTED, *flags).returncode == 0
+    shutil.copy(folder / "halves/model_corrupt_0.2_subset_0.5_0.pth", tmp_path)
+    process = script(folder, "analyze.py", *DATA, *CORRUPTED, *QUERIES, "--retrained_dir", tmp_path)
+    assert (
+        process.returncode == 2 and "subset_0.5_3.pth and model_corrupt_0.2_subset_0.5_0.pth differ" in process.stderr
+    )
+
+
+def test_a_model_is_not_averaged_with_itself(folder, script, tmp_path):
+    """The same folder by another name counts once; a copy of the model is refused."""
+    flags = (*DATA, *CORRUPTED, *QUERIES, *DIAGONAL, "--output_dir", tmp_path, "--average_with")
+    process = script(folder, "analyze.py", *flags, folder / "checkpoints")
+    assert process.returncode == 0 and process.stdout.count("model_corrupt_0.2.pth: trained on") == 1
+    assert not list(tmp_path.glob("*mean_of*"))
+    shutil.copytree(folder / "checkpoints", tmp_path / "copy")
+    process = script(folder, "analyze.py", *flags, tmp_path / "copy")
+    assert process.returncode == 2 and "the same model" in process.stderr
+
+
 def test_models_cleaned_in_different_ways_are_not_averaged(folder, script, tmp_path):
     for index in (3, 4):
         (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},\n")
@@ -216,7 +237,7 @@ def test_models_cleaned_in_different_ways_are_not_averaged(folder, script, tmp_p
         assert script(tmp_path, "train.py", *TRAIN, *CORRUPTED, *flags).returncode == 0
     flags = ("--cleaned", "--checkpoint_dir", tmp_path / "3", "--average_with", tmp_path / "4")
     process = script(tmp_path, "analyze.py", *DATA, *CORRUPTED, *QUERIES, *flags)
-    assert process.returncode == 2 and "different images" in process.stderr
+    assert process.returncode == 2 and "other images or labels" in process.stderr
     assert not list(tmp_path.glob("influence_results/model*"))
 
 
