@@ -34,13 +34,11 @@ import detect_mislabeled_dataset as detect
 import pipeline
 import train
 
-RECIPE = ("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
 ASKED = (
     "dataset",
     "num_train_examples",
-    "num_query_examples",
     "save_epochs",
-    *RECIPE,
+    *pipeline.RECIPE,
 )  # what a result depends on
 NOISES = (("uniform", 0.1), ("similar", 0.2), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
 SIMILAR = {
@@ -66,6 +64,7 @@ class Study:
         self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
         self.asked = {name: getattr(args, name) for name in ASKED}
         self.asked["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
+        self.asked |= {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
@@ -75,8 +74,8 @@ class Study:
         for job in jobs:
             if not self.found(job):
                 start = time.perf_counter()
-                figures = compute(**{name: value for name, value in job.items() if name != "study"})
-                row = job | figures | {"seconds": time.perf_counter() - start} | self.asked
+                found = compute(**{name: value for name, value in job.items() if name != "study"})
+                row = job | found | {"seconds": time.perf_counter() - start} | self.asked
                 row |= {"environment": pipeline.environment(self.device)}
                 with self.path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -216,14 +215,15 @@ class Study:
     # How many images factors need
     # ----------------------------------------------------------------------------------------------
 
-    def factors(self, percent, pseudo_label_seed, seed, retrained_dir):
+    def factors(self, percent, pseudo_label_seed, seed, num_queries, num_retrained):
         """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds."""
         labels, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=labels)
-        queries = self.test.take(torch.arange(min(self.args.num_query_examples, len(self.test))))
-        if retrained_dir:
-            retrained = analyze.load_retrained(retrained_dir, "model_corrupt_0.1", data, queries, self.dtype)
-        path = self.folder / f"factors-{pipeline.sha256(json.dumps([seed, self.asked]))[:8]}.pth"
+        queries = self.test.take(torch.arange(num_queries))
+        if num_retrained:
+            retrained = analyze.load_retrained(self.args.retrained_dir, "model_corrupt_0.1", data, queries, self.dtype)
+        made_of = pipeline.sha256(json.dumps([seed, num_queries, self.asked]), pipeline.CODE_VERSION)[:8]
+        path = self.folder / f"factors-{made_of}.pth"
         if not path.exists():
             model, _, _ = self.train(data, seed)
             with pipeline.atomic_path(path) as temporary:
@@ -242,7 +242,7 @@ class Study:
         if percent == 100 and pseudo_label_seed == FIRST_SEED:
             save(full_path, self_influence=self_influence, pairwise=pairwise.numpy())
         if not full_path.exists():
-            self.factors(100, FIRST_SEED, seed, None)
+            self.factors(100, FIRST_SEED, seed, num_queries, 0)
         full = np.load(full_path)
         found = {
             "factor_seconds": sum(phases.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
@@ -252,7 +252,7 @@ class Study:
             ),
             "found_at_10": detect.evaluate_ranking(self_influence, is_corrupted.numpy())["found_at_10"],
         }
-        if retrained_dir:
+        if num_retrained:
             found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, *retrained).mean())
         return found
 
@@ -267,7 +267,8 @@ def wrong_labels(clean, noise, fraction, seed):
         return pipeline.corrupt_labels(true, fraction, len(names), seed)
     chosen = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[: round(fraction * len(true))]
     following = [*names[1:], names[0]]
-    similar = [SIMILAR.get(name, other) for name, other in zip(names, following, strict=True)]
+    similar = [SIMILAR.get(name) for name in names]
+    similar = [name if name in names else other for name, other in zip(similar, following, strict=True)]
     similar = torch.tensor([names.index(name) for name in similar])
     labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
     labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
@@ -367,7 +368,14 @@ def study_factors(study):
     """Fits factors on fewer images, and with other pseudo-labels on all of them."""
     settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
     settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
-    job = {"study": "factors", "seed": FIRST_SEED, "retrained_dir": study.args.retrained_dir}
+    folder = study.args.retrained_dir
+    num_retrained = len(list(Path(folder).glob("model_corrupt_0.1_subset_*.pth"))) if folder else 0
+    job = {
+        "study": "factors",
+        "seed": FIRST_SEED,
+        "num_queries": min(study.args.num_query_examples, len(study.test)),
+        "num_retrained": num_retrained,
+    }
     study.complete(
         [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings], study.factors
     )
@@ -379,7 +387,7 @@ def print_factors(study):
         "\n| images | pairwise Spearman | self-influence Spearman | found at 10 % | LDS | seconds |"
         "\n|---|---|---|---|---|---|"
     )
-    for row in study.found({"study": "factors", "retrained_dir": study.args.retrained_dir}):
+    for row in study.found({"study": "factors"}):
         name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
         lds = f"{row['lds']:.4f}" if "lds" in row else ""
         print(

@@ -34,6 +34,12 @@ def test_similar_noise_flips_each_class_to_its_partner():
     assert flips <= set(study.SIMILAR.items()) and len(flips) > 5
 
 
+def test_similar_noise_of_other_classes_flips_to_the_next_one():
+    data = pipeline.ImageData(torch.zeros(6, 3, 32, 32), torch.arange(3).repeat(2), ["cat", "owl", "newt"], [], None)
+    found, is_corrupted = study.wrong_labels(data, "similar", 0.99, seed=1)
+    assert is_corrupted.all() and torch.equal(found, (data.labels + 1) % 3)
+
+
 def test_detection_and_cleaning_go_on_where_they_were(run):
     """The second time nothing is computed; the cleaning takes its rankings from the detection's scores."""
     flags = ("--num_noises", "1", "--folds", "2")
