@@ -190,7 +190,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        has_default = action.default not in (None, []) and action.nargs != 0  # a switch takes no value
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def shared_parser(description, corrupt_default):
