@@ -47,7 +47,7 @@ SIMILAR = {
 }
 FOLDER = Path(__file__).resolve().parent / "studies"
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("aum", "self_influence", "loss", "random")
+RANKINGS = ("aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 
@@ -198,6 +198,9 @@ class Study:
         """Returns the training images in order of falling suspicion, int64 [N]."""
         if by == "random":
             return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
+        if by == "truth":
+            _, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+            return is_corrupted.int().argsort(descending=True, stable=True)
         self.detected(seed)
         path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
         if not path.exists():  # of a study that goes on with the results alone
@@ -338,6 +341,7 @@ def cleaning_kinds():
     """Yields what is done about wrong labels."""
     yield {"labels": "true"}
     yield {"labels": "corrupted"}
+    yield {"labels": "left out", "by": "truth", "fraction": NOISES[0][1]}
     for fraction in FRACTIONS:
         for by in RANKINGS:
             yield {"labels": "left out", "by": by, "fraction": fraction}

@@ -1,6 +1,7 @@
 """The studies on forty digits: what they train on, what they write, and that a stopped one goes on."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import study
@@ -52,12 +53,20 @@ def test_detection_and_cleaning_go_on_where_they_were(run):
     assert run("detection", *flags)[1] == rows
     output, cleaned = run("cleaning")
     cleaned = cleaned[2:]
-    assert len(cleaned) == 2 + len(study.FRACTIONS) * (len(study.RANKINGS) + 2)
+    assert len(cleaned) == 3 + len(study.FRACTIONS) * (len(study.RANKINGS) + 2)
     found = {(row["labels"], row.get("by"), row.get("fraction")): 100 * row["accuracy"] for row in cleaned}
     assert found["corrupted", None, None] == 100 * rows[0]["accuracy"]
     accuracy = found["left out", "aum", 0.2]
     gain = accuracy - found["corrupted", None, None]
     assert f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |" in output
+
+
+def test_the_true_ranking_has_the_wrong_labels_first():
+    labels = torch.arange(200) % 10
+    data = pipeline.ImageData(torch.zeros(200, 3, 32, 32), labels, [str(n) for n in range(10)], [], None)
+    _, is_corrupted = pipeline.corrupt_labels(labels, 0.1, 10)
+    top = study.Study.ranking(SimpleNamespace(clean=data), "truth", seed=1)[:20]
+    assert set(top.tolist()) == set(is_corrupted.nonzero().flatten().tolist())
 
 
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
