@@ -227,7 +227,7 @@ def shared_parser(description, corrupt_default):
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto computes in bfloat16 where that is fast; sums and scores are always float32",
+        help="auto computes in bfloat16 where that is fast; sums over images, and scores, are float32",
     )
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes CUDA where there is one")
     return parser

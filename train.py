@@ -201,8 +201,8 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
     The last, partial batch of an epoch is dropped; `batch_size` must be len(data) at most. Returns what the training
     batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the area under the margin
     between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1), and `mean_loss`; and a
-    dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError when the loss stops being
-    a number.
+    dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError after an epoch in which the
+    loss or a weight stopped being a number.
     """
     device = data.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
@@ -238,10 +238,9 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 f"epoch {epoch + 1:3}/{num_epochs}   learning rate {rate:8.5f}   "
                 f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
             )
-            if not np.isfinite(mean_loss):
-                raise pipeline.NumericalError(
-                    f"the loss became {mean_loss} in epoch {epoch + 1}: lower --learning_rate"
-                )
+            # The loss is that before the last step, hence the weights.
+            if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
+                raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
             if epoch + 1 in save_epochs:
                 epoch_weights[epoch + 1] = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     # Partial batches are dropped, and with few epochs an example may have been among them each time.

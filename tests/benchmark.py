@@ -3,7 +3,7 @@
 The reference is unmodified kronfluence with its defaults (float32, a data loader with per-image transforms) but a
 given batch size, and a float32 training loop over the same kind of loader. Each runs in a process of its own,
 alternating with the scripts, on the same checkpoint, images and pseudo-labels; figures are medians over the repeats.
-Prints the tables of the README's section "Speed", and writes everything to a json file:
+Prints the tables of the README's section "Speed", and writes everything to a json file if asked to:
 
     python tests/benchmark.py
     python tests/benchmark.py --parts --scaling 1000,2000,4000
@@ -323,7 +323,7 @@ def main():
     flag("--repeats", type=int, default=3)
     flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
     flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
-    flag("--json", type=Path, default=Path("benchmark.json"))
+    flag("--json", type=Path, help="also write everything to this file")
     hidden = {"help": argparse.SUPPRESS}
     flag("--reference", choices=("training", "self", "pairwise"), **hidden)
     flag("--seed", type=int, default=0, **hidden)
@@ -356,7 +356,8 @@ def main():
         print_training(figures) if what == "training" else print_scores(figures, what)
     content = {f"{what}, {who}": rows for (what, who), rows in figures.items()}
     arguments = {name: str(value) for name, value in vars(args).items()}
-    pipeline.write_json(args.json, {"arguments": arguments, "machine": machine, "scaling": scaled, **content})
+    if args.json:
+        pipeline.write_json(args.json, {"arguments": arguments, "machine": machine, "scaling": scaled, **content})
 
 
 if __name__ == "__main__":

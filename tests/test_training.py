@@ -135,16 +135,19 @@ def test_the_weights_after_the_epochs_that_are_asked_for_are_kept():
     assert kept[1]["features.0.1.num_batches_tracked"] == 2
 
 
-def test_a_diverged_loss_stops_the_training():
+@pytest.mark.parametrize(
+    ("weight_decay", "batch_size"), [(1.0, 20), (1e20, 40)], ids=["loss", "weights of the last step"]
+)
+def test_divergence_stops_the_training(weight_decay, batch_size):
     data = pipeline.generate_digits("", "train", 40)
-    with pytest.raises(pipeline.NumericalError, match="learning_rate"):
+    with pytest.raises(pipeline.NumericalError, match="epoch 1: lower --learning_rate"):
         train.train(
             pipeline.construct_resnet9(),
             data,
-            batch_size=20,
+            batch_size=batch_size,
             learning_rate=1e30,
-            weight_decay=1.0,
-            num_epochs=3,
+            weight_decay=weight_decay,
+            num_epochs=1,
             seed=0,
             dtype=torch.float32,
         )
