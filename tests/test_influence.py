@@ -256,15 +256,18 @@ def test_damaged_factors_are_computed_again(tmp_path, data, damage, capsys):
     assert "Reusing the covariance" in (out := capsys.readouterr().out) and "the eigendecomposition" not in out
 
 
-def test_other_pseudo_labels_damping_or_data_do_not_reuse_scores(tmp_path, data):
+def test_other_pseudo_labels_damping_or_data_do_not_reuse_scores(tmp_path, data, capsys):
+    """Nor does a damping so little larger that the scores can be the same, and on some machines are."""
     base, _ = influence_run(tmp_path, data).self_influence(1e-3)
     flipped = replace(data, labels=data.labels.roll(1))
     for run, damping in (
         (influence_run(tmp_path, data, seed=SEED + 1), 1e-3),
-        (influence_run(tmp_path, data), 1.00000001e-3),
+        (influence_run(tmp_path, data), 1.001e-3),
         (influence_run(tmp_path, flipped), 1e-3),
     ):
         assert not torch.equal(base, run.self_influence(damping)[0])
+    influence_run(tmp_path, data).self_influence(1.00000001e-3)
+    assert "Reusing the lambda" in (out := capsys.readouterr().out) and "Reusing the scores" not in out
 
 
 def test_fingerprint_changes_with_a_weight_a_label_or_a_pixel(data):
