@@ -3,7 +3,7 @@
 Takes the checkpoint that the README's first command leaves behind; prints the table in the README's section
 "What you can rely on", and writes it to a json file if asked to. Exit status 1 where it breaks what is promised there:
 
-    python tests/precision.py --num_train_examples 1500 --num_scored_examples 300
+    python tests/precision.py --num_train_examples 1500
 """
 
 import argparse
