@@ -73,6 +73,12 @@ def choose_queries(test, num_queries, indices):
     return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
 
 
+def different_folders(*folders):
+    """Returns folders, each once, in one order for all commands, because these wait for each other's models."""
+    by_place = {Path(folder).resolve(): folder for folder in folders}
+    return [folder for _, folder in sorted(by_place.items())]
+
+
 def load_models(paths, device, data_flags):
     """Loads checkpoints of the same training examples. Returns the models and the examples, ImageData on the CPU.
 
@@ -228,11 +234,9 @@ def main():
     with phases("load"):
         test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        # By where they are, so that none counts twice and two commands wait for each other's models in one order.
-        folders = {Path(folder).resolve(): folder for folder in (*args.average_with, args.checkpoint_dir)}
         checkpoints = [
             pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned)
-            for _, folder in sorted(folders.items())
+            for folder in different_folders(*args.average_with, args.checkpoint_dir)
         ]
         data_flags = args.dataset, args.dataset_dir, args.corrupt_percentage, args.num_train_examples, args.output_dir
         models, data = load_models(checkpoints, device, data_flags)

@@ -824,7 +824,6 @@ CODE_VERSION = sha256(Path(__file__).read_text(encoding="utf-8"), *map(version, 
 # Checkpoints
 # --------------------------------------------------------------------------------------------------
 
-
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")  # of a training, but for its seed
 
 

@@ -168,6 +168,18 @@ def examples_by_path(data):
     return {Path(path).absolute(): index for index, path in enumerate(data.paths) if path}
 
 
+def choose_cleaning(args, data):
+    """Returns the Cleaning that the flags ask for, or None, and what it adds to the name of the checkpoint."""
+    if args.exclude_suspects:
+        return read_suspects(args.exclude_suspects, args.exclude_fraction, data), "cleaned"
+    if args.corrections:
+        return read_corrections(args.corrections, data), "cleaned"
+    if args.subset_fraction:
+        subset = pipeline.draw_subset(len(data), args.subset_fraction, args.subset_seed)
+        return subset, f"subset_{args.subset_fraction}_{args.subset_seed}"
+    return None, ""
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
@@ -276,14 +288,7 @@ def main():
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
     test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir).to(device)
     data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)
-    cleaning, kind = None, ""
-    if args.exclude_suspects:
-        cleaning, kind = read_suspects(args.exclude_suspects, args.exclude_fraction, data), "cleaned"
-    elif args.corrections:
-        cleaning, kind = read_corrections(args.corrections, data), "cleaned"
-    elif args.subset_fraction:
-        cleaning = pipeline.draw_subset(len(data), args.subset_fraction, args.subset_seed)
-        kind = f"subset_{args.subset_fraction}_{args.subset_seed}"
+    cleaning, kind = choose_cleaning(args, data)
     if cleaning is not None:
         data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
         print(f"{len(cleaning.excluded)} images are left out, {len(cleaning.new_labels)} get another label")

@@ -34,12 +34,7 @@ import detect_mislabeled_dataset as detect
 import pipeline
 import train
 
-ASKED = (
-    "dataset",
-    "num_train_examples",
-    "save_epochs",
-    *pipeline.RECIPE,
-)  # what a result depends on
+ASKED = ("dataset", "num_train_examples", "save_epochs", *pipeline.RECIPE)  # the flags that a result depends on
 NOISES = (("uniform", 0.1), ("similar", 0.2), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
 SIMILAR = {
     **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
