@@ -62,7 +62,12 @@ class Study:
         self.asked |= {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
+        self.rows = [row for row in map(json.loads, lines) if self.holds(row)]
+
+    def holds(self, row):
+        """Tells if a row is of what was asked for; more checkpoints on the way than that change nothing."""
+        asked = {name: value for name, value in self.asked.items() if name != "save_epochs"}
+        return asked.items() <= row.items() and set(self.args.save_epochs) <= set(row["save_epochs"])
 
     def complete(self, jobs, compute):
         """Writes and keeps a row for each job, a dictionary, that `compute(**job)` has still to compute."""
