@@ -319,19 +319,23 @@ def study_detection(study):
 
 
 def print_detection(study):
-    """Prints a table for each kind of noise."""
+    """Prints a table for each kind of noise, the best methods first."""
     for noise, fraction in NOISES:
+        rows = study.found({"noise": noise, "fraction": fraction})
+        accuracies = [100 * row["accuracy"] for row in rows if row["study"] == "detection"]
+        if not accuracies:
+            continue
         values = {}
-        for row in study.found({"noise": noise, "fraction": fraction}):
+        for row in rows:
             for method, found in row["methods"].items():
                 values.setdefault(method, []).append(found)
-        if not values:
-            continue
-        print(f"\n{100 * fraction:.0f} % {noise} noise\n")
+        print(f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {spread(accuracies, 1, ' %')}\n")
         print(
             "| method | found at 10 % | found at 20 % | AUROC | average precision | runs |\n|---|---|---|---|---|---|"
         )
-        for method, found in values.items():
+        for method, found in sorted(
+            values.items(), key=lambda item: -statistics.mean(row["found_at_10"] for row in item[1])
+        ):
             cells = [spread([100 * row[key] for row in found], 1, " %") for key in ("found_at_10", "found_at_20")]
             cells += [spread([row[key] for row in found], 3) for key in ("auroc", "average_precision")]
             print(f"| {method} | {' | '.join(cells)} | {len(found)} |")

@@ -61,6 +61,15 @@ def test_detection_and_cleaning_go_on_where_they_were(run):
     assert f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |" in output
 
 
+@pytest.mark.parametrize(
+    ("kept", "epochs", "serves"), [([10, 25], 25, True), ([10], 25, True), ([25], 25, False), ([10, 25], 10, False)]
+)
+def test_more_checkpoints_serve_a_study_that_asks_for_fewer(kept, epochs, serves):
+    asked = {"save_epochs": [10], "num_train_epochs": 25}
+    row = {"save_epochs": kept, "num_train_epochs": epochs}
+    assert study.Study.holds(SimpleNamespace(asked=asked, args=SimpleNamespace(save_epochs=[10])), row) == serves
+
+
 def test_the_true_ranking_has_the_wrong_labels_first():
     labels = torch.arange(200) % 10
     data = pipeline.ImageData(torch.zeros(200, 3, 32, 32), labels, [str(n) for n in range(10)], [], None)
