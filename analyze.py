@@ -79,19 +79,28 @@ def different_folders(*folders):
     return [folder for _, folder in sorted(by_place.items())]
 
 
-def load_models(paths, device, data_flags):
-    """Loads checkpoints of the same training examples. Returns the models and the examples, ImageData on the CPU.
+def require_recipe(place, metadata, recipe):
+    """Raises UserError where a model was trained by another recipe than the one to explain."""
+    if pipeline.recipe(metadata) != recipe:
+        raise pipeline.UserError(
+            f"{place} and the model to explain differ in one of {', '.join(recipe)}: train them alike"
+        )
 
-    data_flags: what `load_trained` takes after the device. Raises UserError where they were trained on different ones.
+
+def load_models(paths, device, data_flags):
+    """Loads checkpoints of the same training. Returns models, recipe and training examples, ImageData on the CPU.
+
+    data_flags: what `load_trained` takes after the device. Raises UserError where examples or recipes differ.
     """
-    models, data = [], None
+    models, recipe, data = [], None, None
     for path in paths:
-        model, _, found, _ = pipeline.load_trained(path, device, *data_flags)
-        data = data or found
+        model, metadata, found, _ = pipeline.load_trained(path, device, *data_flags)
+        recipe, data = recipe or pipeline.recipe(metadata), data or found
         if not (torch.equal(found.indices, data.indices) and torch.equal(found.labels, data.labels)):
             raise pipeline.UserError(f"--average_with: {path} was trained on other images or labels than {paths[0]}")
+        require_recipe(f"--average_with: {path}", metadata, recipe)
         models.append(model)
-    return models, data
+    return models, recipe, data
 
 
 def strongest(scores, count):
@@ -150,12 +159,12 @@ def plot_top_influences(path, scores, queries, data, title):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_retrained(folder, name, data, queries, dtype):
+def load_retrained(folder, name, recipe, data, queries, dtype):
     """Loads the models `<folder>/<name>_subset_*.pth`, trained on random subsets of `data` by --subset_fraction.
 
     Returns which images each was trained on, bool [M, num_train], and its margins on the queries, float32
-    [M, num_query]. Raises UserError where there are fewer than two, where one was trained on something else, or where
-    the subsets differ in size.
+    [M, num_query]. Raises UserError where there are fewer than two, where one was trained on something else or by
+    another recipe, or where the subsets differ in size.
     """
     paths = sorted(Path(folder).glob(f"{name}_subset_*.pth"))
     if len(paths) < 2:
@@ -163,7 +172,7 @@ def load_retrained(folder, name, data, queries, dtype):
             f"--retrained_dir {folder} has {len(paths)} of the models {name}_subset_*.pth, by train.py "
             "--subset_fraction 0.5 --subset_seed K: train at least 2, better 50"
         )
-    trained_on, margins, recipes = torch.ones(len(paths), len(data), dtype=torch.bool), [], {}
+    trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
     for path, kept in zip(tqdm(paths, "Asking retrained models", leave=False), trained_on, strict=True):
         model, metadata = pipeline.load_checkpoint(path, queries.images.device)
         excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
@@ -174,17 +183,11 @@ def load_retrained(folder, name, data, queries, dtype):
                 f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
                 "give the data flags it was trained with"
             )
-        recipes[path.name] = [metadata[field] for field in pipeline.RECIPE]
+        require_recipe(f"--retrained_dir {folder}: {path.name}", metadata, recipe)
         logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
         raise pipeline.UserError(f"--retrained_dir {folder}: the subsets differ in size ({sizes}): use one folder each")
-    for other, recipe in recipes.items():
-        if recipe != recipes[paths[0].name]:
-            raise pipeline.UserError(
-                f"--retrained_dir {folder}: {other} and {paths[0].name} differ in one of {', '.join(pipeline.RECIPE)}: "
-                "use one folder for each recipe"
-            )
     return trained_on, torch.stack(margins)
 
 
@@ -239,10 +242,10 @@ def main():
             for folder in different_folders(*args.average_with, args.checkpoint_dir)
         ]
         data_flags = args.dataset, args.dataset_dir, args.corrupt_percentage, args.num_train_examples, args.output_dir
-        models, data = load_models(checkpoints, device, data_flags)
+        models, recipe, data = load_models(checkpoints, device, data_flags)
         name, on_device, queries_on_device = checkpoints[0].stem, data.to(device), queries.to(device)
         if args.retrained_dir:
-            retrained = load_retrained(args.retrained_dir, name, data, queries_on_device, dtype)
+            retrained = load_retrained(args.retrained_dir, name, recipe, data, queries_on_device, dtype)
         settings = pipeline.influence_settings(args, dtype, phases)
         runs = [pipeline.InfluenceRun(model, on_device, name, **settings) for model in models]
         if len({run.folder for run in runs}) < len(runs):

@@ -238,7 +238,7 @@ def print_next_steps(args, metadata, suspects_csv):
     """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
     if args.cleaned:
         return
-    recipe = {name: metadata[name] for name in (*pipeline.RECIPE, "seed")}
+    recipe = pipeline.recipe(metadata) | {"seed": metadata["seed"]}
 
     def retrain(**flags):
         return pipeline.command("train.py", args, corrupt_percentage=args.corrupt_percentage or None, **recipe, **flags)

@@ -824,7 +824,12 @@ CODE_VERSION = sha256(Path(__file__).read_text(encoding="utf-8"), *map(version, 
 # Checkpoints
 # --------------------------------------------------------------------------------------------------
 
-RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")  # of a training, but for its seed
+RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+
+
+def recipe(flags):
+    """Returns what defines a training but for images, labels and seed, from flags or the metadata of a checkpoint."""
+    return {name: flags[name] for name in RECIPE}
 
 
 def checkpoint_path(checkpoint_dir, fraction, kind=""):

@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,6 @@ import detect_mislabeled_dataset as detect
 import pipeline
 import train
 
-ASKED = ("dataset", "num_train_examples", "save_epochs", *pipeline.RECIPE)  # the flags that a result depends on
 NOISES = (("uniform", 0.1), ("similar", 0.2), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
 SIMILAR = {
     **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
@@ -57,17 +57,13 @@ class Study:
         self.dtype = pipeline.choose_dtype("auto", self.device)
         self.clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, self.folder)
         self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
-        self.asked = {name: getattr(args, name) for name in ASKED}
+        self.asked = {"dataset": args.dataset, "num_train_examples": args.num_train_examples}
+        self.asked |= pipeline.recipe(vars(args))
         self.asked["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
         self.asked |= {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if self.holds(row)]
-
-    def holds(self, row):
-        """Tells if a row is of what was asked for; more checkpoints on the way than that change nothing."""
-        asked = {name: value for name, value in self.asked.items() if name != "save_epochs"}
-        return asked.items() <= row.items() and set(self.args.save_epochs) <= set(row["save_epochs"])
+        self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
 
     def complete(self, jobs, compute):
         """Writes and keeps a row for each job, a dictionary, that `compute(**job)` has still to compute."""
@@ -86,7 +82,7 @@ class Study:
         """Returns the rows that are there of a job, or of all that share these of its settings."""
         return [row for row in self.rows if job.items() <= row.items()]
 
-    def train(self, data, seed):
+    def train(self, data, seed, save_epochs=()):
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
         torch.manual_seed(seed)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
@@ -100,7 +96,7 @@ class Study:
             num_epochs=args.num_train_epochs,
             seed=seed,
             dtype=self.dtype,
-            save_epochs=args.save_epochs,
+            save_epochs=save_epochs,
         )
         return model, dynamics, epoch_weights
 
@@ -132,22 +128,27 @@ class Study:
     # What finds mislabeled images
     # ----------------------------------------------------------------------------------------------
 
-    def detection(self, noise, fraction, corruption_seed, seed):
-        """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds."""
+    def detection(self, noise, fraction, corruption_seed, seed, save_epochs=()):
+        """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds.
+
+        `combined` is of the finished model; with `save_epochs` there is a second one, of the checkpoints.
+        """
         labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
-        model, dynamics, epoch_weights = self.train(data, seed)
+        model, dynamics, epoch_weights = self.train(data, seed, save_epochs)
         metadata = {"epoch_weights": epoch_weights, "num_train_epochs": self.args.num_train_epochs}
         with self.influence(data) as make_run:
             final = make_run(model, name="final")
             influence = {"self_influence": final.self_influence(1e-8)[0]}
             heuristic, _ = final.self_influence(None)
-            if epoch_weights:
-                influence["self_influence_checkpoints"] = detect.sum_over_checkpoints(
-                    make_run, model, metadata, "final", 1e-8
-                )
             influence["grad_norm"] = detect.gradient_norm(make_run, model, "final")
-        scores = detect.suspicions(influence, self.logits(model, data), labels, dynamics["aum"])
+            outputs = self.logits(model, data), labels, dynamics["aum"]
+            scores = detect.suspicions(influence, *outputs)
+            if epoch_weights:
+                total = detect.sum_over_checkpoints(make_run, model, metadata, "final", 1e-8)
+                along = detect.suspicions(influence | {"self_influence_checkpoints": total}, *outputs)
+                epochs = f"epochs {', '.join(map(str, save_epochs))}"
+                scores |= {f"{name}, {epochs}": along[name] for name in ("self_influence_checkpoints", "combined")}
         scores |= {"self_influence, heuristic": heuristic.numpy(), "mean_loss": dynamics["mean_loss"].numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
         return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
@@ -210,7 +211,7 @@ class Study:
 
     def detected(self, seed):
         """Returns the row of the detection among the labels that the cleaning starts from."""
-        job = detection_job(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
+        job = {"study": "detection", **noisy_run(*NOISES[0], pipeline.CORRUPTION_SEED, seed)}
         self.complete([job], self.detection)
         return self.found(job)[0]
 
@@ -224,7 +225,14 @@ class Study:
         data = replace(self.clean, labels=labels)
         queries = self.test.take(torch.arange(num_queries))
         if num_retrained:
-            retrained = analyze.load_retrained(self.args.retrained_dir, "model_corrupt_0.1", data, queries, self.dtype)
+            retrained = analyze.load_retrained(
+                self.args.retrained_dir,
+                "model_corrupt_0.1",
+                pipeline.recipe(vars(self.args)),
+                data,
+                queries,
+                self.dtype,
+            )
         made_of = pipeline.sha256(json.dumps([seed, num_queries, self.asked]), pipeline.CODE_VERSION)[:8]
         path = self.folder / f"factors-{made_of}.pth"
         if not path.exists():
@@ -296,49 +304,51 @@ def spread(values, digits, unit=""):
     return f"{statistics.mean(values):.{digits}f}{deviation}{unit}"
 
 
-def detection_job(noise, fraction, corruption_seed, seed):
-    """Returns what defines a run of `detection`."""
-    run = {"noise": noise, "fraction": fraction, "corruption_seed": corruption_seed, "seed": seed}
-    return {"study": "detection", **run}
+def noisy_run(noise, fraction, corruption_seed, seed):
+    """Returns what defines a training on wrong labels."""
+    return {"noise": noise, "fraction": fraction, "corruption_seed": corruption_seed, "seed": seed}
 
 
 def study_detection(study):
     """Compares the methods: seeds of training and corruption, kinds of noise."""
     args = study.args
     for noise, fraction in NOISES[: args.num_noises]:
-        jobs = [
-            detection_job(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s)
+        runs = [
+            noisy_run(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s)
             for c in range(args.corruption_seeds)
             for s in range(args.seeds)
         ]
-        study.complete(jobs, study.detection)
+        along = {"save_epochs": args.save_epochs} if args.save_epochs else {}
+        study.complete([{"study": "detection", **run, **along} for run in runs], study.detection)
         for folds in args.folds:
-            study.complete(
-                [{**job, "study": "cross_validation", "folds": folds} for job in jobs], study.cross_validation
-            )
+            jobs = [{"study": "cross_validation", "folds": folds, **run} for run in runs]
+            study.complete(jobs, study.cross_validation)
 
 
 def print_detection(study):
     """Prints a table for each kind of noise, the best methods first."""
     for noise, fraction in NOISES:
-        rows = study.found({"noise": noise, "fraction": fraction})
-        accuracies = [100 * row["accuracy"] for row in rows if row["study"] == "detection"]
+        accuracies, values = {}, {}  # by seeds: a run that was repeated with other checkpoints counts once
+        for row in study.found({"noise": noise, "fraction": fraction}):
+            seeds = row["corruption_seed"], row["seed"]
+            if row["study"] == "detection":
+                accuracies[seeds] = 100 * row["accuracy"]
+            for method, found in row["methods"].items():
+                values.setdefault(method, {})[seeds] = found
         if not accuracies:
             continue
-        values = {}
-        for row in rows:
-            for method, found in row["methods"].items():
-                values.setdefault(method, []).append(found)
-        print(f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {spread(accuracies, 1, ' %')}\n")
+        print(f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {spread([*accuracies.values()], 1, ' %')}\n")
         print(
             "| method | found at 10 % | found at 20 % | AUROC | average precision | runs |\n|---|---|---|---|---|---|"
         )
-        for method, found in sorted(
-            values.items(), key=lambda item: -statistics.mean(row["found_at_10"] for row in item[1])
-        ):
-            cells = [spread([100 * row[key] for row in found], 1, " %") for key in ("found_at_10", "found_at_20")]
-            cells += [spread([row[key] for row in found], 3) for key in ("auroc", "average_precision")]
-            print(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+        lines = []
+        for method, runs in values.items():
+            columns = {key: [found[key] for found in runs.values()] for key in next(iter(runs.values()))}
+            cells = [spread([100 * x for x in columns[key]], 1, " %") for key in ("found_at_10", "found_at_20")]
+            cells += [spread(columns[key], 3) for key in ("auroc", "average_precision")]
+            order = statistics.mean(columns["average_precision"])
+            lines.append((-order, f"| {method} | {' | '.join(cells)} | {len(runs)} |"))
+        print(*(line for _, line in sorted(lines)), sep="\n")
 
 
 def cleaning_kinds():
@@ -372,8 +382,8 @@ def print_cleaning(study):
             print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 
-def study_factors(study):
-    """Fits factors on fewer images, and with other pseudo-labels on all of them."""
+def factors_jobs(study):
+    """Returns the jobs: factors of ever fewer images, and with other pseudo-labels on all of them."""
     settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
     settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
     folder = study.args.retrained_dir
@@ -384,9 +394,12 @@ def study_factors(study):
         "num_queries": min(study.args.num_query_examples, len(study.test)),
         "num_retrained": num_retrained,
     }
-    study.complete(
-        [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings], study.factors
-    )
+    return [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
+
+
+def study_factors(study):
+    """Fits factors on all and on fewer images."""
+    study.complete(factors_jobs(study), study.factors)
 
 
 def print_factors(study):
@@ -395,7 +408,7 @@ def print_factors(study):
         "\n| images | pairwise Spearman | self-influence Spearman | found at 10 % | LDS | seconds |"
         "\n|---|---|---|---|---|---|"
     )
-    for row in study.found({"study": "factors"}):
+    for row in chain.from_iterable(map(study.found, factors_jobs(study))):
         name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
         lds = f"{row['lds']:.4f}" if "lds" in row else ""
         print(

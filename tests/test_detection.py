@@ -1,7 +1,10 @@
 """Detection curve, AUROC and average precision against values worked out by hand."""
 
+from math import exp, log
+
 import numpy as np
 import pytest
+import torch
 
 import detect_mislabeled_dataset as detect
 import pipeline
@@ -9,6 +12,19 @@ import pipeline
 # Ranked by score: clean, corrupted, corrupted, clean, corrupted.
 SCORES = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
 CORRUPTED = np.array([True, False, True, False, True])
+
+
+def test_suspicions_by_hand():
+    """Image 1 is answered wrongly, image 2 less so; ranks are 2 1 3 by self-influence, 1 3 2 by minus the area."""
+    logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.zeros(3).long()
+    influence, aum = {"self_influence": torch.tensor([4.0, 1.0, 9.0])}, torch.tensor([3.0, -2.0, 1.0])
+    found = detect.suspicions(influence, logits, labels, aum)
+    assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-3, 2, -1]
+    assert found["combined"].tolist() == [1.5, 2, 2.5] and found["margin"].tolist() == [-2, 1, 0.5]
+    others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
+    assert found["loss"] == pytest.approx([log(1 + other) for other in others])
+    influence["self_influence_checkpoints"] = torch.tensor([1.0, 9.0, 4.0])
+    assert detect.suspicions(influence, logits, labels, aum)["combined"].tolist() == [1, 3, 2]
 
 
 def test_auroc_by_hand():

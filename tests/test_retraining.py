@@ -209,14 +209,19 @@ def test_subsets_of_different_sizes_are_refused(folder, script, tmp_path):
     assert process.returncode == 2 and "[10, 20]" in process.stderr
 
 
-def test_retrained_models_of_different_recipes_are_refused(folder, script, tmp_path):
-    flags = ("--subset_fraction", 0.5, "--subset_seed", 3, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
+@pytest.mark.parametrize(
+    ("subset", "asked", "message"),
+    [
+        (("--subset_fraction", 0.5), "--retrained_dir", "subset_0.5_0.pth and the model to explain differ in one of"),
+        ((), "--average_with", "model_corrupt_0.2.pth and the model to explain differ in one of train_batch_size"),
+    ],
+)
+def test_models_of_another_recipe_are_refused(folder, script, tmp_path, subset, asked, message):
+    shutil.copy(folder / "halves/model_corrupt_0.2_subset_0.5_1.pth", tmp_path)
+    flags = (*subset, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
     assert script(folder, "train.py", *TRAIN, *CORRUPTED, *flags).returncode == 0
-    shutil.copy(folder / "halves/model_corrupt_0.2_subset_0.5_0.pth", tmp_path)
-    process = script(folder, "analyze.py", *DATA, *CORRUPTED, *QUERIES, "--retrained_dir", tmp_path)
-    assert (
-        process.returncode == 2 and "subset_0.5_3.pth and model_corrupt_0.2_subset_0.5_0.pth differ" in process.stderr
-    )
+    process = script(folder, "analyze.py", *DATA, *CORRUPTED, *QUERIES, asked, tmp_path)
+    assert process.returncode == 2 and message in process.stderr
 
 
 def test_a_model_is_not_averaged_with_itself(folder, script, tmp_path):
