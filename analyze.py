@@ -1,4 +1,4 @@
-"""Computes how much each training image influences the network's answer to each of the first test images.
+"""Computes how much each training image influences the network's answer to each chosen test image.
 
 A positive score means that training on the image more would raise the margin of the query's label (helpful), a
 negative one that it would lower it (harmful).
@@ -7,15 +7,21 @@ negative one that it would lower it (harmful).
 import pipeline  # first of all, for Ctrl-C in the imports
 
 import csv
+import os
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
+TABLE = (
+    *("query", "query_path", "query_label", "query_class_name", "direction", "rank"),
+    *("train", "train_path", "train_label", "train_class_name", "score"),
+)
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
 EVAL_BATCH_SIZE = 1024  # of the retrained models
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
@@ -59,7 +65,7 @@ def parse_arguments():
         help="measure how far scores predict the answers of the models in this folder, by train.py --subset_fraction",
     )
     args = parser.parse_args()
-    if args.cleaned and args.retrained_dir:
+    if args.cleaned and args.retrained_dir is not None:
         parser.error("argument --retrained_dir: not allowed with --cleaned, whose images are no random subsets")
     return args
 
@@ -73,34 +79,36 @@ def choose_queries(test, num_queries, indices):
     return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
 
 
-def different_folders(*folders):
-    """Returns folders, each once, in one order for all commands, because these wait for each other's models."""
-    by_place = {Path(folder).resolve(): folder for folder in folders}
-    return [folder for _, folder in sorted(by_place.items())]
+def require_recipe(models, metadata, recipe):
+    """Raises UserError, naming the `models`, where one was trained by another recipe than the one to explain."""
+    if different := [name for name, value in pipeline.recipe(metadata).items() if value != recipe[name]]:
+        raise pipeline.UserError(f"{models} were trained with another --{different[0]}: train them alike")
 
 
-def require_recipe(place, metadata, recipe):
-    """Raises UserError where a model was trained by another recipe than the one to explain."""
-    if pipeline.recipe(metadata) != recipe:
-        raise pipeline.UserError(
-            f"{place} and the model to explain differ in one of {', '.join(recipe)}: train them alike"
-        )
-
-
-def load_models(paths, device, data_flags):
+def load_models(paths, device, clean, fraction):
     """Loads checkpoints of the same training. Returns models, recipe and training examples, ImageData on the CPU.
 
-    data_flags: what `load_trained` takes after the device. Raises UserError where examples or recipes differ.
+    clean and fraction: as of `load_trained`. Raises UserError where examples or recipes differ.
     """
     models, recipe, data = [], None, None
     for path in paths:
-        model, metadata, found, _ = pipeline.load_trained(path, device, *data_flags)
+        model, metadata, found, _ = pipeline.load_trained(path, device, clean, fraction)
         recipe, data = recipe or pipeline.recipe(metadata), data or found
         if not (torch.equal(found.indices, data.indices) and torch.equal(found.labels, data.labels)):
             raise pipeline.UserError(f"--average_with: {path} was trained on other images or labels than {paths[0]}")
-        require_recipe(f"--average_with: {path}", metadata, recipe)
+        require_recipe(f"--average_with: {path} and {paths[0]}", metadata, recipe)
         models.append(model)
     return models, recipe, data
+
+
+def save_mean(runs, scores):
+    """Writes the mean of several runs' scores, whole or not at all. Returns a folder of its own and the file in it."""
+    first, names = runs[0].folder, [run.folder.name for run in runs]
+    folder = first.with_name(f"{first.name.rsplit('-', 1)[0]}_mean_of_{len(runs)}-{pipeline.sha256(*names)[:8]}")
+    path = pipeline.result_path(folder, "pairwise", runs[0].strategy, "safetensors")
+    with pipeline.atomic_path(path) as temporary:
+        save_file({"all_modules": scores}, temporary)
+    return folder, path
 
 
 def strongest(scores, count):
@@ -117,10 +125,7 @@ def write_top_influences(path, scores, queries, data):
     tops = dict(zip(("helpful", "harmful"), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        columns = [
-            f"{side}{column}" for side in ("query", "train") for column in ("", "_path", "_label", "_class_name")
-        ]
-        writer.writerow([*columns[:4], "direction", "rank", *columns[4:], "score"])
+        writer.writerow(TABLE)
         for query in range(len(queries)):
             for direction, indices in tops.items():
                 for rank, train in enumerate(indices[query].tolist(), start=1):
@@ -173,7 +178,7 @@ def load_retrained(folder, name, recipe, data, queries, dtype):
             "--subset_fraction 0.5 --subset_seed K: train at least 2, better 50"
         )
     trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
-    for path, kept in zip(tqdm(paths, "Asking retrained models", leave=False), trained_on, strict=True):
+    for path, kept in zip(tqdm(paths, "Evaluating retrained models", leave=False), trained_on, strict=True):
         model, metadata = pipeline.load_checkpoint(path, queries.images.device)
         excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
         kept[[index for index in excluded if index < len(data)]] = False
@@ -183,7 +188,7 @@ def load_retrained(folder, name, recipe, data, queries, dtype):
                 f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
                 "give the data flags it was trained with"
             )
-        require_recipe(f"--retrained_dir {folder}: {path.name}", metadata, recipe)
+        require_recipe(f"--retrained_dir {folder}: {path.name} and the model to explain", metadata, recipe)
         logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
@@ -199,17 +204,10 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     0 where one of them is the same for all models.
     """
     predicted = trained_on.double() @ scores.double().T  # (M, num_query)
-    expected, found = (np.apply_along_axis(pipeline.ranks, 0, values.numpy()) for values in (predicted, margins))
-    expected, found = expected - expected.mean(0), found - found.mean(0)
-    norms = np.sqrt((expected**2).sum(0) * (found**2).sum(0))
-    return np.divide((expected * found).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
-
-
-def finished_scores(runs, queries):
-    """Yields name and scores on these queries of all that was run on the models, by whatever strategy and settings."""
-    for run in runs:
-        for settings, scores in run.finished_pairwise(queries):
-            yield f"{run.folder.name} {settings}", scores
+    predicted, measured = (np.apply_along_axis(pipeline.ranks, 0, values.numpy()) for values in (predicted, margins))
+    predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
+    norms = np.sqrt((predicted**2).sum(0) * (measured**2).sum(0))
+    return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
 
 
 def report_retrained(all_scores, trained_on, margins):
@@ -239,12 +237,12 @@ def main():
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
         checkpoints = [
             pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned)
-            for folder in different_folders(*args.average_with, args.checkpoint_dir)
-        ]
-        data_flags = args.dataset, args.dataset_dir, args.corrupt_percentage, args.num_train_examples, args.output_dir
-        models, recipe, data = load_models(checkpoints, device, data_flags)
+            for folder in sorted([*args.average_with, args.checkpoint_dir], key=os.path.realpath)
+        ]  # in one order for all commands, because these wait for each other's models
+        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
+        models, recipe, data = load_models(checkpoints, device, clean, args.corrupt_percentage)
         name, on_device, queries_on_device = checkpoints[0].stem, data.to(device), queries.to(device)
-        if args.retrained_dir:
+        if args.retrained_dir is not None:
             retrained = load_retrained(args.retrained_dir, name, recipe, data, queries_on_device, dtype)
         settings = pipeline.influence_settings(args, dtype, phases)
         runs = [pipeline.InfluenceRun(model, on_device, name, **settings) for model in models]
@@ -262,7 +260,7 @@ def main():
         scores, folder = all_scores[0], runs[0].folder
         if len(runs) > 1:
             scores = sum(all_scores) / len(runs)
-            folder, mean_path = pipeline.save_mean(runs, scores)
+            folder, mean_path = save_mean(runs, scores)
             score_paths = [mean_path]
         top_csv = pipeline.result_path(folder, "top_influences", args.factor_strategy, "csv")
         top_png = pipeline.result_path(folder, "top_influences", args.factor_strategy, "png")
@@ -275,9 +273,10 @@ def main():
         )
         plot_top_influences(top_png, scores, queries, data, title)
         datamodeling = {}
-        if args.retrained_dir:
+        if args.retrained_dir is not None:
             mean = [(f"{folder.name} {args.factor_strategy}", scores)] if len(runs) > 1 else []
-            datamodeling = report_retrained(chain(finished_scores(runs, queries), mean), *retrained)
+            finished = chain.from_iterable(run.finished_pairwise(queries) for run in runs)
+            datamodeling = report_retrained(chain(finished, mean), *retrained)
 
     record = {
         "flags": vars(args),
@@ -289,7 +288,7 @@ def main():
     pipeline.write_json(record_json, record)
     for run in runs:
         run.report_profile()
-    pipeline.report_files([*score_paths, top_csv, top_png, record_json], phases)
+    pipeline.report_files(score_paths, [top_csv, top_png, record_json], phases)
 
 
 if __name__ == "__main__":

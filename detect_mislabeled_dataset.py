@@ -1,4 +1,4 @@
-"""Ranks the training images by what gives the mislabeled ones away, and so finds these.
+"""Ranks the training images so that mislabeled ones come first.
 
 A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, and in the
 end it has a large influence on its own loss. The script writes the ranking, a contact sheet of its top, and, where
@@ -24,6 +24,7 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "loss": ("loss", "#e69f00", (0, (1, 1))),
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
 }
+EXAMPLE = ("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name")
 WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
 
 
@@ -48,19 +49,18 @@ def parse_arguments():
 # --------------------------------------------------------------------------------------------------
 
 
-def sum_over_checkpoints(make_run, model, metadata, name, damping_factor):
+def sum_over_checkpoints(make_run, model, epoch_weights, last_epoch, name, damping_factor):
     """Returns the sum of self-influence over the weights that --save_epochs kept, float32 [N].
 
     After TracIn (Pruthi et al. 2020), without its weights, the learning rates, and with factors fitted anew for each.
     make_run: makes an InfluenceRun of a model and a name; that of the last epoch is `name`, so that its results are
-    those of the finished model, and computed once.
+    those of the finished model, and computed once. epoch_weights: state of `model` by epoch.
     """
     total = 0
-    for epoch, weights in metadata["epoch_weights"].items():
+    for epoch, weights in epoch_weights.items():
         checkpoint = deepcopy(model)
         checkpoint.load_state_dict(weights)
-        is_last = epoch == metadata["num_train_epochs"]
-        run = make_run(checkpoint, name=name if is_last else f"{name}_epoch{epoch}")
+        run = make_run(checkpoint, name=name if epoch == last_epoch else f"{name}_epoch{epoch}")
         total = total + run.self_influence(damping_factor)[0]
     return total
 
@@ -145,12 +145,7 @@ def write_suspects(path, data, order, scores, predicted, is_corrupted):
     names = data.class_names
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                *("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name"),
-                *(*METHODS, "is_corrupted"),
-            ]
-        )
+        writer.writerow([*EXAMPLE, *METHODS, "is_corrupted"])
         for rank, position in enumerate(order.tolist(), start=1):
             label, guess = data.labels[position].item(), predicted[position].item()
             example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
@@ -238,10 +233,12 @@ def print_next_steps(args, metadata, suspects_csv):
     """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
     if args.cleaned:
         return
-    recipe = pipeline.recipe(metadata) | {"seed": metadata["seed"]}
+    same = pipeline.recipe(metadata) | {name: metadata[name] for name in ("seed", "precision", "device")}
+    same["save_epochs"] = ",".join(map(str, metadata["save_epochs"])) or None
+    same["corrupt_percentage"] = args.corrupt_percentage or None
 
     def retrain(**flags):
-        return pipeline.command("train.py", args, corrupt_percentage=args.corrupt_percentage or None, **recipe, **flags)
+        return pipeline.command("train.py", args, **same, **flags)
 
     print(f"Look at {suspects_csv.with_suffix('.png')}, then train without the most suspicious tenth:")
     print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=0.1)}")
@@ -258,15 +255,8 @@ def main():
 
     with phases("load"):
         path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, "cleaned" * args.cleaned)
-        model, metadata, data, is_corrupted = pipeline.load_trained(
-            path,
-            device,
-            args.dataset,
-            args.dataset_dir,
-            args.corrupt_percentage,
-            args.num_train_examples,
-            args.output_dir,
-        )
+        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
+        model, metadata, data, is_corrupted = pipeline.load_trained(path, device, clean, args.corrupt_percentage)
         if args.method == "self_influence_checkpoints" and not metadata["epoch_weights"]:
             raise pipeline.UserError(f"--method {args.method}: {path} has no checkpoints, train with --save_epochs")
         data = data.to(device)
@@ -276,8 +266,9 @@ def main():
     influence = {}
     influence["self_influence"], scores_path = run.self_influence(args.damping_factor)
     if metadata["epoch_weights"]:
+        epochs = metadata["epoch_weights"], metadata["num_train_epochs"]
         influence["self_influence_checkpoints"] = sum_over_checkpoints(
-            make_run, model, metadata, path.stem, args.damping_factor
+            make_run, model, *epochs, path.stem, args.damping_factor
         )
     if args.method == "grad_norm":
         influence["grad_norm"] = gradient_norm(make_run, model, path.stem)
@@ -311,7 +302,7 @@ def main():
     }
     pipeline.write_json(record_json, record)
     run.report_profile()
-    pipeline.report_files([suspects_csv, suspects_png, curve_png, record_json, scores_path], phases)
+    pipeline.report_files([scores_path], [suspects_csv, suspects_png, curve_png, record_json], phases)
     print_next_steps(args, metadata, suspects_csv)
 
 

@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,11 @@ from kronfluence.task import Task
 from kronfluence.utils.constants import (
     ACCUMULATED_PRECONDITIONED_GRADIENT_NAME,
     ACTIVATION_COVARIANCE_MATRIX_NAME,
+    ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
     ALL_MODULE_NAME,
     GRADIENT_COVARIANCE_MATRIX_NAME,
+    GRADIENT_EIGENVALUES_NAME,
     GRADIENT_EIGENVECTORS_NAME,
     LAMBDA_MATRIX_NAME,
     NUM_ACTIVATION_COVARIANCE_PROCESSED,
@@ -97,7 +100,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def keep_freed_memory():
-    """Makes glibc keep the memory of freed tensors: fresh pages cost more than many an operation on a CPU."""
+    """Makes glibc keep the memory of freed tensors: fresh pages cost more than many operations on a CPU."""
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -263,7 +266,7 @@ def influence_parser(description, corrupt_default):
         help="added to every eigenvalue; 'heuristic' means 0.1 x the mean eigenvalue of each layer",
     )
     flag("--seed", type=whole_number, default=1004, help="draws the pseudo-labels of the Fisher matrix")
-    flag("--profile", action="store_true", help="print and save kronfluence's table of time per phase")
+    flag("--profile", action="store_true", help="print and save kronfluence's times of the finished model")
     return parser
 
 
@@ -282,23 +285,27 @@ def influence_settings(args, dtype, phases):
 
 
 def command(script, args, **values):
-    """Returns the command that runs a script on the data and folders of `args`, with further flags as `values`.
+    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
 
     Defaults are left out, and flags whose value is None or False.
     """
-    defaults = shared_parser("", corrupt_default=None)
-    same = ("dataset", "dataset_dir", "checkpoint_dir", "output_dir", "num_train_examples", "precision", "device")
-    flags = {name: getattr(args, name) for name in same if getattr(args, name) != defaults.get_default(name)}
+    defaults = vars(shared_parser("", corrupt_default=None).parse_args([]))
+    flags = {name: getattr(args, name) for name in defaults} | values
     words = ["python", script]
-    for name, value in (flags | values).items():
-        if value is not None and value is not False:
+    for name, value in flags.items():
+        if value is not None and value is not False and value != defaults.get(name):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
+def num_processes():
+    """Returns how many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_main_process():
     """Returns whether this process is the one that prints and writes: the first one under torchrun."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return num_processes() == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def choose_device(name, several_processes):
@@ -310,7 +317,7 @@ def choose_device(name, several_processes):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
     on_gpu = name != "cpu" and torch.cuda.is_available()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = num_processes()
     if world_size > 1 and not (on_gpu and several_processes):
         place = "this script" if on_gpu else "a run on the CPU"
         raise UserError(
@@ -412,7 +419,7 @@ def torchvision_datasets():
 
 
 def draw_examples(total, num_examples):
-    """Returns the indices of the training images to use: all, or `num_examples` drawn by a fixed seed, int64 [M]."""
+    """Returns the indices of the images to use: all, or `num_examples` drawn by a fixed seed, int64 [M]."""
     if num_examples is None:
         return torch.arange(total)
     if num_examples > total:
@@ -844,7 +851,8 @@ def checkpoint_path(checkpoint_dir, fraction, kind=""):
 def save_checkpoint(path, model, metadata):
     """Writes weights and `metadata` (numbers, strings, lists, dicts) to `path`, whole or not at all.
 
-    `metadata` must hold what `describe` says of the training data; see train.py for the rest.
+    `metadata` must hold what `describe` says of the training data, the flags of train.py, and cleaning, dynamics,
+    epoch_weights and accuracy, as that script makes them.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
@@ -896,14 +904,13 @@ def describe(data):
     }
 
 
-def load_trained(path, device, dataset, dataset_dir, fraction, num_examples, cache_dir):
-    """Loads a checkpoint and the images it was trained on. Returns model, metadata, ImageData and is_corrupted [N].
+def load_trained(path, device, clean, fraction):
+    """Loads a checkpoint that was trained on `clean`, the training images with their true labels, ImageData.
 
-    Prints which one it is. Raises UserError where the images, labels or classes found by these data flags are others
-    than it was trained on.
+    Prints which one it is. Returns model, metadata, the images as it was trained on them, ImageData, and is_corrupted
+    [N]. Raises UserError where it was trained on others, or on other labels than these with `fraction` of them wrong.
     """
     model, metadata = load_checkpoint(path, device)
-    clean = load_train_data(dataset, dataset_dir, num_examples, cache_dir)
     try:
         data, is_corrupted = training_examples(clean, fraction, metadata["cleaning"])
         same = all(metadata[name] == value for name, value in describe(data).items())
@@ -1081,10 +1088,10 @@ def rounded_products(enabled):
 class BatchHooks:
     """Hands each batch's inputs [B, ...] and output gradients [B, T, O], in the compute dtype, to `update(inputs, g)`.
 
-    A mixin for kronfluence's trackers; `compute_dtype` names the argument of kronfluence that holds the dtype.
+    A mixin for kronfluence's trackers; `compute_dtype` gets the dtype from a tracked module's arguments.
     """
 
-    compute_dtype = ("score_args", "per_sample_gradient_dtype")
+    compute_dtype = attrgetter("score_args.per_sample_gradient_dtype")
 
     def register_hooks(self):
         def forward_hook(module, inputs, outputs):
@@ -1093,8 +1100,7 @@ class BatchHooks:
 
         @torch.no_grad()
         def backward_hook(activation, gradient):
-            arguments, name = self.compute_dtype
-            dtype = getattr(getattr(self.module, arguments), name)
+            dtype = self.compute_dtype(self.module)
             g, _ = self.module.get_flattened_gradient(gradient.to(dtype))  # (B*T, O)
             self.update(activation.to(dtype), g.reshape(len(gradient), -1, g.shape[1]))
 
@@ -1106,7 +1112,7 @@ class BatchHooks:
         return a.view(len(inputs), -1, a.shape[1])
 
     def factor(self, name, like):
-        """Returns a factor, moved once to the device and dtype of `like`; None where the strategy has none."""
+        """Returns a factor, moved once to the device (and dtype) of `like`; None where the strategy has none."""
         storage = self.module.storage
         if storage[name] is not None:
             storage[name] = storage[name].to(like)
@@ -1117,8 +1123,8 @@ class BatchHooks:
         return self.factor(ACTIVATION_EIGENVECTORS_NAME, like), self.factor(GRADIENT_EIGENVECTORS_NAME, like)
 
     def inverse_eigenvalues(self, like):
-        """Returns 1 / (lambda + damping), [O, I], which kronfluence prepares; None for the identity."""
-        return self.factor(LAMBDA_MATRIX_NAME, accumulator(like[:0]))  # an empty tensor, for its device and dtype
+        """Returns 1 / (lambda + damping), [O, I] or [1, O, I], as kronfluence prepares it; None for the identity."""
+        return self.factor(LAMBDA_MATRIX_NAME, like.device)
 
     def add(self, name, value):
         """Adds to a factor that is zero at first."""
@@ -1141,7 +1147,7 @@ def squares(gradient):
 class CovarianceSums(BatchHooks, CovarianceTracker):
     """Sums a a^T and g g^T over examples and positions."""
 
-    compute_dtype = ("factor_args", "activation_covariance_dtype")
+    compute_dtype = attrgetter("factor_args.activation_covariance_dtype")
 
     def update(self, inputs, g):
         arguments = self.module.factor_args
@@ -1156,7 +1162,7 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
 class LambdaSums(BatchHooks, LambdaTracker):
     """Sums the squares of the rotated per-sample gradients over examples: EKFAC's eigenvalues times N."""
 
-    compute_dtype = ("factor_args", "per_sample_gradient_dtype")
+    compute_dtype = attrgetter("factor_args.per_sample_gradient_dtype")
 
     def update(self, inputs, g):
         gradient = rotated_gradient(self.patches(inputs), g, *self.eigenvectors(g))
@@ -1211,7 +1217,7 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
 
 
 class EigenbasisTrackers:
-    """A mixin that gives kronfluence's tracked modules the trackers above."""
+    """A mixin that gives kronfluence's tracked modules the trackers above, and KFAC no negative eigenvalues."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -1222,6 +1228,13 @@ class EigenbasisTrackers:
             ModuleMode.PRECONDITION_GRADIENT: PreconditionedQuery(self),
             ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(self),
         }
+
+    def prepare_storage(self, device):
+        """Has kronfluence prepare the factors, with KFAC's eigenvalues that rounding left below zero at zero."""
+        for name in (ACTIVATION_EIGENVALUES_NAME, GRADIENT_EIGENVALUES_NAME):
+            if self.storage[name] is not None:
+                self.storage[name].clamp_(min=0)
+        super().prepare_storage(device)
 
     def activation_covariance(self, inputs):
         """Returns the sum of a a^T, [I, I], over the patches of a layer's inputs."""
@@ -1273,7 +1286,7 @@ class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
 # --------------------------------------------------------------------------------------------------
 
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = 50  # queries per backward pass; their preconditioned gradients are what --query_batch_size holds
+QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size says of how many the gradients are held
 
 # The files of each stage. kronfluence reads the arguments again when it computes scores.
 STAGE_FILES = {
@@ -1289,10 +1302,10 @@ class InfluenceRun:
 
     Everything lies in `folder`, `<output_dir>/<checkpoint name>-<fingerprint>`, whose lock this process keeps until it
     ends. `model`, on the device of `data`, stays as it is. Factors are fitted on all of `data`, or on `factor_examples`
-    of them, drawn at random; `dtype` is that of forward and backward passes and of per-sample gradients, `seed` that
-    of the pseudo-labels. `batch_size` images are taken at a time, by default 64 on a CPU and 1,024 on CUDA. `phases`
-    gets the times, and with `profile` kronfluence keeps a table of its own. Raises UserError where there are fewer
-    images than `factor_examples`.
+    of them, drawn at random; `dtype` is that of per-sample gradients, and of the passes that self-influence takes
+    itself, `seed` that of the pseudo-labels. `batch_size` images are taken at a time, by default 64 on a CPU and 1,024
+    on CUDA. `phases` gets the times, and with `profile` kronfluence keeps a table of its own. Raises UserError where
+    there are fewer images than `factor_examples`.
     """
 
     def __init__(
@@ -1305,9 +1318,9 @@ class InfluenceRun:
         strategy,
         dtype,
         seed,
-        batch_size,
-        profile,
         phases,
+        batch_size=None,
+        profile=False,
         factor_examples=None,
     ):
         if factor_examples is not None and factor_examples > len(data):
@@ -1331,7 +1344,9 @@ class InfluenceRun:
             self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
             self.factors_name += f"-of{factor_examples}"
         if is_main_process():
-            lock(self.folder, waiting=f"Waiting for another process that writes {self.folder}")
+            # Under torchrun the others would not wait, and NCCL gives up after ten minutes.
+            waiting = f"Waiting for another process that writes {self.folder}" if num_processes() == 1 else None
+            lock(self.folder, waiting)
         self.analyzer = Analyzer(
             analysis_name=self.folder.name,
             model=prepare_model(copy.deepcopy(model), ClassificationTask()),
@@ -1349,8 +1364,8 @@ class InfluenceRun:
     def stage(self, phase, folder, upstream, compute, **arguments):
         """Calls `compute(**arguments)`, which writes files into `folder`, unless an earlier run's are there unharmed.
 
-        `upstream` stands for what the files are computed from. They are reused only where it is unchanged and their
-        sizes and checksums still are what was recorded once they had been written. Returns what stands for them.
+        `upstream` is the hash that the stage before returned. Files are reused only where it is unchanged and their
+        sizes and checksums still are what was recorded once they had been written. Returns the hash of that record.
         Under torchrun all processes compute, and the first one decides, checks and records.
         """
         record_path = folder / f"{phase}.complete.json"
@@ -1362,7 +1377,7 @@ class InfluenceRun:
                     record = None
             record = self.from_main_process(record)
             if record is not None:
-                if is_main_process() and record["files"]:
+                if is_main_process() and any(name.endswith(".safetensors") for name in record["files"]):
                     print(f"Reusing the {phase} in {folder}")
                 return sha256(json.dumps(record))
             if is_main_process():
@@ -1392,7 +1407,7 @@ class InfluenceRun:
         return values[0]
 
     def fit_factors(self):
-        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns what stands for them."""
+        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns the last one's hash."""
         factor_args = FactorArguments(
             strategy=self.strategy,
             covariance_max_examples=None,
@@ -1402,7 +1417,8 @@ class InfluenceRun:
         )
         common = {"factors_name": self.factors_name, "factor_args": factor_args}
         fitting = common | {"dataset": self.factor_dataset, "per_device_batch_size": self.batch_size}
-        folder, analyzer = self.analyzer.factors_output_dir(self.factors_name), self.analyzer
+        analyzer = self.analyzer
+        folder = self.folder / analyzer.factors_output_dir(self.factors_name).name
         fitted = self.stage("covariance", folder, None, analyzer.fit_covariance_matrices, **fitting)
         fitted = self.stage("eigendecomposition", folder, fitted, analyzer.perform_eigendecomposition, **common)
         return self.stage("lambda", folder, fitted, analyzer.fit_lambda_matrices, **fitting)
@@ -1412,9 +1428,8 @@ class InfluenceRun:
 
         Raises NumericalError where a score is not a number.
         """
-        compute, load = self.analyzer.compute_self_scores, self.analyzer.load_self_scores
         amp_dtype = self.dtype if self.dtype == torch.bfloat16 else None
-        return self.scores("self", compute, load, damping_factor, {}, amp_dtype=amp_dtype)
+        return self.scores("self", self.analyzer.compute_self_scores, damping_factor, {}, amp_dtype=amp_dtype)
 
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
         """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
@@ -1423,7 +1438,6 @@ class InfluenceRun:
         would fill a computer's memory; the training gradients are formed anew for every such batch. Raises
         NumericalError where a score is not a number.
         """
-        compute, load = self.analyzer.compute_pairwise_scores, self.analyzer.load_pairwise_scores
         if not query_data.images.is_cuda:
             query_batch_size = min(query_batch_size, max(1, CPU_QUERY_BYTES // self.gradient_bytes))
         chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
@@ -1431,30 +1445,29 @@ class InfluenceRun:
         arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
         return self.scores(
             pairwise_kind(query_data),
-            compute,
-            load,
+            self.analyzer.compute_pairwise_scores,
             damping_factor,
             arguments,
             query_gradient_accumulation_steps=max(1, steps),
         )
 
     def finished_pairwise(self, query_data):
-        """Yields strategy and settings, and the unharmed scores, of all pairwise runs on these queries."""
+        """Yields name and unharmed scores of all pairwise runs on these queries, by whatever strategy and settings."""
         start = f"scores_{pairwise_kind(query_data)}-"
         for folder in sorted(self.folder.glob(f"{start}*")):
             files = stage_files(folder, "scores")
             if intact_record(folder / "scores.complete.json", files) is not None:
-                yield folder.name.removeprefix(start), load_file(files[0])[ALL_MODULE_NAME]
+                yield f"{self.folder.name} {folder.name.removeprefix(start)}", load_file(files[0])[ALL_MODULE_NAME]
 
-    def scores(self, kind, compute, load, damping_factor, arguments, **score_arguments):
-        """Computes or reuses the scores of one `kind`, by kronfluence's `compute` and `load`.
+    def scores(self, kind, compute, damping_factor, arguments, **score_arguments):
+        """Computes or reuses the scores of one `kind`, by kronfluence's `compute`.
 
         Returns them, float32, in the shape of that kind, and the file that holds them.
         """
         fitted = self.fit_factors()
         damping_name = "heuristic" if damping_factor is None else damping_factor
         scores_name = f"{kind}-{self.factors_name}-damping-{damping_name}"
-        folder = self.analyzer.scores_output_dir(scores_name)
+        folder = self.folder / self.analyzer.scores_output_dir(scores_name).name
         self.stage(
             "scores",
             folder,
@@ -1472,7 +1485,8 @@ class InfluenceRun:
             ),
             **arguments,
         )
-        return load(scores_name)[ALL_MODULE_NAME], stage_files(folder, "scores")[0]
+        (path,) = stage_files(folder, "scores")
+        return load_file(path)[ALL_MODULE_NAME], path
 
     def report_profile(self):
         """Prints and saves kronfluence's table of time per phase, if this run was asked to take it."""
@@ -1485,16 +1499,6 @@ class InfluenceRun:
 def result_path(folder, name, strategy, suffix):
     """Returns the path of a result file of a strategy."""
     return folder / f"{name}_{strategy}.{suffix}"
-
-
-def save_mean(runs, scores):
-    """Writes the mean of several runs' scores, whole or not at all. Returns a folder of its own and the file in it."""
-    first, names = runs[0].folder, [run.folder.name for run in runs]
-    folder = first.with_name(f"{first.name.rsplit('-', 1)[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
-    path = result_path(folder, "pairwise", runs[0].strategy, "safetensors")
-    with atomic_path(path) as temporary:
-        save_file({ALL_MODULE_NAME: scores}, temporary)
-    return folder, path
 
 
 def pairwise_kind(query_data):
@@ -1623,11 +1627,13 @@ def run_record(phases, device):
     return {"seconds": phases.summary(), "peak_memory_bytes": peak_memory_bytes(device), **environment(device)}
 
 
-def report_files(paths, phases):
-    """Prints the seconds by phase and the paths of those files that exist."""
+def report_files(score_paths, paths, phases):
+    """Prints the seconds by phase and where scores, and those of the files `paths` that exist, are."""
     seconds = phases.summary()
     total = seconds.pop("total")
     print(f"{total:.1f} s in all: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    for path in score_paths:
+        print(f"scores in {path}")
     for path in paths:
         if path.exists():
             print(f"wrote {path}")
@@ -1668,10 +1674,9 @@ def show_image(axes, image, title, colour="black"):
     axes.set_yticks([])
 
 
-def shorten(name, length=16):
-    """Returns a name of at most `length` characters: both ends of a longer one, since either may tell it apart."""
-    tail = (length - 1) // 2
-    return name if len(name) <= length else f"{name[: length - 1 - tail]}…{name[-tail:]}"
+def shorten(name):
+    """Returns a name of at most 16 characters: both ends of a longer one, since either may tell it apart."""
+    return name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}"
 
 
 def data_name(dataset, dataset_dir):

@@ -106,7 +106,7 @@ def find_example(place, row, data, by_path):
     if path:
         if (found := by_path.get(Path(path).absolute())) is None:
             raise pipeline.UserError(f"{place}: {path} is not among the training images")
-    elif index.isdecimal() and int(index) < len(data):
+    elif index.isdecimal() and len(index) < 10 and int(index) < len(data):
         found = int(index)
     elif index:
         raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
@@ -148,7 +148,9 @@ def read_corrections(path, data):
     by_path = examples_by_path(data)
     decided = {}
     for place, row in read_rows("--corrections", path, ("new_label",)):
-        index, name = find_example(place, row, data, by_path), row["new_label"].strip()
+        index, name = find_example(place, row, data, by_path), row["new_label"]
+        if name not in data.class_names:
+            name = name.strip()
         if name and name not in data.class_names:
             raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(data.class_names)}")
         if index in decided:
@@ -170,9 +172,9 @@ def examples_by_path(data):
 
 def choose_cleaning(args, data):
     """Returns the Cleaning that the flags ask for, or None, and what it adds to the name of the checkpoint."""
-    if args.exclude_suspects:
+    if args.exclude_suspects is not None:
         return read_suspects(args.exclude_suspects, args.exclude_fraction, data), "cleaned"
-    if args.corrections:
+    if args.corrections is not None:
         return read_corrections(args.corrections, data), "cleaned"
     if args.subset_fraction:
         subset = pipeline.draw_subset(len(data), args.subset_fraction, args.subset_seed)
@@ -207,27 +209,27 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
-def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, seed, dtype, save_epochs=()):
+def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype, save_epochs=()):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    The last, partial batch of an epoch is dropped; `batch_size` must be len(data) at most. Returns what the training
-    batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the area under the margin
-    between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1), and `mean_loss`; and a
-    dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError after an epoch in which the
-    loss or a weight stopped being a number.
+    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns what the
+    training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the area under the
+    margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1), and `mean_loss`;
+    and a dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError after an epoch in
+    which the loss or a weight stopped being a number.
     """
     device = data.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    steps_per_epoch = len(data) // batch_size
-    total_steps = num_epochs * steps_per_epoch
+    steps_per_epoch = len(data) // train_batch_size
+    total_steps = num_train_epochs * steps_per_epoch
     margin_sums, loss_sums, visits = torch.zeros(3, len(data), device=device)
     epoch_weights = {}
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
-        for epoch in range(num_epochs):
-            start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
+        for epoch in range(num_train_epochs):
+            start, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
             model.train()
-            plan = (tensor.to(device) for tensor in epoch_batches(len(data), batch_size, generator))
+            plan = (tensor.to(device) for tensor in epoch_batches(len(data), train_batch_size, generator))
             for step, (order, offsets, flips) in enumerate(zip(*plan, strict=True), start=epoch * steps_per_epoch):
                 rate = learning_rate * schedule(step, total_steps)
                 optimizer.param_groups[0]["lr"] = rate
@@ -239,15 +241,15 @@ def train(model, data, *, batch_size, learning_rate, weight_decay, num_epochs, s
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                loss_sum += loss.detach()
+                epoch_loss += loss.detach()
                 margin_sums[order] += pipeline.top_margin(logits.detach(), labels)
                 loss_sums[order] += losses.detach()
                 visits[order] += 1
                 progress.update()
-            mean_loss = (loss_sum / steps_per_epoch).item()
-            speed = steps_per_epoch * batch_size / (time.perf_counter() - start)
+            mean_loss = (epoch_loss / steps_per_epoch).item()
+            speed = steps_per_epoch * train_batch_size / (time.perf_counter() - start)
             progress.write(
-                f"epoch {epoch + 1:3}/{num_epochs}   learning rate {rate:8.5f}   "
+                f"epoch {epoch + 1:3}/{num_train_epochs}   learning rate {rate:8.5f}   "
                 f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
             )
             # The loss is that before the last step, hence the weights.
@@ -318,10 +320,7 @@ def main():
     metadata["dynamics"], metadata["epoch_weights"] = train(
         model,
         data,
-        batch_size=args.train_batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        num_epochs=args.num_train_epochs,
+        **pipeline.recipe(vars(args)),
         seed=args.seed,
         dtype=dtype,
         save_epochs=args.save_epochs,

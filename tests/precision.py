@@ -54,7 +54,6 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
             dtype=dtype,
             seed=seed,
             batch_size=batch_size,
-            profile=False,
             phases=pipeline.Phases(),
         )
         self_influence, _ = run.self_influence(1e-8)
@@ -115,9 +114,8 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
-    _, _, data, is_corrupted = pipeline.load_trained(
-        checkpoint, "cpu", "synthetic", "", 0.1, args.num_train_examples, cache_dir=None
-    )
+    clean = pipeline.load_train_data("synthetic", "", args.num_train_examples)
+    _, _, data, is_corrupted = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
     queries = pipeline.load_test_data("synthetic", "").take(torch.arange(args.num_query_examples))
     scored = torch.arange(min(args.num_scored_examples, len(data)))
 

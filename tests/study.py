@@ -86,19 +86,8 @@ class Study:
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
         torch.manual_seed(seed)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
-        args = self.args
-        dynamics, epoch_weights = train.train(
-            model,
-            data.to(self.device),
-            batch_size=args.train_batch_size,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            num_epochs=args.num_train_epochs,
-            seed=seed,
-            dtype=self.dtype,
-            save_epochs=save_epochs,
-        )
-        return model, dynamics, epoch_weights
+        recipe = pipeline.recipe(vars(self.args)) | {"seed": seed, "dtype": self.dtype, "save_epochs": save_epochs}
+        return model, *train.train(model, data.to(self.device), **recipe)
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
@@ -119,8 +108,6 @@ class Study:
                 strategy="ekfac",
                 dtype=self.dtype,
                 seed=FIRST_SEED,
-                batch_size=None,
-                profile=False,
                 phases=pipeline.Phases(),
             )
 
@@ -136,7 +123,6 @@ class Study:
         labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
         model, dynamics, epoch_weights = self.train(data, seed, save_epochs)
-        metadata = {"epoch_weights": epoch_weights, "num_train_epochs": self.args.num_train_epochs}
         with self.influence(data) as make_run:
             final = make_run(model, name="final")
             influence = {"self_influence": final.self_influence(1e-8)[0]}
@@ -145,7 +131,9 @@ class Study:
             outputs = self.logits(model, data), labels, dynamics["aum"]
             scores = detect.suspicions(influence, *outputs)
             if epoch_weights:
-                total = detect.sum_over_checkpoints(make_run, model, metadata, "final", 1e-8)
+                total = detect.sum_over_checkpoints(
+                    make_run, model, epoch_weights, self.args.num_train_epochs, "final", 1e-8
+                )
                 along = detect.suspicions(influence | {"self_influence_checkpoints": total}, *outputs)
                 epochs = f"epochs {', '.join(map(str, save_epochs))}"
                 scores |= {f"{name}, {epochs}": along[name] for name in ("self_influence_checkpoints", "combined")}

@@ -96,6 +96,11 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
+@pytest.mark.parametrize("flag", ["--exclude_suspects", "--corrections"])
+def test_an_empty_name_of_a_file_is_not_none(fails, flag):
+    assert flag in fails(TRAIN, "--dataset", "synthetic", "--num_train_examples", 20, flag, "")
+
+
 @pytest.mark.parametrize("environment", [{}, {"LOCAL_RANK": "1"}], ids=["not by torchrun", "more than GPUs"])
 def test_processes_without_a_gpu_of_their_own(fails, monkeypatch, environment):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -16,6 +16,7 @@ from conftest import ROOT, SYNTHETIC
 from PIL import Image
 
 import analyze
+import detect_mislabeled_dataset as detect
 import pipeline
 import train
 
@@ -52,6 +53,12 @@ def test_corrections_by_path_and_by_index(written, data):
     assert train.read_corrections(path, data) == pipeline.Cleaning([4], {2: 0, 0: 2})
 
 
+def test_the_name_of_a_class_may_begin_with_a_space(written, data):
+    path = written("index,new_label", "0, cat", "1,grey owl ")
+    named = replace(data, class_names=[" cat", "grey owl", "äpfel"])
+    assert train.read_corrections(path, named) == pipeline.Cleaning([], {0: 0, 1: 1})
+
+
 def test_corrections_find_an_absolute_path(written, data):
     path = written("path,new_label", f"{Path('images').absolute()}/1 ü.png,cat")
     assert train.read_corrections(path, data) == pipeline.Cleaning([], {1: 0})
@@ -63,6 +70,7 @@ def test_corrections_find_an_absolute_path(written, data):
         (["path,new_label", "images/1 ü.png,cat", "images/7.png,cat"], "line 3: images/7.png is not among"),
         (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
         (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
+        (["index,new_label", f"{'1' * 5000},cat"], "line 2: there is no training image 1111"),
         (["index,new_label", ",cat"], "line 2: needs a path or an index"),
         (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
         (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 was decided on before"),
@@ -74,7 +82,7 @@ def test_corrections_find_an_absolute_path(written, data):
         ([], "its first line must name the column 'new_label'"),
     ],
     ids=[
-        *("path", "index", "negative index", "neither", "class", "twice", "column"),
+        *("path", "index", "negative index", "endless index", "neither", "class", "twice", "column"),
         *("short row", "long row", "label", "most left out", "empty file"),
     ],
 )
@@ -83,7 +91,7 @@ def test_a_mistake_in_corrections_is_named_with_its_line(written, data, lines, m
         train.read_corrections(written(*lines), data)
 
 
-@pytest.mark.parametrize("path", ["missing.csv", "."])
+@pytest.mark.parametrize("path", ["missing.csv", ".", ""])
 def test_a_file_that_cannot_be_read(data, path):
     with pytest.raises(pipeline.UserError, match="cannot be read as a csv file"):
         train.read_corrections(path, data)
@@ -226,6 +234,16 @@ def test_a_cleaned_model_that_there_is_not(trained, script, tmp_path):
     assert process.returncode == 2 and "model_corrupt_0.1_cleaned.pth" in process.stderr
 
 
+def test_the_printed_commands_train_as_before(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["detect.py", "--dataset", "synthetic", "--precision", "bf16"])
+    recipe = {"train_batch_size": 30, "learning_rate": 0.3, "weight_decay": 0.01, "num_train_epochs": 4}
+    trained = recipe | {"seed": 5, "precision": "fp32", "device": "auto", "save_epochs": [2, 3]}
+    detect.print_next_steps(detect.parse_arguments(), trained, Path("s.csv"))
+    for _, *command in printed_commands(capsys.readouterr().out):
+        monkeypatch.setattr("sys.argv", command)
+        assert trained.items() <= vars(train.parse_arguments()).items()
+
+
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
     text = pipeline.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
@@ -240,8 +258,6 @@ def test_a_command_is_quoted_for_the_shell(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 6, 250])
 def test_pictures_of_any_number_of_images(tmp_path, data, count):
-    import detect_mislabeled_dataset as detect
-
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)

@@ -61,7 +61,6 @@ def influence_run(folder, model, data, strategy):
         dtype=torch.float64,
         seed=SEED,
         batch_size=BATCH_SIZE,
-        profile=False,
         phases=pipeline.Phases(),
     )
 

@@ -46,7 +46,7 @@ def tiny_network():
     return network.eval()
 
 
-def influence_run(folder, data, strategy="ekfac", dtype=torch.float32, seed=SEED, batch_size=4, model=None):
+def influence_run(folder, data, strategy="ekfac", dtype=torch.float32, seed=SEED, batch_size=4, model=None, **settings):
     """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
     return pipeline.InfluenceRun(
         model or tiny_network(),
@@ -57,8 +57,8 @@ def influence_run(folder, data, strategy="ekfac", dtype=torch.float32, seed=SEED
         dtype=dtype,
         seed=seed,
         batch_size=batch_size,
-        profile=False,
         phases=pipeline.Phases(),
+        **settings,
     )
 
 
@@ -101,6 +101,25 @@ def test_identity_scores_are_dot_products_of_per_sample_gradients(tmp_path, data
     self_influence, _ = run.self_influence(1e-8)
     assert relative_error(pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))) < 1e-4
     assert relative_error(self_influence, sum(t.square().sum(1) for t in train_gradients)) < 1e-4
+
+
+def test_kfac_takes_eigenvalues_that_rounding_left_below_zero_as_zero(tmp_path, data):
+    """Factors of three images do not span the gradients of ten, and of what they leave out rounding makes the sign."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(192, 10, bias=False)
+    ).eval()
+    run = influence_run(tmp_path, data, "kfac", model=model, factor_examples=3)
+    found, _ = run.self_influence(1e-8)
+    factors = {path.stem: load_file(path)["2"].double() for path in run.folder.glob("factors_*/*eigen*.safetensors")}
+    values = [factors[f"{side}_eigenvalues"] for side in ("gradient", "activation")]
+    assert (torch.outer(*values) < -1e-8).any()
+    (gradients,) = gradients_by_torch_func(model, data, F.cross_entropy)
+    rotated = (
+        factors["gradient_eigenvectors"].T @ gradients.view(-1, 10, 192).double() @ factors["activation_eigenvectors"]
+    )
+    expected = (rotated**2 / (torch.outer(*(value.clamp(min=0) for value in values)) + 1e-8)).sum((1, 2))
+    assert relative_error(found, expected) < 1e-3
 
 
 def test_diagonal_scores_weigh_by_the_mean_squared_pseudo_gradient(tmp_path, data, queries):

@@ -64,10 +64,10 @@ def test_training_is_deterministic_and_follows_its_seed():
         train.train(
             model,
             data,
-            batch_size=20,
+            train_batch_size=20,
             learning_rate=0.1,
             weight_decay=1e-4,
-            num_epochs=1,
+            num_train_epochs=1,
             seed=seed,
             dtype=torch.float32,
         )
@@ -94,8 +94,8 @@ class GrowingLogits(nn.Module):
 
 def train_growing_logits(data, num_epochs):
     """What a training of GrowingLogits in batches of two says of each example."""
-    recipe = {"batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
-    return train.train(GrowingLogits(), data, num_epochs=num_epochs, **recipe)[0]
+    recipe = {"train_batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
+    return train.train(GrowingLogits(), data, num_train_epochs=num_epochs, **recipe)[0]
 
 
 def test_what_the_training_batches_say_is_averaged_over_the_epochs():
@@ -125,10 +125,10 @@ def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
 
 def test_the_weights_after_the_epochs_that_are_asked_for_are_kept():
     data = pipeline.generate_digits("", "train", 20)
-    recipe = {"batch_size": 10, "learning_rate": 0.1, "weight_decay": 1e-4, "seed": 1, "dtype": torch.float32}
+    recipe = {"train_batch_size": 10, "learning_rate": 0.1, "weight_decay": 1e-4, "seed": 1, "dtype": torch.float32}
     torch.manual_seed(0)
     model = pipeline.construct_resnet9()
-    _, kept = train.train(model, data, num_epochs=3, save_epochs=[1, 3], **recipe)
+    _, kept = train.train(model, data, num_train_epochs=3, save_epochs=[1, 3], **recipe)
     assert list(kept) == [1, 3] and not torch.equal(kept[1]["head.weight"], kept[3]["head.weight"])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, kept[3][name])
@@ -144,10 +144,10 @@ def test_divergence_stops_the_training(weight_decay, batch_size):
         train.train(
             pipeline.construct_resnet9(),
             data,
-            batch_size=batch_size,
+            train_batch_size=batch_size,
             learning_rate=1e30,
             weight_decay=weight_decay,
-            num_epochs=1,
+            num_train_epochs=1,
             seed=0,
             dtype=torch.float32,
         )
@@ -223,7 +223,7 @@ def test_checkpoint_names(tmp_path, fraction, kind, name):
     assert pipeline.checkpoint_path(tmp_path, fraction, kind) == tmp_path / name
 
 
-def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path, monkeypatch):
+def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path):
     data = pipeline.generate_digits("", "train", 20)
     path = tmp_path / "model.pth"
     metadata = {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None, "accuracy": {"test": 0.5}}
@@ -232,8 +232,7 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
     pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
 
     def load(found):
-        monkeypatch.setattr(pipeline, "load_train_data", lambda *arguments: found)
-        return pipeline.load_trained(path, "cpu", "synthetic", "", None, None, None)[2]
+        return pipeline.load_trained(path, "cpu", found, None)[2]
 
     assert torch.equal(load(data).images, data.images)
     pixel = data.images.clone()
