@@ -261,9 +261,9 @@ def influence_parser(description, corrupt_default):
     flag(
         "--damping_factor",
         type=damping,
-        default=1e-8,
+        default="heuristic",
         metavar="X",
-        help="added to every eigenvalue; 'heuristic' means 0.1 x the mean eigenvalue of each layer",
+        help="added to every eigenvalue; heuristic means 0.1 x the mean eigenvalue of each layer",
     )
     flag("--seed", type=whole_number, default=1004, help="draws the pseudo-labels of the Fisher matrix")
     flag("--profile", action="store_true", help="print and save kronfluence's times of the finished model")

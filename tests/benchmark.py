@@ -174,6 +174,7 @@ def run_script(name, flags, checkpoint_dir, precision, output_dir):
     wall = call(
         *(ROOT / name, *flags),
         *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--output_dir", output_dir),
+        *("--damping_factor", "1e-8"),  # kronfluence's own default
     )
     record = json.loads(next(Path(output_dir).glob("*/*.json")).read_text())
     phases = record["seconds"]

@@ -118,7 +118,8 @@ class Study:
     def detection(self, noise, fraction, corruption_seed, seed, save_epochs=()):
         """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds.
 
-        `combined` is of the finished model; with `save_epochs` there is a second one, of the checkpoints.
+        Self-influence is at a damping of 1e-8, or where it says so at the heuristic one. `combined` is of the finished
+        model; with `save_epochs` there is another one, of the checkpoints.
         """
         labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
@@ -137,7 +138,9 @@ class Study:
                 along = detect.suspicions(influence | {"self_influence_checkpoints": total}, *outputs)
                 epochs = f"epochs {', '.join(map(str, save_epochs))}"
                 scores |= {f"{name}, {epochs}": along[name] for name in ("self_influence_checkpoints", "combined")}
-        scores |= {"self_influence, heuristic": heuristic.numpy(), "mean_loss": dynamics["mean_loss"].numpy()}
+        with_heuristic = detect.suspicions({"self_influence": heuristic}, *outputs)
+        scores |= {f"{name}, heuristic": with_heuristic[name] for name in ("self_influence", "combined")}
+        scores["mean_loss"] = dynamics["mean_loss"].numpy()
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
         return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
 

@@ -724,7 +724,7 @@ def run_as_if_on_gpus(name, *flags):
     [
         pytest.param(
             DETECT,
-            ("--factor_strategy", "ekfac", "--damping_factor", "heuristic", "--method", "grad_norm"),
+            ("--factor_strategy", "ekfac", "--method", "grad_norm"),
             id="detect, ekfac and gradient norm",
         ),
         pytest.param(ANALYZE, ("--num_query_examples", 5, "--query_batch_size", 2), id="analyze, diagonal"),

@@ -89,7 +89,7 @@ CHANGES = {
     "other corruption": (("--corrupt_percentage", "0.2"), ("--corrupt_percentage", "0.2")),
     "other number of training images": (("--num_train_examples", "32"), ("--num_train_examples", "32")),
     "other damping": (None, ("--damping_factor", "1e-5")),
-    "heuristic damping": (None, ("--damping_factor", "heuristic")),
+    "small damping": (None, ("--damping_factor", "1e-8")),
     "other precision": (None, ("--precision", "bf16")),
     "other pseudo-labels": (None, ("--seed", "5")),
     "other strategy": (None, ("--factor_strategy", "identity")),
