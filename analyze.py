@@ -56,8 +56,8 @@ def parse_arguments():
         nargs="+",
         default=[],
         metavar="DIR",
-        help="also explain the models of the same name, trained on the same images, in these folders, and take the "
-        "mean of the scores",
+        help="also explain the models of the same name in these folders, trained on the same images by the same "
+        "recipe, and take the mean of the scores",
     )
     flag(
         "--retrained_dir",

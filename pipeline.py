@@ -266,7 +266,7 @@ def influence_parser(description, corrupt_default):
         help="added to every eigenvalue; heuristic means 0.1 x the mean eigenvalue of each layer",
     )
     flag("--seed", type=whole_number, default=1004, help="draws the pseudo-labels of the Fisher matrix")
-    flag("--profile", action="store_true", help="print and save kronfluence's times of the finished model")
+    flag("--profile", action="store_true", help="print and save kronfluence's table of time per phase")
     return parser
 
 

@@ -441,6 +441,8 @@ def main():
     try:
         run(study)
     finally:
+        if not study.rows:
+            print(f"{study.path} has no results of {study.asked}")
         print_table(study)
 
 

@@ -545,6 +545,25 @@ def test_detect_waits_for_another_process_that_writes_the_same_folder(reference,
     assert results(tmp_path) == reference[DETECT].results
 
 
+@pytest.mark.parametrize(("environment", "main"), [({"RANK": "1"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)])
+def test_a_rank_without_other_processes_is_none(monkeypatch, environment, main):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert pipeline.is_main_process() == main
+
+
+def test_under_torchrun_a_run_does_not_wait_for_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "num_processes", lambda: 2)
+    data = pipeline.generate_digits("", "train", 4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    settings = {"output_dir": tmp_path, "strategy": "identity", "dtype": torch.float32, "seed": 1}
+    with (
+        lock_of(tmp_path / f"model-{pipeline.fingerprint(model, data)}"),
+        pytest.raises(pipeline.UserError, match="another process is writing"),
+    ):
+        pipeline.InfluenceRun(model, data, "model", phases=pipeline.Phases(), **settings)
+
+
 def test_train_ends_at_once_where_another_process_writes_the_same_checkpoint(forked, reference, tmp_path):
     copy_checkpoint(reference[TRAIN].folder, tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
