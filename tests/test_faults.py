@@ -417,7 +417,7 @@ def test_a_damaged_file_is_named_and_computed_anew(forked, reference, tmp_path, 
     process = forked(tmp_path, DETECT)
     assert process.returncode == 0, process.stderr
     said = [line for line in process.stdout.splitlines() if line.startswith("Not using")]
-    assert said == [f"Not using what is damaged in {path.parent}: {path.name}"]
+    assert said == [f"Not using what is damaged in {path.parent.relative_to(tmp_path)}: {path.name}"]
     assert results(tmp_path) == reference[DETECT].results
 
 
