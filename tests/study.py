@@ -141,6 +141,7 @@ class Study:
         with_heuristic = detect.suspicions({"self_influence": heuristic}, *outputs)
         scores |= {f"{name}, heuristic": with_heuristic[name] for name in ("self_influence", "combined")}
         scores["mean_loss"] = dynamics["mean_loss"].numpy()
+        scores["aum and margin, 3 to 1"] = 0.75 * scores["aum"] + 0.25 * scores["margin"]
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
         return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
 
