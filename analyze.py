@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
-TABLE = (
+COLUMNS = (
     *("query", "query_path", "query_label", "query_class_name", "direction", "rank"),
     *("train", "train_path", "train_label", "train_class_name", "score"),
 )
@@ -107,7 +107,7 @@ def save_mean(runs, scores):
     folder = first.with_name(f"{first.name.rsplit('-', 1)[0]}_mean_of_{len(runs)}-{pipeline.sha256(*names)[:8]}")
     path = pipeline.result_path(folder, "pairwise", runs[0].strategy, "safetensors")
     with pipeline.atomic_path(path) as temporary:
-        save_file({"all_modules": scores}, temporary)
+        save_file({pipeline.ALL_MODULE_NAME: scores}, temporary)
     return folder, path
 
 
@@ -125,7 +125,7 @@ def write_top_influences(path, scores, queries, data):
     tops = dict(zip(("helpful", "harmful"), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(TABLE)
+        writer.writerow(COLUMNS)
         for query in range(len(queries)):
             for direction, indices in tops.items():
                 for rank, train in enumerate(indices[query].tolist(), start=1):

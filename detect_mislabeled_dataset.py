@@ -24,7 +24,7 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "loss": ("loss", "#e69f00", (0, (1, 1))),
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
 }
-EXAMPLE = ("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name")
+EXAMPLE_COLUMNS = ("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name")
 WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
 
 
@@ -145,7 +145,7 @@ def write_suspects(path, data, order, scores, predicted, is_corrupted):
     names = data.class_names
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*EXAMPLE, *METHODS, "is_corrupted"])
+        writer.writerow([*EXAMPLE_COLUMNS, *METHODS, "is_corrupted"])
         for rank, position in enumerate(order.tolist(), start=1):
             label, guess = data.labels[position].item(), predicted[position].item()
             example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
@@ -266,9 +266,8 @@ def main():
     influence = {}
     influence["self_influence"], scores_path = run.self_influence(args.damping_factor)
     if metadata["epoch_weights"]:
-        epochs = metadata["epoch_weights"], metadata["num_train_epochs"]
         influence["self_influence_checkpoints"] = sum_over_checkpoints(
-            make_run, model, *epochs, path.stem, args.damping_factor
+            make_run, model, metadata["epoch_weights"], metadata["num_train_epochs"], path.stem, args.damping_factor
         )
     if args.method == "grad_norm":
         influence["grad_norm"] = gradient_norm(make_run, model, path.stem)

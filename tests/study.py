@@ -119,7 +119,8 @@ class Study:
         """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds.
 
         Self-influence is at a damping of 1e-8, or where it says so at the heuristic one. `combined` is of the finished
-        model; with `save_epochs` there is another one, of the checkpoints.
+        model; with `save_epochs` there is another one, of the checkpoints. Beside the methods of the scripts there are
+        the mean loss over the training, and the area under the margin with a quarter of the final margin.
         """
         labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
