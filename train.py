@@ -197,6 +197,14 @@ def schedule(step, total_steps):
     return float(np.interp(step + 1, [0, peak, total_steps + 1], [0.0, 1.0, 0.0]))
 
 
+def batch_generator(seed):
+    """Returns what draws order, crops and flips, on the CPU: the same on every device.
+
+    Its first order is never that of the corruption, which begins with all wrong labels.
+    """
+    return torch.Generator().manual_seed(-seed if seed == pipeline.CORRUPTION_SEED else seed)
+
+
 def epoch_batches(num_examples, batch_size, generator):
     """Draws one epoch: order and flips [steps, batch_size] and crop offsets [steps, batch_size, 2].
 
@@ -219,7 +227,7 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
     which the loss or a weight stopped being a number.
     """
     device = data.images.device
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same crops on every device
+    generator = batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // train_batch_size
     total_steps = num_train_epochs * steps_per_epoch

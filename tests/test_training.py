@@ -55,6 +55,13 @@ def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
     assert 0 < flips.sum() < 90
 
 
+@pytest.mark.parametrize("seed", [pipeline.CORRUPTION_SEED, 1004])
+def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
+    _, is_corrupted = pipeline.corrupt_labels(torch.zeros(1000, dtype=torch.int64), 0.1, 10)
+    order, _, _ = train.epoch_batches(1000, 100, train.batch_generator(seed))
+    assert 0 < is_corrupted[order[0]].sum() < 30
+
+
 def test_training_is_deterministic_and_follows_its_seed():
     data = pipeline.generate_digits("", "train", 40)
     results = []
