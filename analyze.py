@@ -139,8 +139,11 @@ def example(data, position):
     return data.indices[position].item(), data.paths[position], label, data.class_names[label]
 
 
-def plot_top_influences(path, scores, queries, data, title):
-    """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores."""
+def plot_top_influences(path, scores, queries, data, source, strategy):
+    """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores.
+
+    The title says that these are of a `source`, and by which `strategy` they were scored.
+    """
     plt = pipeline.pyplot()
     rows, columns = min(NUM_PICTURED_QUERIES, len(queries)), min(NUM_PICTURED, len(data))
     helpful, harmful = strongest(scores[:rows], columns)
@@ -155,6 +158,10 @@ def plot_top_influences(path, scores, queries, data, title):
             name = pipeline.shorten(data.class_names[data.labels[train]])
             colour = HELPFUL if position < columns else HARMFUL
             pipeline.show_image(cell, data.images[train], f"{name}\n{scores[query, train]:+.3g}", colour)
+    title = (
+        f"Test images of {source}, each with the most helpful (blue, +) and most harmful (red, −) "
+        f"of {len(data)} training images and their influence ({strategy})"
+    )
     figure.suptitle(title, fontsize=11)
     pipeline.save_figure(figure, path)
 
@@ -267,11 +274,7 @@ def main():
         record_json = pipeline.result_path(folder, "pairwise", args.factor_strategy, "json")
         write_top_influences(top_csv, scores, queries, data)
         source = pipeline.data_name(args.dataset, args.dataset_dir)
-        title = (
-            f"Test images of {source}, each with the most helpful (blue, +) and most harmful (red, −) "
-            f"of {len(data)} training images and their influence ({args.factor_strategy})"
-        )
-        plot_top_influences(top_png, scores, queries, data, title)
+        plot_top_influences(top_png, scores, queries, data, source, args.factor_strategy)
         datamodeling = {}
         if args.retrained_dir is not None:
             mean = [(f"{folder.name} {args.factor_strategy}", scores)] if len(runs) > 1 else []

@@ -153,8 +153,11 @@ def write_suspects(path, data, order, scores, predicted, is_corrupted):
             writer.writerow([rank, *example, *values, int(is_corrupted[position])])
 
 
-def plot_suspects(path, data, order, scores, predicted, title):
-    """Draws the most suspicious images as a contact sheet, each under given label, predicted label and score."""
+def plot_suspects(path, data, order, scores, predicted, images, by):
+    """Draws the most suspicious images as a contact sheet, each under given label, predicted label and score.
+
+    The title says which `images` these are, and what they are ranked `by`.
+    """
     plt = pipeline.pyplot()
     shown = order[:NUM_PICTURED].tolist()
     columns = min(10, len(shown))
@@ -168,6 +171,10 @@ def plot_suspects(path, data, order, scores, predicted, title):
         given, guess = (pipeline.shorten(data.class_names[label]) for label in labels)
         text = f"{given} →\n{guess}\n{scores[index]:.3g}"
         pipeline.show_image(cell, data.images[index], text, "firebrick" if labels[0] != labels[1] else "black")
+    title = (
+        f"The {len(shown)} most suspicious of {images} by {by}:\n"
+        "given label → predicted label (red where they differ), score"
+    )
     figure.suptitle(title, fontsize=11, wrap=True)
     pipeline.save_figure(figure, path)
 
@@ -283,12 +290,8 @@ def main():
         curve_png, record_json = run.path("detection_curve", "png"), run.path("detection", "json")
         write_suspects(suspects_csv, data, order, scores, predicted, is_corrupted)
         images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"
-        curvature = f" ({args.factor_strategy})" if args.method in WITH_CURVATURE else ""
-        title = (
-            f"The {min(NUM_PICTURED, len(data))} most suspicious of {images} by {METHODS[args.method][0]}{curvature}:\n"
-            "given label → predicted label (red where they differ), score"
-        )
-        plot_suspects(suspects_png, data, order, scores[args.method], predicted, title)
+        by = METHODS[args.method][0] + f" ({args.factor_strategy})" * (args.method in WITH_CURVATURE)
+        plot_suspects(suspects_png, data, order, scores[args.method], predicted, images, by)
         title = f"Mislabeled among {images},\nfound by inspecting the top of a ranking ({args.factor_strategy})"
         rankings = report_rankings(curve_png, scores, is_corrupted, args.method, title)
 

@@ -262,9 +262,10 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
     order = torch.arange(count).numpy()
-    title = "A title of as many words as the scripts give their pictures, which is a line and a half of them or more"
-    detect.plot_suspects(tmp_path / "s.png", many, order, scores.numpy(), many.labels, title)
-    analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), many.take(torch.tensor([0, -1])), many, title)
+    images, by = f"{count} training images of a folder with a long name", "self-influence over checkpoints (diagonal)"
+    detect.plot_suspects(tmp_path / "s.png", many, order, scores.numpy(), many.labels, images, by)
+    queries = many.take(torch.tensor([0, -1]))
+    analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "a folder", "diagonal")
     for name in ("s.png", "i.png"):
         assert 600 < Image.open(tmp_path / name).size[0] < 3000
 
