@@ -179,8 +179,11 @@ def plot_suspects(path, data, order, scores, predicted, images, by):
     pipeline.save_figure(figure, path)
 
 
-def plot_curves(path, rankings, fraction, title):
-    """Draws what part of the corrupted labels is found against the part of the images inspected."""
+def plot_curves(path, rankings, fraction, images, strategy):
+    """Draws what part of the corrupted labels is found against the part of the images inspected.
+
+    The title says which `images` these are, and by which `strategy` the influence was computed.
+    """
     plt = pipeline.pyplot()
     from matplotlib.ticker import PercentFormatter
 
@@ -197,7 +200,7 @@ def plot_curves(path, rankings, fraction, title):
         ylabel="mislabeled images found",
         xlim=(0, 1),
         ylim=(0, 1.02),
-        title=title,
+        title=f"Mislabeled among {images},\nfound by inspecting the top of a ranking ({strategy})",
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -220,7 +223,7 @@ def print_rankings(rankings, method):
     )
 
 
-def report_rankings(curve_png, scores, is_corrupted, method, title):
+def report_rankings(curve_png, scores, is_corrupted, method, images, strategy):
     """Evaluates, draws and prints the rankings by `scores`, arrays [N] by name. Returns their json entries.
 
     Where labels are not known to be partly wrong there is nothing to compare with: says so, leaves no curve, and
@@ -231,7 +234,7 @@ def report_rankings(curve_png, scores, is_corrupted, method, title):
         print("No part of the labels is known to be wrong, so there is no truth to compare with: look at the suspects.")
         return {}
     rankings = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
-    plot_curves(curve_png, rankings, is_corrupted.mean(), title)
+    plot_curves(curve_png, rankings, is_corrupted.mean(), images, strategy)
     print_rankings(rankings, method)
     return rankings
 
@@ -292,8 +295,7 @@ def main():
         images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"
         by = METHODS[args.method][0] + f" ({args.factor_strategy})" * (args.method in WITH_CURVATURE)
         plot_suspects(suspects_png, data, order, scores[args.method], predicted, images, by)
-        title = f"Mislabeled among {images},\nfound by inspecting the top of a ranking ({args.factor_strategy})"
-        rankings = report_rankings(curve_png, scores, is_corrupted, args.method, title)
+        rankings = report_rankings(curve_png, scores, is_corrupted, args.method, images, args.factor_strategy)
 
     record = {
         "flags": vars(args),
