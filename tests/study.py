@@ -362,16 +362,21 @@ def study_cleaning(study):
         study.complete([{"study": "cleaning", **kind, "seed": seed} for kind in cleaning_kinds()], study.cleaning)
 
 
+def by_seed(study, kind):
+    """Returns the test accuracy, in percent, after what was done about wrong labels, by the seed of the training."""
+    return {row["seed"]: 100 * row["accuracy"] for row in study.found({"study": "cleaning", **kind})}
+
+
 def print_cleaning(study):
     """Prints test accuracies, and what is gained over doing nothing, seed by seed."""
-    rows = {row["seed"]: row for row in study.found({"study": "cleaning", "labels": "corrupted"})}
+    start = by_seed(study, {"labels": "corrupted"})
     print("\n| labels | ranked by | top | test accuracy | gain, points | seeds |\n|---|---|---|---|---|---|")
     for kind in cleaning_kinds():
-        found = [row for row in study.found({"study": "cleaning", **kind}) if row["seed"] in rows]
+        found = {seed: accuracy for seed, accuracy in by_seed(study, kind).items() if seed in start}
         if found:
             top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
-            accuracy = spread([100 * row["accuracy"] for row in found], 2, " %")
-            gain = spread([100 * (row["accuracy"] - rows[row["seed"]]["accuracy"]) for row in found], 2)
+            accuracy = spread([*found.values()], 2, " %")
+            gain = spread([accuracy - start[seed] for seed, accuracy in found.items()], 2)
             print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 

@@ -41,7 +41,7 @@ def test_similar_noise_of_other_classes_flips_to_the_next_one():
     assert is_corrupted.all() and torch.equal(found, (data.labels + 1) % 3)
 
 
-def test_detection_and_cleaning_go_on_where_they_were(run):
+def test_detection_and_cleaning_go_on_where_they_were(run, tmp_path):
     """The second time nothing is computed; the cleaning takes its rankings from the detection's scores."""
     flags = ("--num_noises", "1", "--folds", "2")
     output, rows = run("detection", *flags)
@@ -63,7 +63,11 @@ def test_detection_and_cleaning_go_on_where_they_were(run):
     assert found["corrupted", None, None] == 100 * rows[0]["accuracy"]
     accuracy = found["left out", "aum", 0.2]
     gain = accuracy - found["corrupted", None, None]
-    assert f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |" in output
+    line = f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |"
+    assert line in output
+    results = tmp_path / "results.jsonl"
+    results.write_text(2 * results.read_text())  # as two that ran the same at once would leave it
+    assert line in run("cleaning")[0]
 
 
 def test_a_fold_is_judged_by_a_network_that_never_saw_it():
