@@ -122,6 +122,8 @@ def run(main):
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
+    with contextlib.suppress(AttributeError):  # a stream of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
     keep_freed_memory()
     try:
         main()
@@ -134,6 +136,10 @@ def run(main):
         status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
     except torch.OutOfMemoryError:
         status, message = 1, "error: out of GPU memory: free some, lower the batch sizes, or use --device cpu"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        status, message = 1, "error: out of memory: free some, or lower the batch sizes"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -163,7 +169,7 @@ def is_non_negative(value):
     return 0 <= value < math.inf
 
 
-positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
+positive_int = number(int, "a whole number of at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
 whole_number = number(int, "a whole number of at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 non_negative_float = number(float, "a number of at least 0", is_non_negative)
@@ -331,7 +337,8 @@ def choose_device(name, several_processes):
 def choose_dtype(precision, device):
     """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
 
-    Lets CUDA round what stays float32 to TF32 where that dtype is bfloat16, and never where it is float32.
+    Lets CUDA round what stays float32 to TF32 where that dtype is bfloat16, and never where it is float32; sums inside
+    a product of bfloat16 matrices stay float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -340,6 +347,7 @@ def choose_dtype(precision, device):
             fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
     tensor_float = "tf32" if precision == "bf16" else "ieee"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tensor_float
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -443,7 +451,7 @@ def load_cifar10(dataset_dir, split, num_examples=None, cache_dir=None):
             "which needs none"
         ) from error
     chosen = draw_examples(len(found.data), num_examples)
-    return image_data(found.data[chosen], torch.tensor(found.targets)[chosen], found.classes)
+    return image_data(found.data[chosen.numpy()], torch.tensor(found.targets)[chosen], found.classes)
 
 
 def load_imagefolder(dataset_dir, split, num_examples=None, cache_dir=None):
@@ -456,7 +464,7 @@ def load_imagefolder(dataset_dir, split, num_examples=None, cache_dir=None):
     paths, labels = zip(*(samples[i] for i in order[draw_examples(len(order), num_examples)]), strict=True)
     cache = None
     if cache_dir is not None:
-        name = sha256(str(Path(dataset_dir).resolve()), split, str(num_examples))[:8]
+        name = sha256(os.fsencode(Path(dataset_dir).resolve()).hex(), split, str(num_examples))[:8]
         cache = Path(cache_dir) / "images" / f"{split}-{name}.safetensors"
     return image_data(read_images(paths, split, cache), torch.tensor(labels), class_names, paths)
 
@@ -472,6 +480,7 @@ def find_samples(dataset_dir, split):
     both = [folder] if held_out else [dataset_dir / "train", dataset_dir / "test"]
     try:
         names = [{path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."} for folder in both]
+        require_readable(folder)
         found = image_folder(folder)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -493,6 +502,16 @@ def find_samples(dataset_dir, split):
         print(f"There is no {dataset_dir / 'test'}: {sum(is_test)} images, a tenth of each class, are held out for it")
     chosen = [in_test == (split == "test") for in_test in is_test]
     return list(itertools.compress(found.samples, chosen)), found.classes
+
+
+def require_readable(folder):
+    """Raises OSError where a folder in it, but for hidden ones, cannot be listed: torchvision would pass it over."""
+
+    def refuse(error):
+        raise error
+
+    for _, names, _ in os.walk(folder, onerror=refuse, followlinks=True):
+        names[:] = [name for name in names if name[0] != "."]
 
 
 def image_folder(folder):
@@ -529,8 +548,8 @@ def choose_held_out(samples, folder):
 def read_images(paths, split, cache):
     """Returns the images in files, uint8 [N, 32, 32, 3], from the file `cache` where it holds just these.
 
-    The cache is known by the files' names, sizes and times of change and by its own checksum, and written anew where
-    these differ. None stands for no cache.
+    The cache is known by what `describe_file` says of the files and by its own checksum, and written anew where these
+    differ. None stands for no cache.
     """
     listing = sha256(CODE_VERSION, *map(describe_file, paths))
     if cache is not None:
@@ -548,7 +567,7 @@ def read_images(paths, split, cache):
 
 
 def describe_file(path):
-    """Returns name, size and time of change of a file, which change with what is in it.
+    """Returns what changes with what is in a file: name, size and times, and its number where two trade places.
 
     Raises UserError where it cannot be read or its name is not UTF-8.
     """
@@ -557,7 +576,15 @@ def describe_file(path):
         stat = os.stat(path)  # noqa: PTH116, pathlib takes seconds for as many as there are
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path!r} cannot be read ({first_line(error)}): remove or rename it") from error
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+
+
+# By the orientation in a photograph's EXIF, what turns it upright. ImageOps.exif_transpose, which would do that, also
+# writes the EXIF anew, and fails where any tag of it is malformed.
+TURNS = {
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
+    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 
 
 def read_image(path):
@@ -565,21 +592,23 @@ def read_image(path):
 
     Raises UserError, naming the file, where it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image
 
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
-            file_format, image = image.format, ImageOps.exif_transpose(image)
-            if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
                 raise ValueError("32 bits per pixel, of unknown range; save it with 8 or 16")
+            image.load()  # turns a TIFF by itself
+            if turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation)):
+                image = image.transpose(Image.Transpose[turn])
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
                 image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
-    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"{path} is not an image that can be read ({first_line(error)}): remove or replace it"
         ) from error
@@ -1528,7 +1557,7 @@ def require_finite(phase, paths):
                 if not tensors.get_tensor(layer).isfinite().all():
                     raise NumericalError(
                         f"NaN or infinity in the phase '{phase}' ({path.stem} of {layer}): the training has probably "
-                        "diverged (lower its --learning_rate), or the damping is too small (try heuristic)"
+                        "diverged (lower its --learning_rate), or another --damping_factor is needed"
                     )
 
 

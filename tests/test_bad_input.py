@@ -4,6 +4,7 @@ The scripts run in this process, through their `main`, because a process per cas
 """
 
 import importlib
+import io
 import os
 import shutil
 from pathlib import Path
@@ -55,6 +56,7 @@ VALUES = [
         ("--num_train_examples", "-5"),
         ("--num_train_examples", "2.5"),
         ("--train_batch_size", "0"),
+        ("--train_batch_size", "99999999999999999999"),
         ("--precision", "fp8"),
         ("--device", "tpu"),
         ("--device", "cuda"),
@@ -217,6 +219,29 @@ def test_a_spoiled_image_folder_is_named(fails, folders, spoil, named):
     assert named in message
 
 
+def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
+    """Such a one inside a class; a hidden one is passed over like all that is hidden."""
+    scandir = os.scandir
+
+    def scan(path):
+        if os.fspath(path).endswith("2019"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    (folders / "train" / "cat" / ".hidden" / "2019").mkdir(parents=True)
+    pipeline.load_train_data("imagefolder", folders)
+    (folders / "train" / "cat" / "2019").mkdir()
+    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert "cat/2019" in message
+
+
+def test_a_name_of_the_folder_that_is_not_utf_8(fails, folders):
+    folders = folders.rename(folders.with_name(os.fsdecode(b"\xe4")))
+    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert "rename it" in message
+
+
 def test_a_decompression_bomb_is_named(fails, folders, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
@@ -298,6 +323,14 @@ def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # What looks like a mistake and is none
 # --------------------------------------------------------------------------------------------------
+
+
+def test_names_that_the_console_has_no_letters_for_are_printed_as_codes(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", console)
+    pipeline.run(lambda: print("wrote äpfel/写真.png"))
+    console.flush()
+    assert console.buffer.getvalue().decode("cp1252").strip() == r"wrote äpfel/\u5199\u771f.png"
 
 
 def test_names_with_spaces_and_a_query_batch_above_the_queries_work(folders, monkeypatch, capsys, tmp_path):

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import pipeline
 
@@ -57,6 +58,11 @@ def test_cifar10_damaged_and_not_downloadable_names_folder_and_ways_out(tiny_cif
         pipeline.load_train_data("cifar10", tmp_path / "data")
     for part in (str(tmp_path / "data"), "imagefolder", "synthetic"):
         assert part in str(error.value)
+
+
+def test_a_single_image_of_cifar10(tiny_cifar):
+    data, all_of_it = (pipeline.load_train_data("cifar10", tiny_cifar, number) for number in (1, None))
+    assert data.images.shape == (1, 3, 32, 32) and (all_of_it.images == data.images).flatten(1).all(1).any()
 
 
 def test_imagefolder_pixels_labels_and_paths_belong_together(class_folders):
@@ -151,6 +157,30 @@ def test_a_photograph_taken_with_a_turned_camera_stands_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
     image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    read = pipeline.read_image(tmp_path / "photo.jpg")
+    assert read[:14].min() > 230 and read[18:].max() < 25
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_those_of_pillow(tmp_path, orientation, suffix):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(256, size=(4, 4, 3), dtype=np.uint8)).resize((32, 32), 3)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"photo.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"photo.{suffix}") as photo:
+        expected = np.asarray(ImageOps.exif_transpose(photo))
+    assert np.array_equal(pipeline.read_image(tmp_path / f"photo.{suffix}"), expected)
+
+
+def test_a_malformed_tag_beside_the_orientation_does_no_harm(tmp_path):
+    """The unit of the resolution as text, which Pillow cannot write again."""
+    tags = struct.pack("<HHII", 0x112, 3, 1, 6) + struct.pack("<HHI4s", 0x128, 2, 2, b"2")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    upright = np.zeros((64, 64, 3), np.uint8)
+    upright[:32] = 255
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
     read = pipeline.read_image(tmp_path / "photo.jpg")
     assert read[:14].min() > 230 and read[18:].max() < 25
 
@@ -265,6 +295,22 @@ def rename_an_image(folders, cache):
     (folders / "train" / "cat" / "0.png").rename(folders / "train" / "cat" / "9.png")
 
 
+def trade_places(folders, cache):
+    """Two files of one size and time of change, each under the other's name."""
+    one, other = (folders / "train" / name / "0.bmp" for name in ("cat", "grey owl"))
+    one.rename(folders / "aside")
+    other.rename(one)
+    (folders / "aside").rename(other)
+
+
+def trade_folders(folders, cache):
+    """The same, with their whole folders."""
+    one, other = (folders / "train" / name for name in ("cat", "grey owl"))
+    one.rename(folders / "aside")
+    other.rename(one)
+    (folders / "aside").rename(other)
+
+
 def flip_a_bit(folders, cache):
     """A damaged cache."""
     (path,) = cache.rglob("*.safetensors")
@@ -279,14 +325,20 @@ def cut_it_off(folders, cache):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-@pytest.mark.parametrize(
-    "change", [change_an_image, change_only_its_time, rename_an_image, flip_a_bit, cut_it_off], ids=lambda f: f.__name__
-)
+CHANGES = [change_an_image, change_only_its_time, rename_an_image, trade_places, trade_folders, flip_a_bit, cut_it_off]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
     load, folders, cache = cached
-    load()
+    for name, colour in (("cat", 10), ("grey owl", 200)):
+        for index in range(5):
+            path = folders / "train" / name / f"{index}.bmp"
+            Image.new("RGB", (32, 32), (colour,) * 3).save(path)
+            os.utime(path, (1e9, 1e9))
+    assert load() == 25
     change(folders, cache)
-    assert [load(), load()] == [15, 0]
+    assert [load(), load()] == [25, 0]
 
 
 def test_without_torchvision_folders_end_in_a_sentence_and_digits_still_work(class_folders, monkeypatch):

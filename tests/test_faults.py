@@ -584,7 +584,7 @@ def test_two_detections_at_once_both_end_with_the_right_result(reference, tmp_pa
 
 
 # --------------------------------------------------------------------------------------------------
-# Out of CUDA memory
+# Out of memory
 # --------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +609,17 @@ def test_without_memory_for_a_single_image_the_run_ends_in_one_sentence(forked, 
     assert process.returncode == 1
     assert process.stdout.count("going on with batches of half the size") == 3  # 8, 4, 2, 1
     assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory: free some")
+
+
+def test_without_memory_on_a_cpu_the_run_ends_in_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        pipeline.run(lambda: torch.empty(2**60))
+    assert stop.value.code == 1 and "error: out of memory: free some" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_is_not_taken_for_one_of_memory():
+    with pytest.raises(RuntimeError, match="shape"):
+        pipeline.run(lambda: torch.empty(2).view(3))
 
 
 # --------------------------------------------------------------------------------------------------
