@@ -121,15 +121,17 @@ def strongest(scores, count):
 
 
 def write_top_influences(path, scores, queries, data):
-    """Writes the most helpful and most harmful training images of each query to a csv file."""
-    tops = dict(zip(("helpful", "harmful"), strongest(scores, NUM_LISTED), strict=True))
+    """Writes the most helpful and most harmful training images of each query to a csv file, fewer where there are."""
+    tops = dict(zip((("helpful", 1), ("harmful", -1)), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for query in range(len(queries)):
-            for direction, indices in tops.items():
+            for (direction, sign), indices in tops.items():
                 for rank, train in enumerate(indices[query].tolist(), start=1):
                     score = scores[query, train].item()
+                    if sign * score <= 0:
+                        break
                     writer.writerow([*example(queries, query), direction, rank, *example(data, train), score])
 
 
@@ -154,10 +156,10 @@ def plot_top_influences(path, scores, queries, data, source, strategy):
         index, _, _, name = example(queries, query)
         pipeline.show_image(cells[0], queries.images[query], f"test image {index}\n{pipeline.shorten(name)}")
         shown = [*helpful[query].tolist(), *harmful[query].tolist()]
-        for position, (cell, train) in enumerate(zip(cells[1:], shown, strict=True)):
-            name = pipeline.shorten(data.class_names[data.labels[train]])
-            colour = HELPFUL if position < columns else HARMFUL
-            pipeline.show_image(cell, data.images[train], f"{name}\n{scores[query, train]:+.3g}", colour)
+        for cell, train in zip(cells[1:], shown, strict=True):
+            name, score = pipeline.shorten(data.class_names[data.labels[train]]), scores[query, train].item()
+            colour = HELPFUL if score > 0 else HARMFUL
+            pipeline.show_image(cell, data.images[train], f"{name}\n{score:+.3g}", colour)
     title = (
         f"Test images of {source}, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"

@@ -239,7 +239,7 @@ def report_rankings(curve_png, scores, is_corrupted, method, images, strategy):
     return rankings
 
 
-def print_next_steps(args, metadata, suspects_csv):
+def print_next_steps(args, metadata, num_train, suspects_csv):
     """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
     if args.cleaned:
         return
@@ -251,6 +251,7 @@ def print_next_steps(args, metadata, suspects_csv):
         return pipeline.command("train.py", args, **same, **flags)
 
     print(f"Look at {suspects_csv.with_suffix('.png')}, then train without the most suspicious tenth:")
+    same["train_batch_size"] = min(same["train_batch_size"], num_train - round(0.1 * num_train))
     print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=0.1)}")
     print("or with what you decide, in a csv file of the columns path (or index) and new_label (empty: leave it out):")
     print(f"  {retrain(corrections='corrections.csv')}")
@@ -307,7 +308,7 @@ def main():
     pipeline.write_json(record_json, record)
     run.report_profile()
     pipeline.report_files([scores_path], [suspects_csv, suspects_png, curve_png, record_json], phases)
-    print_next_steps(args, metadata, suspects_csv)
+    print_next_steps(args, metadata, len(data), suspects_csv)
 
 
 if __name__ == "__main__":

@@ -238,10 +238,15 @@ def test_the_printed_commands_train_as_before(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["detect.py", "--dataset", "synthetic", "--precision", "bf16"])
     recipe = {"train_batch_size": 30, "learning_rate": 0.3, "weight_decay": 0.01, "num_train_epochs": 4}
     trained = recipe | {"seed": 5, "precision": "fp32", "device": "auto", "save_epochs": [2, 3]}
-    detect.print_next_steps(detect.parse_arguments(), trained, Path("s.csv"))
-    for _, *command in printed_commands(capsys.readouterr().out):
-        monkeypatch.setattr("sys.argv", command)
-        assert trained.items() <= vars(train.parse_arguments()).items()
+    args = detect.parse_arguments()
+    for num_train, batch_size in ((60, 30), (30, 27)):  # without a tenth of 30 images a batch of 30 is too large
+        detect.print_next_steps(args, trained, num_train, Path("s.csv"))
+        commands = printed_commands(capsys.readouterr().out)
+        assert len(commands) == 2
+        for _, *command in commands:
+            monkeypatch.setattr("sys.argv", command)
+            expected = trained | {"train_batch_size": batch_size}
+            assert expected.items() <= vars(train.parse_arguments()).items()
 
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
@@ -268,6 +273,17 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
     analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "a folder", "diagonal")
     for name in ("s.png", "i.png"):
         assert 600 < Image.open(tmp_path / name).size[0] < 3000
+
+
+def test_no_harmful_image_is_called_helpful(tmp_path, data):
+    """Of the first query's six images two are helpful, three harmful, and one is neither; of the second's all harm."""
+    scores = torch.tensor([[0.5, -2.0, 0.0, -1.0, 3.0, -0.1], [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]])
+    analyze.write_top_influences(tmp_path / "i.csv", scores, data.take(torch.tensor([0, 1])), data)
+    with (tmp_path / "i.csv").open() as file:
+        found = [(row["query"], row["direction"], row["rank"], row["train"]) for row in csv.DictReader(file)]
+    first = [("helpful", "1", "4"), ("helpful", "2", "0"), *(("harmful", str(n + 1), t) for n, t in enumerate("135"))]
+    second = [("harmful", str(n + 1), t) for n, t in enumerate("543210")]
+    assert found == [("0", *row) for row in first] + [("1", *row) for row in second]
 
 
 @pytest.mark.parametrize(
