@@ -121,13 +121,13 @@ def strongest(scores, count):
 
 
 def write_top_influences(path, scores, queries, data):
-    """Writes the most helpful and most harmful training images of each query to a csv file, fewer where there are."""
-    tops = dict(zip((("helpful", 1), ("harmful", -1)), strongest(scores, NUM_LISTED), strict=True))
+    """Writes the most helpful and the most harmful images of each query, as the score's sign says, to a csv file."""
+    tops = list(zip(("helpful", "harmful"), (1, -1), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for query in range(len(queries)):
-            for (direction, sign), indices in tops.items():
+            for direction, sign, indices in tops:
                 for rank, train in enumerate(indices[query].tolist(), start=1):
                     score = scores[query, train].item()
                     if sign * score <= 0:

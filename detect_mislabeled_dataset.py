@@ -240,19 +240,23 @@ def report_rankings(curve_png, scores, is_corrupted, method, images, strategy):
 
 
 def print_next_steps(args, metadata, num_train, suspects_csv):
-    """Prints the commands that train as before, but without the suspects or with what the user decided about them."""
+    """Prints the commands that train as before, but without the suspects or with what the user decided about them.
+
+    The batch is as large as before, or as what a tenth less of `num_train` images leaves.
+    """
     if args.cleaned:
         return
     same = pipeline.recipe(metadata) | {name: metadata[name] for name in ("seed", "precision", "device")}
     same["save_epochs"] = ",".join(map(str, metadata["save_epochs"])) or None
     same["corrupt_percentage"] = args.corrupt_percentage or None
+    fraction = 0.1
+    same["train_batch_size"] = min(same["train_batch_size"], num_train - round(fraction * num_train))
 
     def retrain(**flags):
         return pipeline.command("train.py", args, **same, **flags)
 
     print(f"Look at {suspects_csv.with_suffix('.png')}, then train without the most suspicious tenth:")
-    same["train_batch_size"] = min(same["train_batch_size"], num_train - round(0.1 * num_train))
-    print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=0.1)}")
+    print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=fraction)}")
     print("or with what you decide, in a csv file of the columns path (or index) and new_label (empty: leave it out):")
     print(f"  {retrain(corrections='corrections.csv')}")
 

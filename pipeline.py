@@ -567,7 +567,7 @@ def read_images(paths, split, cache):
 
 
 def describe_file(path):
-    """Returns what changes with what is in a file: name, size and times, and its number where two trade places.
+    """Returns what changes with what is in a file: name, size, times, and its number, as two might trade places.
 
     Raises UserError where it cannot be read or its name is not UTF-8.
     """
@@ -582,8 +582,13 @@ def describe_file(path):
 # By the orientation in a photograph's EXIF, what turns it upright. ImageOps.exif_transpose, which would do that, also
 # writes the EXIF anew, and fails where any tag of it is malformed.
 TURNS = {
-    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
-    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
 
 

@@ -376,7 +376,7 @@ def print_cleaning(study):
         if found:
             top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
             accuracy = spread([*found.values()], 2, " %")
-            gain = spread([accuracy - start[seed] for seed, accuracy in found.items()], 2)
+            gain = spread([value - start[seed] for seed, value in found.items()], 2)
             print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 
