@@ -119,8 +119,8 @@ class Study:
         """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds.
 
         Self-influence is at a damping of 1e-8, or where it says so at the heuristic one. `combined` is of the finished
-        model; with `save_epochs` there is another one, of the checkpoints. Beside the methods of the scripts there are
-        the mean loss over the training, and the area under the margin with a quarter of the final margin.
+        model; with `save_epochs` there is another one, of the checkpoints. Beside the methods of the scripts there is
+        the mean loss over the training.
         """
         labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
         data = replace(self.clean, labels=labels)
@@ -142,7 +142,6 @@ class Study:
         with_heuristic = detect.suspicions({"self_influence": heuristic}, *outputs)
         scores |= {f"{name}, heuristic": with_heuristic[name] for name in ("self_influence", "combined")}
         scores["mean_loss"] = dynamics["mean_loss"].numpy()
-        scores["aum and margin, 3 to 1"] = 0.75 * scores["aum"] + 0.25 * scores["margin"]
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
         return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
 

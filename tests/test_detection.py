@@ -21,6 +21,7 @@ def test_suspicions_by_hand():
     found = detect.suspicions(influence, logits, labels, aum)
     assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-3, 2, -1]
     assert found["combined"].tolist() == [1.5, 2, 2.5] and found["margin"].tolist() == [-2, 1, 0.5]
+    assert found["aum_margin"].tolist() == [-2.75, 1.75, -0.625]
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
     influence["self_influence_checkpoints"] = torch.tensor([1.0, 9.0, 4.0])

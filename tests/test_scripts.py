@@ -116,8 +116,8 @@ def test_detect_prints_table_sentence_and_paths(detected):
     lines = process.stdout.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
     assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
-    table = [line.split()[0] for line in lines[start + 1 : start + 6]]
-    assert table == ["self_influence", "aum", "combined", "loss", "margin"]
+    table = [line.split()[0] for line in lines[start + 1 : start + 7]]
+    assert table == ["self_influence", "aum", "combined", "loss", "margin", "aum_margin"]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
     assert {path.name for path in written} == {
@@ -145,7 +145,7 @@ def test_detect_suspects_csv(detected):
     )
     data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
     labels, is_corrupted = pipeline.corrupt_labels(data.labels, 0.1, 10)
-    for _, index, file, label, name, guess, guess_name, _, checkpoints, norm, _, _, loss, _, corrupted in body:
+    for _, index, file, label, name, guess, guess_name, _, checkpoints, norm, _, _, loss, _, _, corrupted in body:
         assert checkpoints == norm == "", "methods that were not asked for"
         assert int(label) == labels[int(index)] and name == str(label) and guess_name == str(guess)
         assert bool(int(corrupted)) == is_corrupted[int(index)] and file == "" and float(loss) > 0
@@ -159,11 +159,11 @@ def test_detect_json_agrees_with_its_csv(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, profile=True)
     assert list(record) == documented("detection_<strategy>.json") and record["num_corrupted"] == NUM_CORRUPTED
-    assert set(record["rankings"]) == {"self_influence", "aum", "combined", "loss", "margin"}
+    assert set(record["rankings"]) == {"self_influence", "aum", "combined", "loss", "margin", "aum_margin"}
     _, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
     body.sort(key=lambda row: int(row[1]))
-    is_corrupted = np.array([row[14] == "1" for row in body])
-    for name, column in (("self_influence", 7), ("aum", 10), ("loss", 12), ("margin", 13)):
+    is_corrupted = np.array([row[15] == "1" for row in body])
+    for name, column in (("self_influence", 7), ("aum", 10), ("loss", 12), ("margin", 13), ("aum_margin", 14)):
         scores = np.array([np.float32(row[column]) for row in body])
         assert record["rankings"][name] == detect.evaluate_ranking(scores, is_corrupted)
 
