@@ -15,6 +15,7 @@ import numpy as np
 import torch.nn.functional as F
 
 NUM_PICTURED = 100
+AUM_SHARE = 0.75  # of aum_margin; chosen among 10,000 images, see README
 METHODS = {  # by name: what pictures call it, colour and line of its curve
     "self_influence": ("self-influence", "#0b5394", "-"),
     "self_influence_checkpoints": ("self-influence over checkpoints", "#56b4e9", (0, (8, 2))),
@@ -23,7 +24,7 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "combined": ("self-influence and area under the margin, mean rank", "#009e73", "-."),
     "loss": ("loss", "#e69f00", (0, (1, 1))),
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
-    "aum_margin": ("0.75 area under the margin + 0.25 margin", "#7b3294", (0, (4, 1))),
+    "aum_margin": (f"{AUM_SHARE} area under the margin + {1 - AUM_SHARE} margin", "#7b3294", (0, (4, 1))),
 }
 EXAMPLE_COLUMNS = ("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name")
 WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
@@ -39,8 +40,8 @@ def parse_arguments():
         help="what ranks the suspects: aum, the margin between the logit of the label and the largest other one, as a "
         "mean over the training; self-influence, or its sum over the checkpoints of train.py --save_epochs; the norm "
         "of the gradient; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); loss "
-        "or that margin in the end; aum_margin, 0.75 aum + 0.25 margin; self-influence is computed in any case, to "
-        "compare with (quickest with --factor_strategy identity)",
+        f"or that margin in the end; aum_margin, {AUM_SHARE} aum + {1 - AUM_SHARE} margin; self-influence is computed "
+        "in any case, to compare with (quickest with --factor_strategy identity)",
     )
     return parser.parse_args()
 
@@ -91,7 +92,7 @@ def suspicions(influence, logits, labels, aum):
         "loss": F.cross_entropy(logits, labels, reduction="none").numpy(),
         "margin": -pipeline.top_margin(logits, labels).numpy(),
     }
-    found["aum_margin"] = 0.75 * found["aum"] + 0.25 * found["margin"]  # weights chosen among 10,000 images, see README
+    found["aum_margin"] = AUM_SHARE * found["aum"] + (1 - AUM_SHARE) * found["margin"]
     return {name: found[name] for name in METHODS if name in found}
 
 
