@@ -36,7 +36,7 @@ def parse_arguments():
     parser.add_argument(
         "--method",
         choices=METHODS,
-        default="aum",
+        default="aum_margin",
         help="what ranks the suspects: aum, the margin between the logit of the label and the largest other one, as a "
         "mean over the training; self-influence, or its sum over the checkpoints of train.py --save_epochs; the norm "
         "of the gradient; combined, the mean rank by aum and self-influence (over the checkpoints, if there are); loss "
