@@ -126,9 +126,10 @@ def reference_scores(args, data, queries, device):
 def run_reference(args):
     """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
+    cache_dir = Path(args.output_dir).parent  # reading is not what is measured
+    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, cache_dir)
     data, _ = pipeline.training_examples(clean, args.corrupt_percentage)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir)
+    test = pipeline.load_test_data(args.dataset, args.dataset_dir, cache_dir)
     if args.reference == "training":
         figures = reference_training(args, data, test, device)
     else:
@@ -342,10 +343,10 @@ def main():
     device = pipeline.choose_device(args.device, several_processes=False)
     speeds = {str(dtype): product_speed(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     machine = pipeline.environment(device) | {"product_speed": speeds}
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples)
-    is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)[1].numpy()
     figures, scaled = {}, {}
     with tempfile.TemporaryDirectory() as folder:
+        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, folder)
+        is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)[1].numpy()
         for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):
             figures.setdefault((what, who), []).append(row)
             print(f"{what:10}{who:10}", {name: value for name, value in row.items() if name != "scores"}, flush=True)
