@@ -135,7 +135,7 @@ def test_detect_suspects_csv(detected):
     header, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
     assert [int(row[0]) for row in body] == list(range(1, NUM_TRAIN + 1))
-    scores = [float(row[14]) for row in body]
+    scores = [float(row[header.index("aum_margin")]) for row in body]
     assert scores == sorted(scores, reverse=True)
     (path,) = result_folder(detected[0]).glob("scores_self*/self_scores.safetensors")
     saved = load_file(path)["all_modules"]
