@@ -167,7 +167,7 @@ def loop(trained, tmp_path_factory):
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
     detected = run([*detect, "--factor_strategy", "identity"], folder)
-    exclude, correct = printed_commands(detected)
+    correct, exclude = printed_commands(detected)
     excluded = run(exclude, folder)
     again = run([*printed_commands(excluded)[0], "--factor_strategy", "identity"], folder)
     return folder, detected, correct, excluded, again
@@ -197,6 +197,18 @@ def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_re
 def test_the_first_model_is_still_there(loop, trained):
     name = Path("checkpoints") / "model_corrupt_0.1.pth"
     assert (loop[0] / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_path):
+    shutil.copytree(loop[0], tmp_path, dirs_exist_ok=True)
+    (ranking,) = tmp_path.glob("influence_results/model_corrupt_0.1-*/suspects_identity.csv")
+    columns, *rows = ranking.read_text(encoding="utf-8").splitlines()
+    ranking.write_text("\n".join([f"{columns},new_label", *(f"{row},3" for row in rows)]), encoding="utf-8")
+    before = ranking.read_bytes()
+    command = [*printed_commands(trained[1])[0], "--factor_strategy", "identity", "--method", "loss"]
+    process = subprocess.run([sys.executable, ROOT / command[1], *command[2:]], cwd=tmp_path, capture_output=True)
+    assert process.returncode == 2 and b"suspects_identity.csv was edited" in process.stderr
+    assert ranking.read_bytes() == before
 
 
 def test_corrections_follow_the_printed_command(loop):
