@@ -16,7 +16,8 @@ def end_in_one_line(kind, error, traceback):
     os._exit(130)
 
 
-sys.excepthook = end_in_one_line  # first of all, because the imports take seconds
+if not hasattr(sys, "ps1"):  # a session at the prompt goes on
+    sys.excepthook = end_in_one_line  # first of all, because the imports take seconds
 
 import argparse
 import atexit
@@ -30,12 +31,13 @@ import itertools
 import json
 import math
 import platform
+import secrets
 import shlex
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -114,6 +116,20 @@ def return_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@cache
+def spare_what_was_imported():
+    """Takes what there is out of garbage collection, once: a second time would freeze what is left of a run.
+
+    kronfluence collects garbage around every stage, and would walk all of torch's own objects each time.
+    """
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+
+
+# Of errors that torch does not raise as OutOfMemoryError: another program has filled the GPU.
+SIGNS_OF_A_FULL_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def run(main):
     """Calls `main` and turns what can go wrong into one line on standard error.
 
@@ -134,12 +150,13 @@ def run(main):
         status, message = 1, f"error: {error}"
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
-    except torch.OutOfMemoryError:
-        status, message = 1, "error: out of GPU memory: free some, lower the batch sizes, or use --device cpu"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS_OF_A_FULL_GPU):
+            status, message = 1, "error: out of GPU memory: free some, lower the batch sizes, or use --device cpu"
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            status, message = 1, "error: out of memory: free some, or lower the batch sizes"
+        else:
             raise
-        status, message = 1, "error: out of memory: free some, or lower the batch sizes"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -436,13 +453,17 @@ def draw_examples(total, num_examples):
 
 
 def load_cifar10(dataset_dir, split, num_examples=None, cache_dir=None):
-    """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files."""
+    """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files.
+
+    Where several processes find it missing, one downloads it and the others wait.
+    """
     datasets = torchvision_datasets()
     try:
         try:
             found = datasets.CIFAR10(dataset_dir, train=split == "train")
         except RuntimeError:  # missing or damaged
-            with contextlib.redirect_stdout(io.StringIO()):
+            make_folder(dataset_dir)
+            with FileLock(Path(dataset_dir) / ".cifar10.lock"), contextlib.redirect_stdout(io.StringIO()):
                 found = datasets.CIFAR10(dataset_dir, train=split == "train", download=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
@@ -551,7 +572,7 @@ def read_images(paths, split, cache):
     The cache is known by what `describe_file` says of the files and by its own checksum, and written anew where these
     differ. None stands for no cache.
     """
-    listing = sha256(CODE_VERSION, *map(describe_file, paths))
+    listing = sha256(CODE_VERSION, version("pillow"), *map(describe_file, paths))
     if cache is not None:
         with contextlib.suppress(OSError, SafetensorError), safe_open(cache, framework="np") as file:
             images = file.get_tensor("images")
@@ -811,7 +832,7 @@ def atomic_path(path):
     """Yields a temporary path beside `path` that takes its place when the block succeeds, and vanishes otherwise."""
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")  # containers share folders, but not their pids
     try:
         yield temporary
         temporary.replace(path)
@@ -1360,10 +1381,7 @@ class InfluenceRun:
         if factor_examples is not None and factor_examples > len(data):
             raise UserError(f"--factor_examples {factor_examples}: there are only {len(data)} training images")
         TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
-        # kronfluence collects garbage around every stage, and would walk all of torch's own objects each time.
-        if not gc.get_freeze_count():  # a second time would freeze what is left of the run before
-            gc.freeze()
-            atexit.register(gc.unfreeze)
+        spare_what_was_imported()
         device = data.images.device
         self.folder = Path(output_dir) / f"{name}-{fingerprint(model, data)}"
         self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
@@ -1499,6 +1517,8 @@ class InfluenceRun:
         Returns them, float32, in the shape of that kind, and the file that holds them.
         """
         fitted = self.fit_factors()
+        if self.strategy == "identity":  # has nothing to damp: one result, whatever the damping
+            damping_factor = 0.0
         damping_name = "heuristic" if damping_factor is None else damping_factor
         scores_name = f"{kind}-{self.factors_name}-damping-{damping_name}"
         folder = self.folder / self.analyzer.scores_output_dir(scores_name).name

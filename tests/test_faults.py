@@ -611,6 +611,24 @@ def test_without_memory_for_a_single_image_the_run_ends_in_one_sentence(forked, 
     assert only_error(process).startswith(f"{DETECT}: error: out of GPU memory: free some")
 
 
+@pytest.mark.parametrize("sign", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_a_gpu_that_another_program_has_filled_ends_the_run_in_one_sentence(capsys, sign):
+    def fail():
+        raise RuntimeError(f"{sign}\nCompile with TORCH_USE_CUDA_DSA")
+
+    with pytest.raises(SystemExit) as stop:
+        pipeline.run(fail)
+    assert stop.value.code == 1 and "error: out of GPU memory: free some" in capsys.readouterr().err
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in two containers
+    with pipeline.atomic_path(tmp_path / "file") as first, pipeline.atomic_path(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_without_memory_on_a_cpu_the_run_ends_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         pipeline.run(lambda: torch.empty(2**60))

@@ -98,7 +98,8 @@ def test_identity_scores_are_dot_products_of_per_sample_gradients(tmp_path, data
     query_gradients = gradients_by_torch_func(model, queries, minus_margin)
     run = influence_run(tmp_path, data, "identity", model=model)
     pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
-    self_influence, _ = run.self_influence(1e-8)
+    self_influence, path = run.self_influence(1e-8)
+    assert run.self_influence(None)[1] == path  # there is nothing to damp
     assert relative_error(pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))) < 1e-4
     assert relative_error(self_influence, sum(t.square().sum(1) for t in train_gradients)) < 1e-4
 

@@ -182,7 +182,7 @@ def test_the_linear_datamodeling_score_of_all_scores_that_there_are(folder, anal
     ] == [
         "model_corrupt_0.2 diagonal-float32-seed1004-damping-heuristic",
         "model_corrupt_0.2 diagonal-float32-seed1004-damping-heuristic",
-        "model_corrupt_0.2 identity-float32-seed1004-damping-heuristic",
+        "model_corrupt_0.2 identity-float32-seed1004-damping-0.0",
         "model_corrupt_0.2_mean_of_2 diagonal",
     ]
     queries = pipeline.load_test_data("synthetic", "").take(torch.arange(4))
