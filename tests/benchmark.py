@@ -130,10 +130,11 @@ def run_reference(args):
     clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, cache_dir)
     data, _ = pipeline.training_examples(clean, args.corrupt_percentage)
     test = pipeline.load_test_data(args.dataset, args.dataset_dir, cache_dir)
+    queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
     if args.reference == "training":
         figures = reference_training(args, data, test, device)
     else:
-        figures = reference_scores(args, data, test.take(torch.arange(args.num_query_examples)), device)
+        figures = reference_scores(args, data, queries, device)
     figures["peak_memory_bytes"] = pipeline.peak_memory_bytes(device)
     pipeline.write_json(Path(args.output_dir) / "reference.json", figures)
 
@@ -157,6 +158,7 @@ def run_training(flags, checkpoint_dir, precision, seed):
     call(
         *(ROOT / "train.py", *flags),
         *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--seed", seed),
+        *("--output_dir", Path(checkpoint_dir).parent),  # keeps what was read from class folders
     )
     metadata = torch.load(next(Path(checkpoint_dir).glob("*.pth")), weights_only=True)["metadata"]
     steps = metadata["num_train_epochs"] * (metadata["num_train"] // metadata["train_batch_size"])
@@ -197,7 +199,7 @@ def read_scores(path):
     """Returns the scores in a file as a float64 array, [N] or [Q, N]."""
     from safetensors.torch import load_file
 
-    return load_file(path)["all_modules"].double().numpy()
+    return load_file(path)[pipeline.ALL_MODULE_NAME].double().numpy()
 
 
 def agreement(scores, reference, is_corrupted):

@@ -44,6 +44,7 @@ FOLDER = Path(__file__).resolve().parent / "studies"
 FRACTIONS = (0.1, 0.15, 0.2)
 RANKINGS = ("aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
+NOISY_MODEL = pipeline.checkpoint_path("", NOISES[0][1]).stem
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 
 
@@ -62,7 +63,10 @@ class Study:
         self.asked["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
         self.asked |= {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
         self.path = self.folder / "results.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # it was stopped while writing this one
+            self.path.write_text("".join(lines[:-1]))
+            del lines[-1]
         self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
 
     def complete(self, jobs, compute):
@@ -219,7 +223,7 @@ class Study:
         if num_retrained:
             retrained = analyze.load_retrained(
                 self.args.retrained_dir,
-                "model_corrupt_0.1",
+                NOISY_MODEL,
                 pipeline.recipe(vars(self.args)),
                 data,
                 queries,
@@ -235,7 +239,7 @@ class Study:
         model.load_state_dict(torch.load(path, weights_only=True))
         model.eval()
         phases = pipeline.Phases()
-        examples = None if percent == 100 else round(percent / 100 * len(data))
+        examples = None if percent == 100 else max(1, round(percent / 100 * len(data)))
         settings = {"factor_examples": examples, "phases": phases, "seed": pseudo_label_seed}
         with self.influence(data) as make_run:
             run = make_run(model, name="model", **settings)
@@ -384,7 +388,7 @@ def factors_jobs(study):
     settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
     settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
     folder = study.args.retrained_dir
-    num_retrained = len(list(Path(folder).glob("model_corrupt_0.1_subset_*.pth"))) if folder else 0
+    num_retrained = len(list(Path(folder).glob(f"{NOISY_MODEL}_subset_*.pth"))) if folder else 0
     job = {
         "study": "factors",
         "seed": FIRST_SEED,

@@ -50,6 +50,8 @@ def test_detection_and_cleaning_go_on_where_they_were(run, tmp_path):
     assert "| aum |" in output
     assert rows[1]["methods"].keys() == {"2-fold cross-validation"}
     assert all(0 <= found["auroc"] <= 1 for row in rows for found in row["methods"].values())
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"study": "detec')  # stopped there
     assert run("detection", *flags)[1] == rows
     output, rows = run("detection", *flags, "--save_epochs", "1")  # the last one, so that the sum is of one
     assert rows[2]["methods"].pop("self_influence_checkpoints, epochs 1") == rows[0]["methods"]["self_influence"]
