@@ -316,6 +316,7 @@ def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CIFAR10, "download", no_network)
     shutil.copytree(cifar_archive[0], tmp_path / "data")
+    (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
     message = fails(TRAIN, "--dataset_dir", "data")
     assert "CIFAR-10 was not found whole in data" in message and "--dataset synthetic" in message
 
