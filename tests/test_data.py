@@ -4,6 +4,8 @@ import os
 import shutil
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,23 @@ def test_cifar10_damaged_and_not_downloadable_names_folder_and_ways_out(tiny_cif
         pipeline.load_train_data("cifar10", tmp_path / "data")
     for part in (str(tmp_path / "data"), "imagefolder", "synthetic"):
         assert part in str(error.value)
+
+
+def test_one_downloads_cifar10_and_the_others_wait(tmp_path, tiny_cifar, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    downloads = []
+
+    def download(self):
+        if not self._check_integrity():
+            downloads.append("started")
+            time.sleep(0.2)
+            shutil.copytree(tiny_cifar, tmp_path, dirs_exist_ok=True)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(pipeline.load_train_data, ["cifar10"] * 2, [tmp_path] * 2)
+    assert downloads == ["started"] and torch.equal(first.images, second.images)
 
 
 def test_a_single_image_of_cifar10(tiny_cifar):
