@@ -26,8 +26,8 @@ METHODS = {  # by name: what pictures call it, colour and line of its curve
     "margin": ("margin", "#cc79a7", (0, (6, 1, 1, 1))),
     "aum_margin": (f"{AUM_SHARE} area under the margin + {1 - AUM_SHARE} margin", "#7b3294", (0, (4, 1))),
 }
-EXAMPLE_COLUMNS = ("rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name")
-SUSPECTS_COLUMNS = [*EXAMPLE_COLUMNS, *METHODS, "is_corrupted"]
+COLUMNS = ["rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name"]
+COLUMNS += [*METHODS, "is_corrupted"]  # of the ranking
 WITH_CURVATURE = ("self_influence", "self_influence_checkpoints", "combined")
 
 
@@ -149,7 +149,7 @@ def require_unedited(path):
     if path.exists():
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             columns = next(csv.reader(file), [])
-        if columns != SUSPECTS_COLUMNS:
+        if columns != COLUMNS:
             raise pipeline.UserError(f"{path} was edited and would be replaced: move it, or name another --output_dir")
 
 
@@ -158,7 +158,7 @@ def write_suspects(path, data, order, scores, predicted, is_corrupted):
     names = data.class_names
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(SUSPECTS_COLUMNS)
+        writer.writerow(COLUMNS)
         for rank, position in enumerate(order.tolist(), start=1):
             label, guess = data.labels[position].item(), predicted[position].item()
             example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
@@ -268,8 +268,8 @@ def print_next_steps(args, metadata, num_train, suspects_csv):
     def retrain(**flags):
         return pipeline.command("train.py", args, **same, **flags)
 
-    print(f"Look at {suspects_csv.with_suffix('.png')}, write what you decide into a csv file of the columns path (or")
-    print("index) and new_label (empty: leave it out), and train with it:")
+    print(f"Look at {suspects_csv.with_suffix('.png')}, then train with what you decide, in a csv file of the columns")
+    print("path (or index) and new_label (empty: leave it out):")
     print(f"  {retrain(corrections='corrections.csv')}")
     print("or, where images are plenty, without the most suspicious tenth:")
     print(f"  {retrain(exclude_suspects=suspects_csv, exclude_fraction=fraction)}")
@@ -291,7 +291,7 @@ def main():
         data = data.to(device)
         make_run = partial(pipeline.InfluenceRun, data=data, **pipeline.influence_settings(args, dtype, phases))
         run = make_run(model, name=path.stem)
-        suspects_csv, suspects_png = run.path("suspects", "csv"), run.path("suspects", "png")
+        suspects_csv = run.path("suspects", "csv")
         require_unedited(suspects_csv)
 
     influence = {}
@@ -310,6 +310,7 @@ def main():
         scores = suspicions(influence, logits.cpu(), data.labels.cpu(), metadata["dynamics"]["aum"].cpu())
         predicted, is_corrupted, data = logits.argmax(1).cpu(), is_corrupted.numpy(), data.to("cpu")
         order = np.argsort(-scores[args.method], kind="stable")
+        suspects_png = run.path("suspects", "png")
         curve_png, record_json = run.path("detection_curve", "png"), run.path("detection", "json")
         write_suspects(suspects_csv, data, order, scores, predicted, is_corrupted)
         images = f"{len(data)} training images of {pipeline.data_name(args.dataset, args.dataset_dir)}"

@@ -65,8 +65,9 @@ class Study:
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # it was stopped while writing this one
-            self.path.write_text("".join(lines[:-1]))
             del lines[-1]
+            with pipeline.atomic_path(self.path) as temporary:
+                temporary.write_text("".join(lines))
         self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
 
     def complete(self, jobs, compute):

@@ -621,8 +621,7 @@ def test_a_gpu_that_another_program_has_filled_ends_the_run_in_one_sentence(caps
     assert stop.value.code == 1 and "error: out of GPU memory: free some" in capsys.readouterr().err
 
 
-def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", lambda: 1)  # as in two containers
+def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
     with pipeline.atomic_path(tmp_path / "file") as first, pipeline.atomic_path(tmp_path / "file") as second:
         first.write_text("first")
         second.write_text("second")
