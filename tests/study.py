@@ -8,7 +8,7 @@
 images in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without the
 top of a ranking or with that put right. `factors` fits the curvature on ever more of the training images, and compares
 the scores with those by all of them. Every result is a line in a file; a study that was stopped goes on where it was,
-and a table of what is there ends each run.
+and a table of what is there, for each kind of machine, ends each run.
 """
 
 import argparse
@@ -49,7 +49,10 @@ FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts ha
 
 
 class Study:
-    """Images, recipe, and the results that are there of these, in `<folder>/results.jsonl`."""
+    """Images, recipe, and the results that are there of these, in `<folder>/results.jsonl`.
+
+    `rows` are those of any machine, and `machine`, at first this one, is the kind whose rows count.
+    """
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder
@@ -58,17 +61,18 @@ class Study:
         self.dtype = pipeline.choose_dtype("auto", self.device)
         self.clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, self.folder)
         self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
-        self.asked = {"dataset": args.dataset, "num_train_examples": args.num_train_examples}
-        self.asked |= pipeline.recipe(vars(args))
-        self.asked["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
-        self.asked |= {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
+        settings = {"dataset": args.dataset, "num_train_examples": args.num_train_examples}
+        settings |= pipeline.recipe(vars(args))
+        settings["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
+        self.machine = {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
+        self.asked = settings | self.machine
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # it was stopped while writing this one
             del lines[-1]
             with pipeline.atomic_path(self.path) as temporary:
                 temporary.write_text("".join(lines))
-        self.rows = [row for row in map(json.loads, lines) if self.asked.items() <= row.items()]
+        self.rows = [row for row in map(json.loads, lines) if settings.items() <= row.items()]
 
     def complete(self, jobs, compute):
         """Writes and keeps a row for each job, a dictionary, that `compute(**job)` has still to compute."""
@@ -84,8 +88,8 @@ class Study:
                 print(job, flush=True)
 
     def found(self, job):
-        """Returns the rows that are there of a job, or of all that share these of its settings."""
-        return [row for row in self.rows if job.items() <= row.items()]
+        """Returns the rows by `machine` of a job, or of all that share these of its settings."""
+        return [row for row in self.rows if (job | self.machine).items() <= row.items()]
 
     def train(self, data, seed, save_epochs=()):
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
@@ -454,7 +458,10 @@ def main():
     finally:
         if not study.rows:
             print(f"{study.path} has no results of {study.asked}")
-        print_table(study)
+        for device, precision in sorted({(row["device"], row["precision"]) for row in study.rows}):
+            print(f"\nMeasured on {device} in {precision}:")
+            study.machine = {"device": device, "precision": precision}
+            print_table(study)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,17 @@ def test_detection_and_cleaning_go_on_where_they_were(run, tmp_path):
     assert line in run("cleaning")[0]
 
 
+def test_results_of_another_kind_of_machine_are_printed_but_not_taken_for_ones_of_this(run, tmp_path, monkeypatch):
+    figures = study.figures({"aum": torch.arange(10).numpy()}, (torch.arange(10) > 8).numpy())
+    monkeypatch.setattr(study.Study, "detection", lambda *_, **__: {"accuracy": 0.5, "methods": figures})
+    _, (row,) = run("detection", "--num_noises", "1")
+    (tmp_path / "results.jsonl").write_text(json.dumps(row | {"device": "cuda", "precision": "bfloat16"}) + "\n")
+    assert "Measured on cuda" in run("detection", "--seeds", "0")[0]
+    output, rows = run("detection", "--num_noises", "1")
+    assert [row["device"] for row in rows] == ["cuda", "cpu"]
+    assert output.count("| aum |") == 2 and "| 2 |" not in output
+
+
 def test_a_fold_is_judged_by_a_network_that_never_saw_it():
     """The network here is the set of images it was trained on; asked about another one, it knows the true label."""
     clean = pipeline.ImageData(torch.arange(60), torch.arange(60) % 10, list(range(10)), [""] * 60, torch.arange(60))
