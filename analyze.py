@@ -238,10 +238,9 @@ def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
     phases = pipeline.Phases()
-    device = pipeline.choose_device(args.device, several_processes=True)
-    dtype = pipeline.choose_dtype(args.precision, device)
-
     with phases("load"):
+        device = pipeline.choose_device(args.device, several_processes=True)
+        dtype = pipeline.choose_dtype(args.precision, device)
         test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
         checkpoints = [

@@ -279,10 +279,9 @@ def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
     phases = pipeline.Phases()
-    device = pipeline.choose_device(args.device, several_processes=True)
-    dtype = pipeline.choose_dtype(args.precision, device)
-
     with phases("load"):
+        device = pipeline.choose_device(args.device, several_processes=True)
+        dtype = pipeline.choose_dtype(args.precision, device)
         path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, "cleaned" * args.cleaned)
         clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
         model, metadata, data, is_corrupted = pipeline.load_trained(path, device, clean, args.corrupt_percentage)

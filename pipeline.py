@@ -187,7 +187,7 @@ def is_non_negative(value):
 
 
 positive_int = number(int, "a whole number of at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
-whole_number = number(int, "a whole number of at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
+whole_number = number(int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32)
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 non_negative_float = number(float, "a number of at least 0", is_non_negative)
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
@@ -253,7 +253,7 @@ def shared_parser(description, corrupt_default):
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto computes in bfloat16 where that is fast; sums over images, and scores, are float32",
+        help="auto computes in bfloat16 where that is fast; sums over images and layers are float32",
     )
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes CUDA where there is one")
     return parser
@@ -323,12 +323,12 @@ def command(script, args, **values):
 
 def num_processes():
     """Returns how many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main_process():
     """Returns whether this process is the one that prints and writes: the first one under torchrun."""
-    return num_processes() == 1 or int(os.environ.get("RANK", 0)) == 0
+    return num_processes() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def choose_device(name, several_processes):
@@ -346,9 +346,9 @@ def choose_device(name, several_processes):
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {place} is right in one process only: start it without torchrun"
         )
-    if world_size > 1 and not int(os.environ.get("LOCAL_RANK", world_size)) < torch.cuda.device_count():
+    if world_size > 1 and not int(os.environ.get("LOCAL_RANK") or world_size) < torch.cuda.device_count():
         raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
 
 
 def choose_dtype(precision, device):
@@ -411,6 +411,12 @@ class ImageData:
     def keep(self, kept):
         """Returns the examples where `kept`, bool [N] on the CPU, is true."""
         return self.take(kept.nonzero().squeeze(1))
+
+    def without(self, indices):
+        """Returns all examples but those at `indices`."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[indices] = False
+        return self.keep(kept)
 
     def to(self, device):
         """Returns the same data with its tensors on `device`."""
@@ -729,11 +735,9 @@ def training_examples(clean, fraction, cleaning=None):
     excludes, and with the labels that it gives.
     """
     labels, made_wrong = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
-    kept = torch.ones(len(clean), dtype=torch.bool)
     if cleaning is not None:
-        kept[cleaning.excluded] = False
         labels[list(cleaning.new_labels)] = torch.tensor(list(cleaning.new_labels.values()), dtype=torch.int64)
-    data = replace(clean, labels=labels).keep(kept)
+    data = replace(clean, labels=labels).without(cleaning.excluded if cleaning else [])
     return data, made_wrong[data.indices] & (data.labels != clean.labels[data.indices])
 
 
@@ -1067,9 +1071,10 @@ def whole_batch(batch):
 # A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
 # G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
 # two covariances: Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed, multiply in the compute dtype and add up in float32. Forward and backward passes are float32, but for
-# those that self-influence itself takes: rankings by pairwise scores do not survive bfloat16 ones. Whether a layer is
-# rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal, identity), no rotation.
+# it is needed, multiply in the compute dtype and add up images and layers in float32. Forward and backward passes are
+# float32, but for those that self-influence itself takes: rankings by pairwise scores do not survive bfloat16 ones.
+# Whether a layer is rotated at all follows from the factors that the strategy loads: no eigenvectors (diagonal,
+# identity), no rotation.
 # --------------------------------------------------------------------------------------------------
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
@@ -1492,15 +1497,16 @@ class InfluenceRun:
         """
         if not query_data.images.is_cuda:
             query_batch_size = min(query_batch_size, max(1, CPU_QUERY_BYTES // self.gradient_bytes))
-        chunk = min(QUERY_CHUNK, query_batch_size, len(query_data))
-        steps = query_batch_size // (chunk * self.analyzer.state.num_processes)  # each process gets the others' too
+        held = max(1, query_batch_size // self.analyzer.state.num_processes)  # each process gets the others' too
+        steps = math.ceil(held / QUERY_CHUNK)
+        chunk = min(held // steps, len(query_data))
         arguments = {"query_dataset": InfluenceDataset(query_data, self.seed), "per_device_query_batch_size": chunk}
         return self.scores(
             pairwise_kind(query_data),
             self.analyzer.compute_pairwise_scores,
             damping_factor,
             arguments,
-            query_gradient_accumulation_steps=max(1, steps),
+            query_gradient_accumulation_steps=steps,
         )
 
     def finished_pairwise(self, query_data):

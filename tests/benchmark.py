@@ -172,7 +172,7 @@ def run_script(name, flags, checkpoint_dir, precision, output_dir):
     """Runs detect_mislabeled_dataset.py or analyze.py. Returns seconds, seconds to the first work, memory and file.
 
     seconds: of covariances, eigendecomposition, lambda and scores; seconds_to_start: from the call to the first of
-    them, imports and loading included.
+    them, imports and loading included, and the end of the process, which is not timed by itself.
     """
     wall = call(
         *(ROOT / name, *flags),
@@ -236,7 +236,8 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
     scored = [*data_flags, "--num_query_examples", args.num_query_examples]
     checkpoint_dir = folder / "checkpoints-auto-0"
     for repeat in range(args.repeats if args.parts else 0):
-        for precision in ("auto", "fp32") if "training" in args.parts or not checkpoint_dir.exists() else ():
+        needed = () if checkpoint_dir.exists() else ("auto",)
+        for precision in ("auto", "fp32") if "training" in args.parts else needed:
             target = folder / f"checkpoints-{precision}-{repeat}"
             yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
         for what in args.parts:
@@ -310,14 +311,15 @@ def print_training(figures):
 
 def main():
     """Parses, runs, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = pipeline.OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    some = pipeline.number(float, "a fraction above 0 and below 1", lambda value: 0 < value < 1)
     flag("--dataset", default="synthetic")
     flag("--dataset_dir", default="./data")
     flag("--device", default="auto")
     flag("--num_train_examples", type=int, default=400)
     flag("--num_query_examples", type=int, default=200)
-    flag("--corrupt_percentage", type=float, default=0.1)
+    flag("--corrupt_percentage", type=some, default=0.1)
     flag("--train_batch_size", type=int, default=32)
     flag("--num_train_epochs", type=int, default=6)
     flag("--learning_rate", type=float, default=0.2)
@@ -365,4 +367,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main() if "--reference" in sys.argv else pipeline.run(main)  # the reference manages its memory as it always does

@@ -28,8 +28,8 @@ PROMISED = {  # Spearman per query (mean) and of self-influence, at least; found
 
 
 def spearman(a, b):
-    """Returns the rank correlation of two arrays [N] without ties."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+    """Returns the rank correlation of two arrays [N]; equal values share their mean rank."""
+    return float(np.corrcoef(pipeline.ranks(a), pipeline.ranks(b))[0, 1])
 
 
 def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size):
@@ -138,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    pipeline.run(main)

@@ -11,7 +11,6 @@ the scores with those by all of them. Every result is a line in a file; a study 
 and a table of what is there, for each kind of machine, ends each run.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -93,6 +92,8 @@ class Study:
 
     def train(self, data, seed, save_epochs=()):
         """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
+        if self.args.train_batch_size > len(data):
+            raise pipeline.UserError(f"argument --train_batch_size: there are only {len(data)} images to train on")
         torch.manual_seed(seed)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
         recipe = pipeline.recipe(vars(self.args)) | {"seed": seed, "dtype": self.dtype, "save_epochs": save_epochs}
@@ -164,9 +165,7 @@ class Study:
         data = replace(self.clean, labels=labels)
         losses = torch.zeros(len(data))
         for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
-            kept = torch.ones(len(data), dtype=torch.bool)
-            kept[held_out] = False
-            model, _, _ = self.train(data.keep(kept), seed)
+            model, _, _ = self.train(data.without(held_out), seed)
             part = data.take(held_out)
             losses[held_out] = F.cross_entropy(self.logits(model, part), part.labels, reduction="none")
         return {"methods": figures({f"{folds}-fold cross-validation": losses.numpy()}, is_corrupted.numpy())}
@@ -191,9 +190,7 @@ class Study:
             if labels == "put right":
                 data = replace(data, labels=wrong.index_put((top,), self.clean.labels[top]))
             else:
-                kept = torch.ones(len(data), dtype=torch.bool)
-                kept[top] = False
-                data = data.keep(kept)
+                data = data.without(top)
         return {"accuracy": self.accuracy(self.train(data, seed)[0])}
 
     def ranking(self, by, seed):
@@ -220,13 +217,16 @@ class Study:
     # How many images factors need
     # ----------------------------------------------------------------------------------------------
 
-    def factors(self, percent, pseudo_label_seed, seed, num_queries, num_retrained):
-        """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds."""
+    def factors(self, percent, pseudo_label_seed, seed, num_queries, retrained):
+        """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds.
+
+        `retrained` says which models predictions are compared with, those in the folder `--retrained_dir`, if any.
+        """
         labels, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         data = replace(self.clean, labels=labels)
         queries = self.test.take(torch.arange(num_queries))
-        if num_retrained:
-            retrained = analyze.load_retrained(
+        if retrained:
+            trained_on, margins = analyze.load_retrained(
                 self.args.retrained_dir,
                 NOISY_MODEL,
                 pipeline.recipe(vars(self.args)),
@@ -234,7 +234,8 @@ class Study:
                 queries,
                 self.dtype,
             )
-        made_of = pipeline.sha256(json.dumps([seed, num_queries, self.asked]), pipeline.CODE_VERSION)[:8]
+        code = pipeline.CODE_VERSION, Path(train.__file__).read_text(encoding="utf-8")
+        made_of = pipeline.sha256(json.dumps([seed, num_queries, self.asked]), *code)[:8]
         path = self.folder / f"factors-{made_of}.pth"
         if not path.exists():
             model, _, _ = self.train(data, seed)
@@ -254,7 +255,7 @@ class Study:
         if percent == 100 and pseudo_label_seed == FIRST_SEED:
             save(full_path, self_influence=self_influence, pairwise=pairwise.numpy())
         if not full_path.exists():
-            self.factors(100, FIRST_SEED, seed, num_queries, 0)
+            self.factors(100, FIRST_SEED, seed, num_queries, "")
         full = np.load(full_path)
         found = {
             "factor_seconds": sum(phases.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
@@ -264,8 +265,8 @@ class Study:
             ),
             "found_at_10": detect.evaluate_ranking(self_influence, is_corrupted.numpy())["found_at_10"],
         }
-        if num_retrained:
-            found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, *retrained).mean())
+        if retrained:
+            found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, trained_on, margins).mean())
         return found
 
 
@@ -275,16 +276,14 @@ def wrong_labels(clean, noise, fraction, seed):
     `similar` noise gives each class one wrong label, that of SIMILAR or else of the next class.
     """
     true, names = clean.labels, clean.class_names
+    labels, is_corrupted = pipeline.corrupt_labels(true, fraction, len(names), seed)
     if noise == "uniform":
-        return pipeline.corrupt_labels(true, fraction, len(names), seed)
-    chosen = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[: round(fraction * len(true))]
+        return labels, is_corrupted
     following = [*names[1:], names[0]]
     similar = [SIMILAR.get(name) for name in names]
     similar = [name if name in names else other for name, other in zip(similar, following, strict=True)]
     similar = torch.tensor([names.index(name) for name in similar])
-    labels, is_corrupted = true.clone(), torch.zeros(len(true), dtype=torch.bool)
-    labels[chosen], is_corrupted[chosen] = similar[true[chosen]], True
-    return labels, is_corrupted
+    return torch.where(is_corrupted, similar[true], true), is_corrupted
 
 
 def figures(scores, is_corrupted):
@@ -393,12 +392,12 @@ def factors_jobs(study):
     settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
     settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
     folder = study.args.retrained_dir
-    num_retrained = len(list(Path(folder).glob(f"{NOISY_MODEL}_subset_*.pth"))) if folder else 0
+    paths = sorted(Path(folder).glob(f"{NOISY_MODEL}_subset_*.pth")) if folder else []
     job = {
         "study": "factors",
         "seed": FIRST_SEED,
         "num_queries": min(study.args.num_query_examples, len(study.test)),
-        "num_retrained": num_retrained,
+        "retrained": pipeline.sha256(json.dumps(pipeline.file_checksums(paths)))[:8] if paths else "",
     }
     return [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
 
@@ -432,22 +431,23 @@ STUDIES = {
 
 def main():
     """Parses, runs what is not there yet, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = pipeline.OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("study", choices=STUDIES)
     flag("--dataset", default="synthetic")
     flag("--dataset_dir", default="./data")
-    flag("--num_train_examples", type=int, help="default: all")
-    flag("--num_query_examples", type=int, default=200)
-    flag("--train_batch_size", type=int, default=512)
-    flag("--num_train_epochs", type=int, default=25)
+    flag("--num_train_examples", type=pipeline.positive_int, help="default: all")
+    flag("--num_query_examples", type=pipeline.positive_int, default=200)
+    flag("--train_batch_size", type=pipeline.positive_int, default=512)
+    flag("--num_train_epochs", type=pipeline.positive_int, default=25)
     flag("--learning_rate", type=float, default=0.4)
     flag("--weight_decay", type=float, default=1e-4)
     flag("--save_epochs", type=pipeline.number_list, default=[])
     flag("--seeds", type=int, default=3, help="of the training")
     flag("--corruption_seeds", type=int, default=3)
     flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
-    flag("--folds", type=int, nargs="*", default=[], help="of a cross-validation, such as 2 5")
+    folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
+    flag("--folds", type=folds, nargs="*", default=[], help="of a cross-validation, such as 2 5")
     flag("--retrained_dir", help="models by train.py --subset_fraction, for the linear datamodeling score")
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()

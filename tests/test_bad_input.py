@@ -61,7 +61,7 @@ VALUES = [
         ("--device", "tpu"),
         ("--device", "cuda"),
         ("--seed", "-1"),
-        ("--seed", "99999999999999999999"),
+        ("--seed", str(2**32)),  # torch would draw as by 0
         ("--no_such_flag", "1"),
         ("--num_train", "10"),
     )),

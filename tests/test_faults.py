@@ -545,7 +545,10 @@ def test_detect_waits_for_another_process_that_writes_the_same_folder(reference,
     assert results(tmp_path) == reference[DETECT].results
 
 
-@pytest.mark.parametrize(("environment", "main"), [({"RANK": "1"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)])
+@pytest.mark.parametrize(
+    ("environment", "main"),
+    [({"RANK": "1"}, True), ({"RANK": "", "WORLD_SIZE": ""}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)],
+)
 def test_a_rank_without_other_processes_is_none(monkeypatch, environment, main):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import precision
 import pytest
@@ -166,6 +167,24 @@ def test_scores_do_not_depend_on_the_batch_sizes(tmp_path, data, queries, strate
         < 1e-5
     )
     assert relative_error(small.self_influence(1e-3)[0], large.self_influence(1e-3)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_processes", "held"),
+    [(1000, 1, 1000), (230, 1, 230), (60, 1, 60), (10, 1, 10), (1000, 4, 1000), (10, 8, 8), (3, 8, 8), (5000, 1, 220)],
+)
+def test_as_many_query_gradients_are_held_as_asked(monkeypatch, asked, num_processes, held):
+    """One per process at least, and on a CPU at most what fits, here 220 of 9 MB."""
+    monkeypatch.setattr(pipeline, "CPU_QUERY_BYTES", 220 * 9_000_000 if asked > 1000 else 2**40)
+    queries = pipeline.ImageData(torch.zeros(2000, 1), torch.zeros(2000), [], [], None)
+    run = SimpleNamespace(
+        analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=num_processes), compute_pairwise_scores=None),
+        scores=lambda *arguments, **score_arguments: (arguments[3], score_arguments),
+        **{"gradient_bytes": 9_000_000, "seed": 1},
+    )
+    per_process, steps = pipeline.InfluenceRun.pairwise_influence(run, queries, asked, None)
+    chunk, steps = per_process["per_device_query_batch_size"], steps["query_gradient_accumulation_steps"]
+    assert chunk * steps * num_processes == held and chunk <= pipeline.QUERY_CHUNK
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)

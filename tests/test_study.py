@@ -112,3 +112,11 @@ def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     assert full["pairwise_spearman"] == full["self_influence_spearman"] == pytest.approx(1)
     assert all(0 < row["self_influence_spearman"] < 1 for row in (other, half))
     assert other["pseudo_label_seed"] != half["pseudo_label_seed"] == full["pseudo_label_seed"]
+
+
+def test_mistakes_end_in_one_sentence(run, capsys):
+    with pytest.raises(pipeline.UserError, match="--train_batch_size: there are only 40 images"):
+        run("detection", "--train_batch_size", "41")
+    with pytest.raises(SystemExit, match="2"):
+        run("detection", "--folds", "1")
+    assert "argument --folds" in capsys.readouterr().err
