@@ -41,7 +41,7 @@ SIMILAR = {
 }
 FOLDER = Path(__file__).resolve().parent / "studies"
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
+RANKINGS = ("aum_margin", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
 NOISY_MODEL = pipeline.checkpoint_path("", NOISES[0][1]).stem
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
@@ -359,7 +359,7 @@ def cleaning_kinds():
     for fraction in FRACTIONS:
         for by in RANKINGS:
             yield {"labels": "left out", "by": by, "fraction": fraction}
-        for by in ("aum", "self_influence"):
+        for by in ("aum_margin", "aum", "self_influence"):
             yield {"labels": "put right", "by": by, "fraction": fraction}
 
 

@@ -60,7 +60,7 @@ def test_detection_and_cleaning_go_on_where_they_were(run, tmp_path):
     assert "| 2 |" not in output  # the same run twice
     output, cleaned = run("cleaning")
     cleaned = cleaned[3:]
-    assert len(cleaned) == 3 + len(study.FRACTIONS) * (len(study.RANKINGS) + 2)
+    assert len(cleaned) == 3 + len(study.FRACTIONS) * (len(study.RANKINGS) + 3)
     found = {(row["labels"], row.get("by"), row.get("fraction")): 100 * row["accuracy"] for row in cleaned}
     assert found["corrupted", None, None] == 100 * rows[0]["accuracy"]
     accuracy = found["left out", "aum", 0.2]
