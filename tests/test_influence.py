@@ -180,10 +180,11 @@ def test_as_many_query_gradients_are_held_as_asked(monkeypatch, asked, num_proce
     run = SimpleNamespace(
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=num_processes), compute_pairwise_scores=None),
         scores=lambda *arguments, **score_arguments: (arguments[3], score_arguments),
-        **{"gradient_bytes": 9_000_000, "seed": 1},
+        gradient_bytes=9_000_000,
+        seed=1,
     )
-    per_process, steps = pipeline.InfluenceRun.pairwise_influence(run, queries, asked, None)
-    chunk, steps = per_process["per_device_query_batch_size"], steps["query_gradient_accumulation_steps"]
+    arguments, score_arguments = pipeline.InfluenceRun.pairwise_influence(run, queries, asked, None)
+    chunk, steps = arguments["per_device_query_batch_size"], score_arguments["query_gradient_accumulation_steps"]
     assert chunk * steps * num_processes == held and chunk <= pipeline.QUERY_CHUNK
 
 
