@@ -4,17 +4,16 @@ A positive score means that training on the image more would raise the margin of
 negative one that it would lower it (harmful).
 """
 
-import pipeline  # first of all, for Ctrl-C in the imports
-
+import argparse
 import csv
-import os
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+import pipeline
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
@@ -27,43 +26,31 @@ EVAL_BATCH_SIZE = 1024  # of the retrained models
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
 
+def number_list(text):
+    """Reads numbers such as `3,17,40-59` into a list without repetition, in the order given."""
+    numbers = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**7):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 3,17,40-59")
+        numbers += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(numbers))
+
+
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=None)
-    flag = parser.add_argument
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--num_query_examples",
-        type=pipeline.positive_int,
-        metavar="N",
-        help=f"score the first N test images (default: {DEFAULT_QUERIES}, or all where there are fewer)",
+    number, flag = pipeline.positive_int, parser.add_argument
+    which = parser.add_mutually_exclusive_group().add_argument
+    which(
+        "--num_query_examples", type=number, metavar="N", help=f"the first N test images (default: {DEFAULT_QUERIES})"
     )
-    which.add_argument(
-        "--query_indices",
-        type=pipeline.number_list,
-        metavar="LIST",
-        help="score just these test images, such as 3,17,40-59",
-    )
+    which("--query_indices", type=number_list, metavar="LIST", help="just these test images, such as 3,17,40-59")
     flag(
-        "--query_batch_size",
-        type=pipeline.positive_int,
-        default=1000,
-        metavar="N",
-        help="queries whose gradients are held at a time, of 9 MB in float32, half in bfloat16; on a CPU at most 2 GB",
+        "--query_batch_size", type=number, default=1000, metavar="N", help="query gradients held (default: %(default)s)"
     )
-    flag(
-        "--average_with",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="also explain the models of the same name in these folders, trained on the same images by the same "
-        "recipe, and take the mean of the scores",
-    )
-    flag(
-        "--retrained_dir",
-        metavar="DIR",
-        help="measure how far scores predict the answers of the models in this folder, by train.py --subset_fraction",
-    )
+    flag("--retrained_dir", metavar="DIR", help="how far do scores predict these models of train.py --subset_fraction?")
     args = parser.parse_args()
     if args.cleaned and args.retrained_dir is not None:
         parser.error("argument --retrained_dir: not allowed with --cleaned, whose images are no random subsets")
@@ -79,36 +66,7 @@ def choose_queries(test, num_queries, indices):
     return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
 
 
-def require_recipe(models, metadata, recipe):
-    """Raises UserError, naming the `models`, where one was trained by another recipe than the one to explain."""
-    if different := [name for name, value in pipeline.recipe(metadata).items() if value != recipe[name]]:
-        raise pipeline.UserError(f"{models} were trained with another --{different[0]}: train them alike")
-
-
-def load_models(paths, device, clean, fraction):
-    """Loads checkpoints of the same training. Returns models, recipe and training examples, ImageData on the CPU.
-
-    clean and fraction: as of `load_trained`. Raises UserError where examples or recipes differ.
-    """
-    models, recipe, data = [], None, None
-    for path in paths:
-        model, metadata, found, _ = pipeline.load_trained(path, device, clean, fraction)
-        recipe, data = recipe or pipeline.recipe(metadata), data or found
-        if not (torch.equal(found.indices, data.indices) and torch.equal(found.labels, data.labels)):
-            raise pipeline.UserError(f"--average_with: {path} was trained on other images or labels than {paths[0]}")
-        require_recipe(f"--average_with: {path} and {paths[0]}", metadata, recipe)
-        models.append(model)
-    return models, recipe, data
-
-
-def save_mean(runs, scores):
-    """Writes the mean of several runs' scores, whole or not at all. Returns a folder of its own and the file in it."""
-    first, names = runs[0].folder, [run.folder.name for run in runs]
-    folder = first.with_name(f"{first.name.rsplit('-', 1)[0]}_mean_of_{len(runs)}-{pipeline.sha256(*names)[:8]}")
-    path = pipeline.result_path(folder, "pairwise", runs[0].strategy, "safetensors")
-    with pipeline.atomic_path(path) as temporary:
-        save_file({pipeline.ALL_MODULE_NAME: scores}, temporary)
-    return folder, path
+# ---- Table and picture ---------------------------------------------------------------------------
 
 
 def strongest(scores, count):
@@ -122,6 +80,11 @@ def strongest(scores, count):
 
 def write_top_influences(path, scores, queries, data):
     """Writes the most helpful and the most harmful images of each query, as the score's sign says, to a csv file."""
+
+    def example(data, position):
+        label = data.labels[position].item()
+        return data.indices[position].item(), data.paths[position], label, data.class_names[label]
+
     tops = list(zip(("helpful", "harmful"), (1, -1), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -135,50 +98,33 @@ def write_top_influences(path, scores, queries, data):
                     writer.writerow([*example(queries, query), direction, rank, *example(data, train), score])
 
 
-def example(data, position):
-    """Returns what the table says of one example: index, path, label, class name."""
-    label = data.labels[position].item()
-    return data.indices[position].item(), data.paths[position], label, data.class_names[label]
-
-
-def plot_top_influences(path, scores, queries, data, source, strategy):
-    """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores.
-
-    The title says that these are of a `source`, and by which `strategy` they were scored.
-    """
-    plt = pipeline.pyplot()
-    rows, columns = min(NUM_PICTURED_QUERIES, len(queries)), min(NUM_PICTURED, len(data))
-    helpful, harmful = strongest(scores[:rows], columns)
-    figure, axes = plt.subplots(
-        rows, 1 + 2 * columns, figsize=(1.3 * (1 + 2 * columns), 1.5 * rows + 0.9), squeeze=False, layout="constrained"
-    )
-    for query, cells in enumerate(axes):
-        index, _, _, name = example(queries, query)
-        pipeline.show_image(cells[0], queries.images[query], f"test image {index}\n{pipeline.shorten(name)}")
-        shown = [*helpful[query].tolist(), *harmful[query].tolist()]
-        for cell, train in zip(cells[1:], shown, strict=True):
-            name, score = pipeline.shorten(data.class_names[data.labels[train]]), scores[query, train].item()
-            colour = HELPFUL if score > 0 else HARMFUL
-            pipeline.show_image(cell, data.images[train], f"{name}\n{score:+.3g}", colour)
+def plot_top_influences(path, scores, queries, data, strategy):
+    """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores."""
+    helpful, harmful = strongest(scores[:NUM_PICTURED_QUERIES], NUM_PICTURED)
+    images, texts, colours = [], [], []
+    for query, trains in enumerate(torch.cat([helpful, harmful], 1).tolist()):
+        images += [queries.images[query], *(data.images[train] for train in trains)]
+        name = pipeline.shorten(queries.class_names[queries.labels[query]])
+        texts.append(f"test image {queries.indices[query]}\n{name}")
+        names = [pipeline.shorten(data.class_names[data.labels[train]]) for train in trains]
+        texts += [f"{name}\n{scores[query, train]:+.3g}" for name, train in zip(names, trains, strict=True)]
+        colours += ["black", *(HELPFUL if scores[query, train] > 0 else HARMFUL for train in trains)]
     title = (
-        f"Test images of {source}, each with the most helpful (blue, +) and most harmful (red, −) "
+        "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    figure.suptitle(title, fontsize=11)
-    pipeline.save_figure(figure, path)
+    pipeline.draw_sheet(path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title)
 
 
-# --------------------------------------------------------------------------------------------------
-# Do the scores predict retraining?
-# --------------------------------------------------------------------------------------------------
+# ---- Do the scores predict retraining? -----------------------------------------------------------
 
 
-def load_retrained(folder, name, recipe, data, queries, dtype):
+def load_retrained(folder, name, metadata, data, queries, dtype):
     """Loads the models `<folder>/<name>_subset_*.pth`, trained on random subsets of `data` by --subset_fraction.
 
-    Returns which images each was trained on, bool [M, num_train], and its margins on the queries, float32
-    [M, num_query]. Raises UserError where there are fewer than two, where one was trained on something else or by
-    another recipe, or where the subsets differ in size.
+    metadata: of the model to explain. Returns which images each was trained on, bool [M, num_train], and its margins on
+    the queries, float32 [M, num_query]. Raises UserError where there are fewer than two, where one was trained on
+    something else or by another recipe, or where the subsets differ in size.
     """
     paths = sorted(Path(folder).glob(f"{name}_subset_*.pth"))
     if len(paths) < 2:
@@ -188,16 +134,12 @@ def load_retrained(folder, name, recipe, data, queries, dtype):
         )
     trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
     for path, kept in zip(tqdm(paths, "Evaluating retrained models", leave=False), trained_on, strict=True):
-        model, metadata = pipeline.load_checkpoint(path, queries.images.device)
-        excluded = metadata["cleaning"].excluded if metadata["cleaning"] else []
-        kept[[index for index in excluded if index < len(data)]] = False
-        subset = pipeline.describe(data.keep(kept))
-        if any(metadata[field] != value for field, value in subset.items()):
-            raise pipeline.UserError(
-                f"--retrained_dir {folder}: {path.name} was trained on other images or labels than these: "
-                "give the data flags it was trained with"
-            )
-        require_recipe(f"--retrained_dir {folder}: {path.name} and the model to explain", metadata, recipe)
+        model, found = pipeline.load_checkpoint(path, queries.images.device)
+        excluded = [index for index in (found["cleaning"] or {"excluded": []})["excluded"] if index < len(data)]
+        kept[excluded] = False
+        models = f"--retrained_dir {folder}: {path.name} and the model to explain"
+        subset = metadata | {"data_sha256": data.without(excluded).digest}
+        pipeline.require_alike(models, found, subset, ("data_sha256", "recipe"))
         logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
@@ -219,14 +161,14 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
 
 
-def report_retrained(all_scores, trained_on, margins):
-    """Prints the linear datamodeling score of each of `all_scores`, pairs of a name and scores [num_query, num_train].
+def report_retrained(scores_by_name, trained_on, margins):
+    """Prints the linear datamodeling score of scores [num_query, num_train], by name.
 
     Returns them by name: `mean` over the queries and its `standard_error`.
     """
     found = {}
     print(f"Linear datamodeling score, {len(margins)} retrained models, mean over {margins.shape[1]} queries:")
-    for name, scores in all_scores:
+    for name, scores in scores_by_name.items():
         values = linear_datamodeling_scores(scores, trained_on, margins)
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
         found[name] = {"mean": float(values.mean()), "standard_error": float(error)}
@@ -237,62 +179,36 @@ def report_retrained(all_scores, trained_on, margins):
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
-    phases = pipeline.Phases()
-    with phases("load"):
-        device = pipeline.choose_device(args.device, several_processes=True)
-        dtype = pipeline.choose_dtype(args.precision, device)
-        test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir)
+    seconds = {}
+    with pipeline.timed(seconds, "load"):
+        test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        checkpoints = [
-            pipeline.checkpoint_path(folder, args.corrupt_percentage, "cleaned" * args.cleaned)
-            for folder in sorted([*args.average_with, args.checkpoint_dir], key=os.path.realpath)
-        ]  # in one order for all commands, because these wait for each other's models
-        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
-        models, recipe, data = load_models(checkpoints, device, clean, args.corrupt_percentage)
-        name, on_device, queries_on_device = checkpoints[0].stem, data.to(device), queries.to(device)
+        runs, metadata, data = pipeline.load_runs(args, seconds)
+        on_device = queries.to(runs[0].data.images.device)
         if args.retrained_dir is not None:
-            retrained = load_retrained(args.retrained_dir, name, recipe, data, queries_on_device, dtype)
-        settings = pipeline.influence_settings(args, dtype, phases)
-        runs = [pipeline.InfluenceRun(model, on_device, name, **settings) for model in models]
-        if len({run.folder for run in runs}) < len(runs):
-            raise pipeline.UserError("--average_with: two of these folders hold the same model: name each model once")
+            name = pipeline.checkpoint_path("", args.corrupt_percentage).stem
+            retrained = load_retrained(args.retrained_dir, name, metadata[0], data, on_device, runs[0].dtype)
 
-    all_scores, score_paths = zip(
-        *(run.pairwise_influence(queries_on_device, args.query_batch_size, args.damping_factor) for run in runs),
-        strict=True,
-    )
+    found = [run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor) for run in runs]
     if not pipeline.is_main_process():
         return
 
-    with phases("report"):
-        scores, folder = all_scores[0], runs[0].folder
+    with pipeline.timed(seconds, "report"):
+        folder, strategy, (scores, scores_path) = pipeline.result_folder(runs), args.factor_strategy, found[0]
+        scores_by_name = {run.folder.name: own for run, (own, _) in zip(runs, found, strict=True)}
         if len(runs) > 1:
-            scores = sum(all_scores) / len(runs)
-            folder, mean_path = save_mean(runs, scores)
-            score_paths = [mean_path]
-        top_csv = pipeline.result_path(folder, "top_influences", args.factor_strategy, "csv")
-        top_png = pipeline.result_path(folder, "top_influences", args.factor_strategy, "png")
-        record_json = pipeline.result_path(folder, "pairwise", args.factor_strategy, "json")
+            scores = scores_by_name[folder.name] = sum(scores_by_name.values()) / len(runs)
+            scores_path = folder / f"pairwise_{strategy}.safetensors"
+            with pipeline.atomic_path(scores_path) as temporary:
+                save_file({"all_modules": scores}, temporary)
+        top_csv, top_png = (folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png"))
         write_top_influences(top_csv, scores, queries, data)
-        source = pipeline.data_name(args.dataset, args.dataset_dir)
-        plot_top_influences(top_png, scores, queries, data, source, args.factor_strategy)
-        datamodeling = {}
-        if args.retrained_dir is not None:
-            mean = [(f"{folder.name} {args.factor_strategy}", scores)] if len(runs) > 1 else []
-            finished = chain.from_iterable(run.finished_pairwise(queries) for run in runs)
-            datamodeling = report_retrained(chain(finished, mean), *retrained)
+        plot_top_influences(top_png, scores, queries, data, strategy)
+        predicted = {} if args.retrained_dir is None else report_retrained(scores_by_name, *retrained)
 
-    record = {
-        "flags": vars(args),
-        "num_train": len(data),
-        "num_query": len(queries),
-        "linear_datamodeling_scores": datamodeling,
-        **pipeline.run_record(phases, device),
-    }
-    pipeline.write_json(record_json, record)
-    for run in runs:
-        run.report_profile()
-    pipeline.report_files(score_paths, [top_csv, top_png, record_json], phases)
+    fields = {"num_train": len(data), "num_query": len(queries), "linear_datamodeling_scores": predicted}
+    paths = [scores_path, top_csv, top_png]
+    pipeline.report(folder / f"pairwise_{strategy}.json", args, fields, runs, seconds, paths)
 
 
 if __name__ == "__main__":

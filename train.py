@@ -4,10 +4,8 @@ SGD without momentum, random crops and flips, a learning rate that rises for a f
 zero. `python train.py --help` lists the flags; their defaults are the recipe for CIFAR-10.
 """
 
-import pipeline  # first of all, for Ctrl-C in the imports
-
 import csv
-import dataclasses
+import io
 import time
 from pathlib import Path
 
@@ -16,63 +14,47 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import pipeline
+
+RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
-    flag = parser.add_argument
-    flag("--train_batch_size", type=pipeline.positive_int, default=512, help="images per step")
-    flag("--eval_batch_size", type=pipeline.positive_int, default=1024, help="images per step of the evaluation")
-    flag("--learning_rate", type=pipeline.positive_float, default=0.4, help="peak of the schedule")
-    flag("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty on all parameters")
-    flag("--num_train_epochs", type=pipeline.positive_int, default=25, help="passes over the training images")
-    flag("--seed", type=pipeline.whole_number, default=1004, help="initial weights, order, crops and flips")
+    positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
     fraction = pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1)
-    cleaning = parser.add_mutually_exclusive_group()
-    cleaning.add_argument(
-        "--exclude_suspects",
-        metavar="CSV",
-        help="leave out the top of this ranking by detect_mislabeled_dataset.py (suspects_*.csv)",
+    positive_int, seed = pipeline.positive_int, pipeline.whole_number
+    parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
+    parser.add_argument(
+        "--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="gets the model (default: %(default)s)"
     )
-    cleaning.add_argument(
-        "--corrections",
-        metavar="CSV",
-        help="apply new labels by class name: columns path or index, and new_label (empty: leave the image out)",
-    )
-    flag(
-        "--exclude_fraction",
-        type=fraction,
-        default=0.1,
-        metavar="FRACTION",
-        help="how much of its ranking --exclude_suspects leaves out",
-    )
-    cleaning.add_argument(
+    recipe = parser.add_argument_group("recipe").add_argument
+    recipe("--train_batch_size", type=positive_int, default=512, help="images per step (default: %(default)s)")
+    recipe("--learning_rate", type=positive_float, default=0.4, help="peak of the schedule (default: %(default)s)")
+    recipe("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty (default: %(default)s)")
+    recipe("--num_train_epochs", type=positive_int, default=25, help="passes over the images (default: %(default)s)")
+    recipe("--seed", type=seed, default=1004, help="of weights, order, crops and flips (default: %(default)s)")
+    recipe("--eval_batch_size", type=positive_int, default=1024, help="images per step when it is evaluated")
+    cleaning = parser.add_argument_group("on other examples than these")
+    which = cleaning.add_mutually_exclusive_group().add_argument
+    which("--exclude_suspects", metavar="CSV", help="leave out the top of this ranking (suspects_*.csv)")
+    which("--corrections", metavar="CSV", help="path or index, and new_label: a class, or empty to leave the image out")
+    which(
         "--subset_fraction",
         type=fraction,
         metavar="FRACTION",
-        help="train on a random part of the images, for analyze.py --retrained_dir",
+        help="take a random part, for analyze.py --retrained_dir",
     )
-    flag("--subset_seed", type=pipeline.whole_number, default=0, help="which part --subset_fraction takes")
-    flag(
-        "--save_epochs",
-        type=pipeline.number_list,
-        default=[],
-        metavar="LIST",
-        help="keep the weights after these epochs, such as 10,25; each but the last of the training makes "
-        "a detection take as long once more",
-    )
+    cleaning.add_argument("--exclude_fraction", type=fraction, default=0.1, metavar="FRACTION", help="of the ranking")
+    cleaning.add_argument("--subset_seed", type=seed, default=0, help="which part --subset_fraction takes")
     args = parser.parse_args()
     for name, needed in (("exclude_fraction", "exclude_suspects"), ("subset_seed", "subset_fraction")):
         if getattr(args, name) != parser.get_default(name) and getattr(args, needed) is None:
             parser.error(f"argument --{name}: means nothing without --{needed}")
-    if args.save_epochs and not 1 <= min(args.save_epochs) <= max(args.save_epochs) <= args.num_train_epochs:
-        parser.error(f"argument --save_epochs: there are only the epochs 1 to {args.num_train_epochs}")
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# What was decided about suspects
-# --------------------------------------------------------------------------------------------------
+# ---- What was decided about suspects -------------------------------------------------------------
 
 
 def read_rows(flag, path, columns):
@@ -92,9 +74,8 @@ def read_rows(flag, path, columns):
                     raise pipeline.UserError(f"{place}: has another number of cells than the first line")
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
-        raise pipeline.UserError(
-            f"{flag} {path} cannot be read as a csv file in UTF-8 ({pipeline.first_line(error)})"
-        ) from error
+        reason = pipeline.first_line(error)
+        raise pipeline.UserError(f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})") from error
 
 
 def find_example(place, row, data, by_path):
@@ -121,12 +102,11 @@ def find_example(place, row, data, by_path):
 
 
 def read_suspects(path, fraction, data):
-    """Returns the Cleaning that leaves out the top `fraction` of a ranking, of the ImageData that it ranks.
+    """Returns the cleaning that leaves out the top `fraction` of a ranking of ImageData, see `training_examples`.
 
     Raises UserError, naming the line, where it ranks something else or is no longer in its order.
     """
-    by_path = examples_by_path(data)
-    ranking = []
+    by_path, ranking = examples_by_path(data), []
     for place, row in read_rows("--exclude_suspects", path, ("rank", "index", "path", "label")):
         if row["rank"] != str(len(ranking) + 1):
             raise pipeline.UserError(f"{place}: rank {row['rank']} where {len(ranking) + 1} is due: keep its order")
@@ -136,17 +116,16 @@ def read_suspects(path, fraction, data):
             f"--exclude_suspects {path} ranks {len(set(ranking))} of the {len(data)} training images: give the ranking "
             "of a model trained on all of them"
         )
-    return pipeline.Cleaning(ranking[: round(fraction * len(ranking))], {})
+    return {"excluded": ranking[: round(fraction * len(ranking))], "new_labels": {}}
 
 
 def read_corrections(path, data):
-    """Returns the Cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
+    """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
 
     Raises UserError, naming the line, for an unknown image or class, or one image twice, and where most images would
     be left out, as by a ranking to which a column was added and filled in for some rows.
     """
-    by_path = examples_by_path(data)
-    decided = {}
+    by_path, decided = examples_by_path(data), {}
     for place, row in read_rows("--corrections", path, ("new_label",)):
         index, name = find_example(place, row, data, by_path), row["new_label"]
         if name not in data.class_names:
@@ -162,7 +141,7 @@ def read_corrections(path, data):
             f"--corrections {path} leaves out {len(excluded)} of the {len(data)} images, because an empty new_label "
             "does so: delete the rows of images that nothing was decided about"
         )
-    return pipeline.Cleaning(excluded, {index: label for index, label in decided.items() if label is not None})
+    return {"excluded": excluded, "new_labels": {i: label for i, label in decided.items() if label is not None}}
 
 
 def examples_by_path(data):
@@ -170,21 +149,49 @@ def examples_by_path(data):
     return {Path(path).absolute(): index for index, path in enumerate(data.paths) if path}
 
 
-def choose_cleaning(args, data):
-    """Returns the Cleaning that the flags ask for, or None, and what it adds to the name of the checkpoint."""
+def draw_subset(num_examples, fraction, seed):
+    """Returns the cleaning that leaves a random subset of round(fraction * N) examples, the same for the same seed.
+
+    Subsets of different seeds, and the choice of corrupted labels, are independent of each other.
+    """
+    order = np.random.default_rng((pipeline.SUBSET_SEED, seed)).permutation(num_examples)
+    return {"excluded": sorted(order[round(fraction * num_examples) :].tolist()), "new_labels": {}}
+
+
+def choose_examples(args, clean):
+    """Returns what the flags ask to train on, of the images as they were loaded, both ImageData.
+
+    Also returns the cleaning, None without one, and what that adds to the name of the checkpoint.
+    """
+    data, cleaning, kind = pipeline.training_examples(clean, args.corrupt_percentage), None, "cleaned"
     if args.exclude_suspects is not None:
-        return read_suspects(args.exclude_suspects, args.exclude_fraction, data), "cleaned"
-    if args.corrections is not None:
-        return read_corrections(args.corrections, data), "cleaned"
-    if args.subset_fraction:
-        subset = pipeline.draw_subset(len(data), args.subset_fraction, args.subset_seed)
-        return subset, f"subset_{args.subset_fraction}_{args.subset_seed}"
-    return None, ""
+        cleaning = read_suspects(args.exclude_suspects, args.exclude_fraction, data)
+    elif args.corrections is not None:
+        cleaning = read_corrections(args.corrections, data)
+    elif args.subset_fraction:
+        cleaning = draw_subset(len(data), args.subset_fraction, args.subset_seed)
+        kind = f"subset_{args.subset_fraction}_{args.subset_seed}"
+    if cleaning is None:
+        return data, None, ""
+    print(f"{len(cleaning['excluded'])} images are left out, {len(cleaning['new_labels'])} get another label")
+    return pipeline.training_examples(clean, args.corrupt_percentage, cleaning), cleaning, kind
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
+
+CROP_PADDING = 4
+
+
+def crop_and_flip(images, offsets, flips):
+    """Shifts each image by its own offsets over a black border, and mirrors it where its flip says so.
+
+    images: uint8 [B, 3, 32, 32]; offsets: int64 [B, 2], the crop's top and left in 0..8; flips: bool [B].
+    """
+    size = images.shape[3]
+    padded = F.pad(images, [CROP_PADDING] * 4)  # (B, 3, 40, 40)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, 32, 32), a view
+    crops = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
 def schedule(step, total_steps):
@@ -212,46 +219,40 @@ def epoch_batches(num_examples, batch_size, generator):
     """
     shape = (num_examples // batch_size, batch_size)
     order = torch.randperm(num_examples, generator=generator)[: shape[0] * shape[1]].view(shape)
-    offsets = torch.randint(2 * pipeline.CROP_PADDING + 1, (*shape, 2), generator=generator)
+    offsets = torch.randint(2 * CROP_PADDING + 1, (*shape, 2), generator=generator)
     flips = torch.rand(shape, generator=generator) < 0.5
     return order, offsets, flips
 
 
-def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype, save_epochs=()):
+def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns what the
-    training batches said of each example, as means over the epochs, float32 [N] by name: `aum`, the area under the
-    margin between the logit of its label and the largest other one (Pleiss et al. 2020, section 3.1), and `mean_loss`;
-    and a dictionary of the weights on the CPU after each of `save_epochs`. Raises NumericalError after an epoch in
-    which the loss or a weight stopped being a number.
+    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the area under
+    the margin of each example, float32 [N]: the mean, over the epochs, of the margin between the logit of its label and
+    the largest other one in its training batch (Pleiss et al. 2020, section 3.1). Raises NumericalError after an epoch
+    in which the loss or a weight stopped being a number.
     """
-    device = data.images.device
-    generator = batch_generator(seed)
+    device, generator = data.images.device, batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // train_batch_size
     total_steps = num_train_epochs * steps_per_epoch
-    margin_sums, loss_sums, visits = torch.zeros(3, len(data), device=device)
-    epoch_weights = {}
+    margin_sums, visits = torch.zeros(2, len(data), device=device)
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_train_epochs):
             start, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
             model.train()
             plan = (tensor.to(device) for tensor in epoch_batches(len(data), train_batch_size, generator))
             for step, (order, offsets, flips) in enumerate(zip(*plan, strict=True), start=epoch * steps_per_epoch):
-                rate = learning_rate * schedule(step, total_steps)
-                optimizer.param_groups[0]["lr"] = rate
-                images = pipeline.normalize(pipeline.crop_and_flip(data.images[order], offsets, flips))
+                rate = optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, total_steps)
+                images = pipeline.normalize(crop_and_flip(data.images[order], offsets, flips))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits, labels = model(images), data.labels[order]
-                losses = F.cross_entropy(logits, labels, reduction="none")
-                loss = losses.mean()
+                loss = F.cross_entropy(logits, labels)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 epoch_loss += loss.detach()
-                margin_sums[order] += pipeline.top_margin(logits.detach(), labels)
-                loss_sums[order] += losses.detach()
+                margin_sums[order] += pipeline.margin(logits.detach(), labels, torch.amax)
                 visits[order] += 1
                 progress.update()
             mean_loss = (epoch_loss / steps_per_epoch).item()
@@ -263,13 +264,9 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
             # The loss is that before the last step, hence the weights.
             if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
                 raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
-            if epoch + 1 in save_epochs:
-                epoch_weights[epoch + 1] = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     # Partial batches are dropped, and with few epochs an example may have been among them each time.
-    seen = visits > 0
-    means = torch.where(seen, torch.stack([margin_sums, loss_sums]) / visits, 0)
-    means = torch.where(seen, means, means[:, seen].mean(1, keepdim=True)).cpu()
-    return {"aum": means[0], "mean_loss": means[1]}, epoch_weights
+    aum = margin_sums / visits
+    return torch.where(visits > 0, aum, aum[visits > 0].mean()).cpu()
 
 
 def evaluate(logits, labels):
@@ -277,16 +274,38 @@ def evaluate(logits, labels):
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
 
 
+def print_accuracies(model, data, test, batch_size, dtype):
+    """Prints and returns the accuracies, from 0 to 1, by name, on training images, ImageData, and on test images."""
+    logits, of_test = (pipeline.compute_logits(model, part.images, batch_size, dtype) for part in (data, test))
+    results = {"train": evaluate(logits, data.labels)}
+    if data.is_corrupted.any():
+        results["train, true labels"] = evaluate(logits, data.true_labels)
+    results["test"] = evaluate(of_test, test.labels)
+    for name, (loss, accuracy) in results.items():
+        print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
+    return {name: accuracy for name, (_, accuracy) in results.items()}
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with pipeline.atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
 def print_next_steps(args, kind):
     """Prints the commands that take up what was trained."""
-    corrupted = {"corrupt_percentage": args.corrupt_percentage or 0}
+    flags = {"corrupt_percentage": args.corrupt_percentage or 0}
     if args.subset_fraction:
         print("With some 50 such models, and one that was trained on all images, see how far scores predict them:")
-        print(f"  {pipeline.command('analyze.py', args, **corrupted, retrained_dir=args.checkpoint_dir)}")
+        print(f"  {pipeline.command('analyze.py', args, **flags, retrained_dir=args.checkpoint_dir)}")
         return
     print("Find mislabeled training images, or see which ones the answers to test images come from:")
     for script in ("detect_mislabeled_dataset.py", "analyze.py"):
-        print(f"  {pipeline.command(script, args, **corrupted, cleaned=kind == 'cleaned')}")
+        flags |= {"checkpoint_dir": args.checkpoint_dir, "cleaned": kind == "cleaned"}
+        print(f"  {pipeline.command(script, args, **flags)}")
 
 
 def main():
@@ -295,58 +314,38 @@ def main():
     start = time.perf_counter()
     device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.choose_dtype(args.precision, device)
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, args.output_dir)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir, args.output_dir).to(device)
-    data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)
-    cleaning, kind = choose_cleaning(args, data)
-    if cleaning is not None:
-        data, is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
-        print(f"{len(cleaning.excluded)} images are left out, {len(cleaning.new_labels)} get another label")
+    clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
+    test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
+    data, cleaning, kind = choose_examples(args, clean)
     if args.train_batch_size > len(data):
-        raise pipeline.UserError(
-            f"argument --train_batch_size: {args.train_batch_size} is more than the {len(data)} training images"
-        )
+        raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")
     path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, kind)
-    pipeline.lock(path, waiting=None)
-    print(
-        f"{len(data)} training images ({is_corrupted.sum()} with a wrong label), {len(test)} test images, "
-        f"{len(data.class_names)} classes; loaded in {time.perf_counter() - start:.1f} s"
-    )
+    pipeline.make_folder(path.parent)
+    wrong = f"{data.is_corrupted.sum()} with a wrong label"
+    print(f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes")
 
+    data = data.to(device)
+    torch.manual_seed(args.seed)
+    model = pipeline.ResNet9(len(data.class_names)).to(device)
+    recipe, train_start = {name: getattr(args, name) for name in RECIPE}, time.perf_counter()
+    aum = train(model, data, **recipe, seed=args.seed, dtype=dtype)
+    train_seconds = time.perf_counter() - train_start
     metadata = {
         **vars(args),
-        **pipeline.describe(data),
         "corrupt_percentage": args.corrupt_percentage or 0.0,
-        "corruption_seed": pipeline.CORRUPTION_SEED,
-        "cleaning": cleaning and dataclasses.asdict(cleaning),
+        "recipe": recipe,
+        "cleaning": cleaning,
+        "class_names": data.class_names,
+        "num_loaded": len(clean),
+        "num_train": len(data),
+        "data_sha256": data.digest,
+        "aum": aum,
+        "accuracy": print_accuracies(model, data, test, args.eval_batch_size, dtype),
+        "train_seconds": train_seconds,
         "environment": pipeline.environment(device),
     }
-    torch.manual_seed(args.seed)
-    model = pipeline.construct_resnet9(len(data.class_names)).to(device)
-    data = data.to(device)
-    train_start = time.perf_counter()
-    metadata["dynamics"], metadata["epoch_weights"] = train(
-        model,
-        data,
-        **pipeline.recipe(vars(args)),
-        seed=args.seed,
-        dtype=dtype,
-        save_epochs=args.save_epochs,
-    )
-    metadata["train_seconds"] = time.perf_counter() - train_start
-
-    logits = pipeline.compute_logits(model, data.images, args.eval_batch_size, dtype)
-    results = {"train": evaluate(logits, data.labels)}
-    if is_corrupted.any():
-        results["train, true labels"] = evaluate(logits, clean.labels[data.indices].to(device))
-    results["test"] = evaluate(pipeline.compute_logits(model, test.images, args.eval_batch_size, dtype), test.labels)
-    for name, (loss, accuracy) in results.items():
-        print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
-    metadata["accuracy"] = {name: accuracy for name, (_, accuracy) in results.items()}
-
-    pipeline.save_checkpoint(path, model, metadata)
-    total = time.perf_counter() - start
-    print(f"trained in {metadata['train_seconds']:.1f} s ({total:.1f} s in all); wrote {path}")
+    save_checkpoint(path, model, metadata)
+    print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
     print_next_steps(args, kind)
 
 

@@ -1,46 +1,131 @@
-"""What the tests share: the project's root on the path, tiny data sets on disk, scripts as subprocesses."""
+"""What the tests share: the project's root on the path, tiny data and networks, scripts run in this process."""
 
-import os
+import contextlib
+import csv
+import hashlib
+import importlib
+import io
 import pickle
-import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before site-packages, where kronfluence installs a package named `tests`
+sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
+import pipeline  # noqa: E402, from the project's root
+
+TRAIN, ANALYZE, DETECT = SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
 # What every end-to-end test trains on: 60 digits, 6 of them mislabeled.
 SYNTHETIC = ("--dataset", "synthetic", "--num_train_examples", "60", "--corrupt_percentage", "0.1", "--device", "cpu")
 
 
+def run(folder, name, *flags):
+    """Runs a script's `main` in this process, in a folder. Returns exit status, standard output and error."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", [name, *map(str, flags)])
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
+        try:
+            pipeline.run(importlib.import_module(name.removesuffix(".py")).main)
+        except SystemExit as stop:
+            status = stop.code
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1])  # but progress bars
+
+
+def succeed(folder, name, *flags):
+    """Runs a script, which must end well. Returns what it printed."""
+    finished = run(folder, name, *flags)
+    assert finished.status == 0, finished.err
+    return finished.out
+
+
+def influence_run(folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings):
+    """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
+    settings |= {"strategy": strategy, "dtype": dtype, "seed": seed, "batch_size": batch_size, "seconds": {}}
+    return pipeline.InfluenceRun(model, data, folder / "model", **settings)
+
+
+def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32, 32)):
+    """A strided and a padded convolution, batch-norm, max-pooling as in ResNet-9, and a linear layer, in eval mode.
+
+    In float64. Running statistics are those of `images`, or of random ones of some size, disturbed; the last weights
+    are large enough for predictions of all degrees of confidence.
+    """
+    torch.manual_seed(seed)
+    layers = OrderedDict(
+        strided=nn.Conv2d(3, channels[0], kernel_size=3, stride=2, bias=False),
+        norm1=nn.BatchNorm2d(channels[0]),
+        relu1=nn.ReLU(),
+        padded=nn.Conv2d(*channels, kernel_size=3, padding=1),
+        norm2=nn.BatchNorm2d(channels[1]),
+        relu2=nn.ReLU(),
+        pool=nn.AdaptiveMaxPool2d(1),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(channels[1], num_classes),
+    )
+    model = nn.Sequential(layers).double()
+    model(torch.randn(64, 3, *size, dtype=torch.float64) if images is None else images.double())
+    for norm in (model.norm1, model.norm2):
+        norm.running_mean.normal_(std=0.3)
+        norm.running_var.uniform_(0.2, 1)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+    with torch.no_grad():
+        model.linear.weight *= 3
+    return model.eval()
+
+
+def minus_margin(logits, label):
+    """Minus the log-odds of the label, from the definition."""
+    return -torch.logit(logits.softmax(0).gather(0, label[None])[0])
+
+
+def relative_error(result, expected):
+    """Norm of the difference over the norm of the expectation; both must have one dtype and shape."""
+    assert result.dtype == expected.dtype and result.shape == expected.shape
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def digits(count, split="train"):
+    """The first labelled digits of a split, or for the training images some of them."""
+    data = pipeline.load_data("synthetic", "", split, count if split == "train" else None)
+    return data.take(torch.arange(count))
+
+
+def image_data(images, labels, class_names, paths=None):
+    """ImageData with right labels."""
+    return pipeline.ImageData(
+        images, labels, labels, class_names, paths or [""] * len(labels), torch.arange(len(labels))
+    )
+
+
+def read_table(path):
+    """The header and the rows, as dictionaries, of a csv file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return reader.fieldnames, list(reader)
+
+
+def result_folder(folder, name="model"):
+    """The one folder of results below influence_results whose name begins with `name`."""
+    (found,) = (folder / "influence_results").glob(f"{name}*")
+    return found
+
+
 @pytest.fixture(scope="session")
-def script():
-    """Runs a script of the project in a folder and returns the finished process, its output as text."""
-
-    def call(folder, name, *arguments, environment=()):
-        return subprocess.run(
-            [sys.executable, str(ROOT / name), *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, **dict(environment)},
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-        )
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, script):
+def trained(tmp_path_factory):
     """A folder with a checkpoint of one epoch on SYNTHETIC, and what train.py printed."""
     folder = tmp_path_factory.mktemp("trained")
-    process = script(folder, "train.py", *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1)
-    assert process.returncode == 0, process.stderr
-    return folder, process.stdout
+    return folder, succeed(folder, TRAIN, *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1)
 
 
 @pytest.fixture(scope="session")
@@ -59,19 +144,16 @@ def class_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cifar_archive(tmp_path_factory):
     """CIFAR-10's official layout with 4 images per batch file, and the checksums torchvision would look for."""
-    import hashlib
-
     root = tmp_path_factory.mktemp("cifar")
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     random = np.random.default_rng(0)
-    checksums = {}
+    contents = {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         pixels = random.integers(256, size=(4, 3072), dtype=np.uint8)
-        content = pickle.dumps({"data": pixels, "labels": random.integers(10, size=4).tolist()})
-        (folder / name).write_bytes(content)
-        checksums[name] = hashlib.md5(content).hexdigest()
-    content = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
-    (folder / "batches.meta").write_bytes(content)
-    checksums["batches.meta"] = hashlib.md5(content).hexdigest()
+        contents[name] = {"data": pixels, "labels": random.integers(10, size=4).tolist()}
+    checksums = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        checksums[name] = hashlib.md5(pickle.dumps(content)).hexdigest()
     return root, checksums

@@ -5,14 +5,12 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SYNTHETIC
+from conftest import DETECT, SYNTHETIC, digits, image_data, read_table, run, succeed
 from PIL import Image
 
 import analyze
@@ -23,12 +21,16 @@ import train
 NAMES = ["cat", "grey owl", "äpfel"]
 
 
+def cleaning(excluded, new_labels):
+    """What was decided, as training_examples takes it."""
+    return {"excluded": excluded, "new_labels": new_labels}
+
+
 @pytest.fixture
 def data():
     """Six images of three classes, each with a path."""
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 32, 32)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    return pipeline.ImageData(images, labels, NAMES, [f"images/{i} ü.png" for i in range(6)], torch.arange(6))
+    return image_data(images, torch.tensor([0, 1, 2, 0, 1, 2]), NAMES, [f"images/{i} ü.png" for i in range(6)])
 
 
 @pytest.fixture
@@ -50,18 +52,18 @@ def written(tmp_path):
 
 def test_corrections_by_path_and_by_index(written, data):
     path = written("path,index,note,new_label", "images/2 ü.png,,a cat!,cat", ",4,,", ",0,,äpfel", encoding="utf-8-sig")
-    assert train.read_corrections(path, data) == pipeline.Cleaning([4], {2: 0, 0: 2})
+    assert train.read_corrections(path, data) == cleaning([4], {2: 0, 0: 2})
 
 
 def test_the_name_of_a_class_may_begin_with_a_space(written, data):
     path = written("index,new_label", "0, cat", "1,grey owl ")
     named = replace(data, class_names=[" cat", "grey owl", "äpfel"])
-    assert train.read_corrections(path, named) == pipeline.Cleaning([], {0: 0, 1: 1})
+    assert train.read_corrections(path, named) == cleaning([], {0: 0, 1: 1})
 
 
 def test_corrections_find_an_absolute_path(written, data):
     path = written("path,new_label", f"{Path('images').absolute()}/1 ü.png,cat")
-    assert train.read_corrections(path, data) == pipeline.Cleaning([], {1: 0})
+    assert train.read_corrections(path, data) == cleaning([], {1: 0})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_a_file_that_is_not_utf8(written, data):
 def test_the_top_of_a_ranking_is_excluded(written, data, fraction, excluded):
     ranking = [f"{rank},{i},images/{i} ü.png,{i % 3}" for rank, i in enumerate((5, 0, 3, 1, 2, 4), start=1)]
     path = written("rank,index,path,label", *ranking)
-    assert train.read_suspects(path, fraction, data) == pipeline.Cleaning(excluded, {})
+    assert train.read_suspects(path, fraction, data) == cleaning(excluded, {})
 
 
 @pytest.mark.parametrize(
@@ -125,17 +127,16 @@ def test_another_ranking_is_refused(written, data, rows, message):
 
 
 def test_examples_after_cleaning(data):
-    corrupted, is_corrupted = pipeline.training_examples(data, 1 / 2)
-    wrong = is_corrupted.nonzero().squeeze(1).tolist()
+    corrupted = pipeline.training_examples(data, 1 / 2)
+    wrong = corrupted.is_corrupted.nonzero().squeeze(1).tolist()
     right = next(i for i in range(6) if i not in wrong)
-    cleaning = pipeline.Cleaning(
-        [wrong[0]], {wrong[1]: data.labels[wrong[1]].item(), right: 2 - data.labels[right].item() // 2}
-    )
-    cleaned, still_wrong = pipeline.training_examples(data, 1 / 2, cleaning)
+    decided = {wrong[1]: data.labels[wrong[1]].item(), right: 2 - data.labels[right].item() // 2}
+    cleaned = pipeline.training_examples(data, 1 / 2, cleaning([wrong[0]], decided))
     assert cleaned.indices.tolist() == [i for i in range(6) if i != wrong[0]]
     assert torch.equal(cleaned.images, data.images[cleaned.indices])
     assert cleaned.paths == [data.paths[i] for i in cleaned.indices]
-    assert cleaned.indices[still_wrong].tolist() == [wrong[2]], "what a person decides was not made wrong on purpose"
+    still_wrong = cleaned.indices[cleaned.is_corrupted].tolist()
+    assert still_wrong == [wrong[2]], "what a person decides was not made wrong on purpose"
     untouched = [i for i in range(6) if i not in (*wrong, right)]
     assert all(cleaned.labels[cleaned.indices == i] == corrupted.labels[i] for i in untouched)
 
@@ -146,18 +147,8 @@ def test_examples_after_cleaning(data):
 
 
 def printed_commands(output):
-    """The commands in what a script printed, as lists of words."""
-    return [shlex.split(line) for line in output.splitlines() if line.startswith("  python ")]
-
-
-def run(command, folder):
-    """Runs a printed command in a folder; returns what it printed."""
-    assert command[0] == "python"
-    process = subprocess.run(
-        [sys.executable, ROOT / command[1], *command[2:]], cwd=folder, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    """The commands in what a script printed, as lists of words without `python`."""
+    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  python ")]
 
 
 @pytest.fixture(scope="module")
@@ -166,18 +157,16 @@ def loop(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
-    detected = run([*detect, "--factor_strategy", "identity"], folder)
+    detected = succeed(folder, *detect, "--factor_strategy", "identity")
     correct, exclude = printed_commands(detected)
-    excluded = run(exclude, folder)
-    again = run([*printed_commands(excluded)[0], "--factor_strategy", "identity"], folder)
+    excluded = succeed(folder, *exclude)
+    again = succeed(folder, *printed_commands(excluded)[0], "--factor_strategy", "identity")
     return folder, detected, correct, excluded, again
 
 
 def ranked(folder):
     """The rows of the one ranking in the results of a model."""
-    (path,) = folder.glob("suspects_identity.csv")
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / "suspects_identity.csv")[1]
 
 
 def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_results(loop):
@@ -191,7 +180,7 @@ def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_re
     assert record["num_train"] == 54 and record["num_corrupted"] == still_wrong
     assert "Inspecting 10 %" in again
     _, metadata = pipeline.load_checkpoint(folder / "checkpoints" / "model_corrupt_0.1_cleaned.pth")
-    assert metadata["cleaning"].excluded == [int(row["index"]) for row in ranked(before)[:6]]
+    assert metadata["cleaning"]["excluded"] == [int(row["index"]) for row in ranked(before)[:6]]
 
 
 def test_the_first_model_is_still_there(loop, trained):
@@ -205,59 +194,50 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
     columns, *rows = ranking.read_text(encoding="utf-8").splitlines()
     ranking.write_text("\n".join([f"{columns},new_label", *(f"{row},3" for row in rows)]), encoding="utf-8")
     before = ranking.read_bytes()
-    command = [*printed_commands(trained[1])[0], "--factor_strategy", "identity", "--method", "loss"]
-    process = subprocess.run([sys.executable, ROOT / command[1], *command[2:]], cwd=tmp_path, capture_output=True)
-    assert process.returncode == 2 and b"suspects_identity.csv was edited" in process.stderr
+    finished = run(tmp_path, *printed_commands(trained[1])[0], "--factor_strategy", "identity", "--method", "loss")
+    assert finished.status == 2 and "suspects_identity.csv was edited" in finished.err
     assert ranking.read_bytes() == before
 
 
 def test_corrections_follow_the_printed_command(loop):
     folder, _, correct, _, _ = loop
-    clean = pipeline.load_train_data("synthetic", "", 60)
-    _, is_corrupted = pipeline.training_examples(clean, 0.1)
-    wrong = is_corrupted.nonzero().squeeze(1).tolist()
+    clean = digits(60)
+    wrong = pipeline.training_examples(clean, 0.1).is_corrupted.nonzero().squeeze(1).tolist()
     lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},"]
     (folder / "corrections.csv").write_text("\n".join(["index,new_label", *lines]))
-    output = run(correct, folder)
+    output = succeed(folder, *correct)
     assert "59 training images (0 with a wrong label)" in output
     assert "1 images are left out, 5 get another label" in output
     analyze_command = [*printed_commands(output)[1], "--factor_strategy", "identity", "--query_indices", "17,3,40-42"]
-    output = run(analyze_command, folder)
+    output = succeed(folder, *analyze_command)
     (path,) = [Path(line.removeprefix("wrote ")) for line in output.splitlines() if line.endswith("identity.csv")]
-    with (folder / path).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = read_table(folder / path)
     assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
     assert all(row["train"] != str(wrong[5]) for row in rows)
-    test = pipeline.load_test_data("synthetic", "")
+    test = pipeline.load_data("synthetic", "", "test")
     for row in rows:  # the labels are the corrected ones, which are the true ones
         assert row["query_label"] == row["query_class_name"] == str(test.labels[int(row["query"])].item())
         assert row["train_label"] == row["train_class_name"] == str(clean.labels[int(row["train"])].item())
 
 
-def test_a_cleaned_model_that_there_is_not(trained, script, tmp_path):
-    process = script(
-        tmp_path,
-        "detect_mislabeled_dataset.py",
-        *SYNTHETIC,
-        "--cleaned",
-        "--checkpoint_dir",
-        trained[0] / "checkpoints",
-    )
-    assert process.returncode == 2 and "model_corrupt_0.1_cleaned.pth" in process.stderr
+def test_a_cleaned_model_that_there_is_not(trained, tmp_path):
+    finished = run(tmp_path, DETECT, *SYNTHETIC, "--cleaned", "--checkpoint_dir", trained[0] / "checkpoints")
+    assert finished.status == 2 and "model_corrupt_0.1_cleaned.pth" in finished.err
 
 
 def test_the_printed_commands_train_as_before(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["detect.py", "--dataset", "synthetic", "--precision", "bf16"])
+    flags = ["--dataset", "synthetic", "--precision", "bf16", "--checkpoint_dir", "a", "b"]
+    monkeypatch.setattr("sys.argv", [DETECT, *flags])
     recipe = {"train_batch_size": 30, "learning_rate": 0.3, "weight_decay": 0.01, "num_train_epochs": 4}
-    trained = recipe | {"seed": 5, "precision": "fp32", "device": "auto", "save_epochs": [2, 3]}
+    trained = {"seed": 5, "precision": "fp32", "device": "auto"}
     args = detect.parse_arguments()
     for num_train, batch_size in ((60, 30), (30, 27)):  # without a tenth of 30 images a batch of 30 is too large
-        detect.print_next_steps(args, trained, num_train, Path("s.csv"))
+        detect.print_next_steps(args, trained | {"recipe": recipe}, num_train, Path("s.csv"))
         commands = printed_commands(capsys.readouterr().out)
         assert len(commands) == 2
-        for _, *command in commands:
+        for command in commands:
             monkeypatch.setattr("sys.argv", command)
-            expected = trained | {"train_batch_size": batch_size}
+            expected = trained | recipe | {"train_batch_size": batch_size, "checkpoint_dir": "a"}
             assert expected.items() <= vars(train.parse_arguments()).items()
 
 
@@ -278,13 +258,20 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
-    order = torch.arange(count).numpy()
-    images, by = f"{count} training images of a folder with a long name", "self-influence over checkpoints (diagonal)"
-    detect.plot_suspects(tmp_path / "s.png", many, order, scores.numpy(), many.labels, images, by)
+    detect.plot_suspects(tmp_path / "s.png", many, torch.arange(count).numpy(), scores.numpy(), many.labels, "loss")
     queries = many.take(torch.tensor([0, -1]))
-    analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "a folder", "diagonal")
+    analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "diagonal")
     for name in ("s.png", "i.png"):
-        assert 600 < Image.open(tmp_path / name).size[0] < 3000
+        Image.open(tmp_path / name).load()
+
+
+def test_a_sheet_shows_each_image_in_its_place(tmp_path):
+    """Twelve images, ten a row, are twelve patches of their colours, two of them in a second row."""
+    images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
+    pipeline.draw_sheet(tmp_path / "s.png", images, ["text"] * 12, ["black"] * 12, 10, "title")
+    pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))
+    areas = [(pixels == image[0, 0, 0]).sum().item() for image in images]
+    assert min(areas) > 3000 and max(areas) < 2 * min(areas)
 
 
 def test_no_harmful_image_is_called_helpful(tmp_path, data):
@@ -311,4 +298,4 @@ def test_long_names_are_shortened(name, short):
     [("3", [3]), ("3,17,40-42", [3, 17, 40, 41, 42]), (" 5 , 1-3, 2-4", [5, 1, 2, 3, 4]), ("7-7", [7])],
 )
 def test_number_lists(text, indices):
-    assert pipeline.number_list(text) == indices
+    assert analyze.number_list(text) == indices

@@ -1,6 +1,8 @@
 """Detection curve, AUROC and average precision against values worked out by hand."""
 
 from math import exp, log
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,18 +16,24 @@ SCORES = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
 CORRUPTED = np.array([True, False, True, False, True])
 
 
-def test_suspicions_by_hand():
-    """Image 1 is answered wrongly, image 2 less so; ranks are 2 1 3 by self-influence, 1 3 2 by minus the area."""
+def test_rankings_by_hand():
+    """Image 1 is answered wrongly, image 2 less so; of the second model all signals are twice as large."""
     logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.zeros(3).long()
-    influence, aum = {"self_influence": torch.tensor([4.0, 1.0, 9.0])}, torch.tensor([3.0, -2.0, 1.0])
-    found = detect.suspicions(influence, logits, labels, aum)
+    run = SimpleNamespace(
+        self_influence=lambda damping_factor: (torch.tensor([4.0, 1.0, 9.0]), "path"),
+        data=pipeline.ImageData(None, labels, labels, [], [], None),
+        **{"model": None, "batch_size": 2, "dtype": torch.float32, "seconds": {}},
+    )
+    with mock.patch.object(pipeline, "compute_logits", lambda *_: logits):
+        measured, found_logits, path = detect.measure(run, {"aum": torch.tensor([3.0, -2.0, 1.0])}, None)
+    assert path == "path" and torch.equal(found_logits, logits)
+    found = detect.rank([measured])
     assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-3, 2, -1]
-    assert found["combined"].tolist() == [1.5, 2, 2.5] and found["margin"].tolist() == [-2, 1, 0.5]
-    assert found["aum_margin"].tolist() == [-2.75, 1.75, -0.625]
+    assert found["margin"].tolist() == [-2, 1, 0.5] and found["aum_margin"].tolist() == [-2.75, 1.75, -0.625]
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
-    influence["self_influence_checkpoints"] = torch.tensor([1.0, 9.0, 4.0])
-    assert detect.suspicions(influence, logits, labels, aum)["combined"].tolist() == [1, 3, 2]
+    mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
+    assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in detect.RANKINGS)
 
 
 def test_auroc_by_hand():

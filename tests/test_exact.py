@@ -6,7 +6,6 @@ A weight [O, I] (the bias is its last column) is flattened row by row, so A and 
 output gradients, stand for the block kron(S, A), [O*I, O*I]. `-rP` shows what was measured.
 """
 
-import copy
 import gc
 from collections import OrderedDict
 from dataclasses import replace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import image_data, influence_run, minus_margin, relative_error, tiny_network
 from kronfluence.module.conv2d import TrackedConv2d
 from kronfluence.module.linear import TrackedLinear
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ import pipeline
 
 SEED, NUM_TRAIN, NUM_QUERY, NUM_CLASSES = 3, 50, 7, 4
 BATCH_SIZE, QUERY_BATCH_SIZE, QUERY_CHUNK = 8, 4, 2  # partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, 3 = 2 + 1
+SIZE = (7, 9)  # of the images, so that height and width cannot be swapped unseen
 POSITIONS = {"strided": 12, "padded": 12, "linear": 1}  # by layer of `tiny_network`
 TOLERANCE = 1e-9  # 1e-14 to 1e-13 is found; anything that passed through float32 would be off by 1e-8 or more
 
@@ -50,30 +51,14 @@ def as_float64(images):
     return images.to(torch.float64) / 127.5 - 1
 
 
-def influence_run(folder, model, data, strategy):
-    """An InfluenceRun as the scripts make it, in float64; kronfluence wraps the layers of a copy of the model."""
-    return pipeline.InfluenceRun(
-        copy.deepcopy(model),
-        data,
-        "model",
-        output_dir=folder,
-        strategy=strategy,
-        dtype=torch.float64,
-        seed=SEED,
-        batch_size=BATCH_SIZE,
-        phases=pipeline.Phases(),
-    )
+def make_run(folder, model, data, strategy):
+    """An InfluenceRun in float64."""
+    return influence_run(folder, data, strategy, model=model, dtype=torch.float64, seed=SEED, batch_size=BATCH_SIZE)
 
 
 def fitted_factor(run, name):
     """Returns a factor that `run` has fitted, by layer, as it lies on the disk."""
-    return load_file(run.folder / f"factors_{run.factors_name}" / f"{name}.safetensors")
-
-
-def relative_error(result, expected):
-    """Norm of the difference over the norm of the expectation; both must be float64 and of one shape."""
-    assert result.dtype == expected.dtype == torch.float64 and result.shape == expected.shape
-    return ((result - expected).norm() / expected.norm()).item()
+    return load_file(run.fit_factors() / f"{name}.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -81,43 +66,12 @@ def relative_error(result, expected):
 # --------------------------------------------------------------------------------------------------
 
 
-def tiny_network(seed):
-    """A strided and a padded convolution, batch-norm, max-pooling as in ResNet-9, and a linear layer, in eval mode.
-
-    Images are 7 x 9, so that height and width cannot be swapped unseen. Running statistics are those of random images,
-    disturbed; the last weights are large enough for predictions of all degrees of confidence.
-    """
-    torch.manual_seed(seed)
-    layers = OrderedDict(
-        strided=nn.Conv2d(3, 4, kernel_size=3, stride=2, bias=False),
-        norm1=nn.BatchNorm2d(4),
-        relu1=nn.ReLU(),
-        padded=nn.Conv2d(4, 5, kernel_size=3, padding=1),
-        norm2=nn.BatchNorm2d(5),
-        relu2=nn.ReLU(),
-        pool=nn.AdaptiveMaxPool2d(1),
-        flatten=nn.Flatten(),
-        linear=nn.Linear(5, NUM_CLASSES),
-    )
-    model = nn.Sequential(layers).double()
-    model(torch.randn(64, 3, 7, 9, dtype=torch.float64))
-    for norm in (model.norm1, model.norm2):
-        norm.running_mean.normal_(std=0.3)
-        norm.running_var.uniform_(0.2, 1)
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.3)
-    with torch.no_grad():
-        model.linear.weight *= 3
-    return model.eval()
-
-
-def random_data(count, seed, shape=(3, 7, 9), num_classes=NUM_CLASSES):
+def random_data(count, seed, shape=(3, *SIZE), num_classes=NUM_CLASSES):
     """Returns `count` images of noise with random labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
-    names = [f"class {i}" for i in range(num_classes)]
-    return pipeline.ImageData(images, labels, names, [""] * count, torch.arange(count))
+    return image_data(images, labels, [f"class {i}" for i in range(num_classes)])
 
 
 def joined_weight(derivatives, layer):
@@ -140,11 +94,6 @@ def layer_derivatives(transform, model, layer, images, labels, output):
         return output(functional_call(model, rest | weights, (image[None],))[0], label)
 
     return joined_weight(vmap(transform(output_of_one), (None, 0, 0))(weights, images, labels), layer)
-
-
-def minus_margin(logits, label):
-    """Minus the log-odds of the label, from the definition."""
-    return -torch.logit(logits.softmax(0).gather(0, label[None])[0])
 
 
 def pseudo_labels(model, images):
@@ -190,7 +139,7 @@ def covariances(model, images, labels):
 @pytest.fixture(scope="module")
 def exact():
     """The network with its data, and by layer: A, S, and per-sample gradients [N, O*I] of losses and of the margin."""
-    model, data, queries = tiny_network(1), random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
+    model, data, queries = tiny_network(1, NUM_CLASSES, size=SIZE), random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
     train_images, query_images = as_float64(data.images), as_float64(queries.images)
     labels = pseudo_labels(model, train_images)
     layers = {
@@ -257,7 +206,7 @@ DAMPINGS = pytest.mark.parametrize("damping", [1e-3, 1e-8, None], ids=["damping 
 def fitted(exact, tmp_path_factory):
     """One InfluenceRun per strategy, factors fitted."""
     folder = tmp_path_factory.mktemp("fitted")
-    runs = {name: influence_run(folder, exact.model, exact.data, name) for name in pipeline.STRATEGIES}
+    runs = {name: make_run(folder, exact.model, exact.data, name) for name in pipeline.STRATEGIES}
     for run in runs.values():
         run.fit_factors()
     return runs
@@ -336,7 +285,7 @@ def test_unmodified_kronfluence_agrees_with_the_dense_computation(tmp_path, monk
     )
     monkeypatch.setattr(pipeline, "FactorArguments", partial(pipeline.FactorArguments, **factor_dtypes))
     monkeypatch.setattr(pipeline, "ScoreArguments", partial(pipeline.ScoreArguments, score_dtype=torch.float64))
-    run = influence_run(tmp_path, exact.model, exact.data, strategy)
+    run = make_run(tmp_path, exact.model, exact.data, strategy)
     pairwise, _ = run.pairwise_influence(exact.queries, QUERY_BATCH_SIZE, None)
     self_influence, _ = run.self_influence(None)
     assert type(run.analyzer.model.linear) is TrackedLinear
@@ -404,10 +353,10 @@ def comparisons(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "ClassificationTask", ExpectedLabelsTask)
         for seed in range(NUM_NETWORKS):
-            model, data = tiny_network(seed), random_data(32, 100 + seed)
+            model, data = tiny_network(seed, NUM_CLASSES, size=SIZE), random_data(32, 100 + seed)
             repeated = data.take(torch.arange(len(data)).repeat_interleave(NUM_CLASSES))
             every_label = torch.arange(NUM_CLASSES).repeat(len(data))
-            run = influence_run(folder, model, replace(repeated, labels=every_label), "ekfac")
+            run = make_run(folder, model, replace(repeated, labels=every_label), "ekfac")
             run.fit_factors()
             for layer in POSITIONS:
                 found[seed, layer] = compare(run, layer, gauss_newton(model, layer, as_float64(data.images)))
@@ -531,8 +480,8 @@ def noisy_teachers_data(num_classes):
 def regression(request, tmp_path_factory):
     """A converged softmax regression, and what removing each image and training again does.
 
-    weight: [1, C, I]; inputs: [N, I]; all_but_one: [N, N], row n keeps all but image n; change: [num_query, N], margins
-    of the queries without image n, less those with it; own_loss_change: [N], the same of image n's own loss.
+    change: [num_query, N], margins of the queries without image n, less those with it; own_loss_change: [N], the same
+    of image n's own loss.
     """
     num_classes = request.param
     data, queries = noisy_teachers_data(num_classes)
@@ -552,10 +501,6 @@ def regression(request, tmp_path_factory):
         model=model,
         data=data,
         queries=queries,
-        weight=weight,
-        inputs=inputs,
-        query_inputs=query_inputs,
-        all_but_one=all_but_one,
         change=margins(without, query_inputs, queries.labels) - margins(weight, query_inputs, queries.labels),
         own_loss_change=F.cross_entropy(own_logits, data.labels, reduction="none")
         - F.cross_entropy(inputs @ weight[0].T, data.labels, reduction="none"),
@@ -565,18 +510,6 @@ def regression(request, tmp_path_factory):
 def margins(weights, inputs, labels):
     """Returns the margins [N, R] of N inputs [N, I] under R weights [R, C, I]."""
     return torch.stack([-vmap(minus_margin)(inputs @ weight.T, labels) for weight in weights], 1)
-
-
-def change_by_dense_hessian(regression, curved):
-    """Returns predicted changes in margin [num_query, N]; row n of `curved` [N, N] says which images make up H."""
-    weights, labels = regression.weight.expand(NUM_REMOVED, -1, -1), regression.data.labels
-    # Where the gradient over all images is zero, the one over all but n is what removing n sets off.
-    gradients, _ = derivatives(weights, regression.all_but_one, regression.inputs, labels)
-    _, hessians = derivatives(weights, curved, regression.inputs, labels)
-    steps = -torch.linalg.solve(hessians, gradients)  # (N, C*I)
-    minus_margin_gradient = vmap(grad(lambda weight, x, label: minus_margin(weight @ x, label)), (None, 0, 0))
-    query = minus_margin_gradient(regression.weight[0], regression.query_inputs, regression.queries.labels)
-    return -query.flatten(1) @ steps.T
 
 
 def agreement(title, predicted, actual):
@@ -593,7 +526,7 @@ def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(r
 
     An image takes its own curvature with it, which a first-order score leaves out: most slopes lie above 1.
     """
-    run = influence_run(regression.folder, regression.model, regression.data, "ekfac")
+    run = make_run(regression.folder, regression.model, regression.data, "ekfac")
     scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
     correlation, slope, same_sign = agreement("EKFAC", -scores / NUM_REMOVED, regression.change)
     assert correlation > 0.95 and 0.9 < slope < 1.35 and same_sign > 0.85
@@ -602,7 +535,7 @@ def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(r
 def test_curvature_predicts_better_than_dot_products(regression):
     correlations = {}
     for strategy in ("ekfac", "identity"):
-        run = influence_run(regression.folder, regression.model, regression.data, strategy)
+        run = make_run(regression.folder, regression.model, regression.data, strategy)
         scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
         correlations[strategy], _, _ = agreement(strategy, -scores, regression.change)
     assert correlations["identity"] < correlations["ekfac"]
@@ -610,21 +543,7 @@ def test_curvature_predicts_better_than_dot_products(regression):
 
 def test_self_influence_predicts_the_loss_of_an_image_that_was_not_trained_on(regression):
     """Without an image its own loss rises, and by more than predicted: its own curvature matters most to itself."""
-    run = influence_run(regression.folder, regression.model, regression.data, "ekfac")
+    run = make_run(regression.folder, regression.model, regression.data, "ekfac")
     scores, _ = run.self_influence(L2)
     correlation, slope, same_sign = agreement("self-influence", scores / NUM_REMOVED, regression.own_loss_change)
     assert correlation > 0.85 and 1 < slope < 1.45 and same_sign == 1
-
-
-def test_scores_by_the_exact_hessian_predict_the_change_in_margin(regression):
-    """With the dense Hessian only the error of the first order is left: no eigenbasis, no pseudo-labels."""
-    predicted = change_by_dense_hessian(regression, torch.ones_like(regression.all_but_one))
-    correlation, slope, same_sign = agreement("exact Hessian", predicted, regression.change)
-    assert correlation > 0.99 and 1 < slope < 1.35 and same_sign > 0.95
-
-
-def test_the_slope_is_the_curvature_of_the_removed_image(regression):
-    """With the Hessian over the images that remain, which is one step of Newton's method, the slope is 1."""
-    predicted = change_by_dense_hessian(regression, regression.all_but_one)
-    correlation, slope, _ = agreement("one Newton step", predicted, regression.change)
-    assert correlation > 0.999 and 0.97 < slope < 1.03

@@ -1,32 +1,23 @@
 """Every script end to end, as a user runs it: files, fields, messages, exit status."""
 
-import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SYNTHETIC
+from conftest import ANALYZE, DETECT, ROOT, SYNTHETIC, TRAIN, digits, read_table, result_folder, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
+import detect_mislabeled_dataset as detect
 import pipeline
 
 SECONDS = {"load", "covariance", "eigendecomposition", "lambda", "scores", "report", "total"}
 NUM_TRAIN, NUM_CORRUPTED = 60, 6
-
-
-def rows(path):
-    """The header and the rows of a csv file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *body = csv.reader(file)
-    return header, body
-
-
-def result_folder(folder):
-    """The one result folder below influence_results."""
-    (found,) = (folder / "influence_results").glob("model*")
-    return found
 
 
 def check_record(record, **flags):
@@ -64,33 +55,30 @@ def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
     assert metadata["environment"]["versions"]["torch"] == str(torch.__version__)
 
 
-def test_training_twice_gives_identical_checkpoints_but_for_the_clock(trained, script, tmp_path):
-    folder, _ = trained
-    script(tmp_path, "train.py", *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1)
+def test_a_training_in_a_process_of_its_own_gives_the_same_checkpoint(trained, tmp_path):
+    command = [sys.executable, ROOT / TRAIN, *SYNTHETIC, "--train_batch_size", "20", "--num_train_epochs", "1"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     once, again = (
-        pipeline.load_checkpoint(path / "checkpoints/model_corrupt_0.1.pth")[0] for path in (folder, tmp_path)
+        pipeline.load_checkpoint(path / "checkpoints/model_corrupt_0.1.pth")[0] for path in (trained[0], tmp_path)
     )
     for name, tensor in once.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_imagefolder_end_to_end(script, class_folders, tmp_path):
+def test_imagefolder_end_to_end(class_folders, tmp_path):
     flags = ("--dataset", "imagefolder", "--dataset_dir", class_folders, "--device", "cpu")
-    process = script(tmp_path, "train.py", *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
-    assert process.returncode == 0, process.stderr
+    succeed(tmp_path, TRAIN, *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
     assert (tmp_path / "checkpoints/model.pth").is_file()
-    process = script(
-        tmp_path, "detect_mislabeled_dataset.py", *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity"
-    )
-    assert process.returncode == 0, process.stderr
-    assert "no truth to compare with" in process.stdout
-    _, body = rows(result_folder(tmp_path) / "suspects_identity.csv")
-    assert len(body) == 15
-    for _, _, path, label, name, *_ in body:
-        assert f"/{name}/" in path and ["cat", "grey owl", "äpfel"][int(label)] == name
+    out = succeed(tmp_path, DETECT, *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity")
+    assert "no truth to compare with" in out
+    _, rows = read_table(result_folder(tmp_path) / "suspects_identity.csv")
+    assert len(rows) == 15
+    for row in rows:
+        name = row["class_name"]
+        assert f"/{name}/" in row["path"] and ["cat", "grey owl", "äpfel"][int(row["label"])] == name
     assert not (result_folder(tmp_path) / "detection_curve_identity.png").exists()
-    process = script(tmp_path, "analyze.py", *flags, "--factor_strategy", "diagonal")
-    assert process.returncode == 0, process.stderr
+    succeed(tmp_path, ANALYZE, *flags, "--factor_strategy", "diagonal")
     assert json.loads((result_folder(tmp_path) / "pairwise_diagonal.json").read_text())["num_query"] == 6
 
 
@@ -100,72 +88,54 @@ def test_imagefolder_end_to_end(script, class_folders, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def detected(trained, script, tmp_path_factory):
+def detected(trained, tmp_path_factory):
     """The folder and output of a detection with --profile, on a copy of the trained folder."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("detected")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
-    process = script(folder, "detect_mislabeled_dataset.py", *SYNTHETIC, "--profile")
-    assert process.returncode == 0, process.stderr
-    return folder, process
+    return folder, succeed(folder, DETECT, *SYNTHETIC, "--profile")
 
 
 def test_detect_prints_table_sentence_and_paths(detected):
-    folder, process = detected
-    lines = process.stdout.splitlines()
+    folder, output = detected
+    lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
     assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
-    table = [line.split()[0] for line in lines[start + 1 : start + 7]]
-    assert table == ["self_influence", "aum", "combined", "loss", "margin", "aum_margin"]
+    assert [line.split()[0] for line in lines[start + 1 : start + 6]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    assert {path.name for path in written} == {
-        "suspects_ekfac.csv",
-        "suspects_ekfac.png",
-        "detection_curve_ekfac.png",
-        "detection_ekfac.json",
-    }
+    names = ("suspects_ekfac.csv", "suspects_ekfac.png", "detection_curve_ekfac.png", "detection_ekfac.json")
+    assert {path.name for path in written} == set(names)
     (scores,) = [folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")]
     assert scores.name == "self_scores.safetensors" and all(path.is_file() for path in [*written, scores])
-    assert "Traceback" not in process.stderr and "Warning" not in process.stderr
 
 
 def test_detect_suspects_csv(detected):
-    header, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
+    header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
-    assert [int(row[0]) for row in body] == list(range(1, NUM_TRAIN + 1))
-    scores = [float(row[header.index("aum_margin")]) for row in body]
+    assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
+    scores = [float(row["aum_margin"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     (path,) = result_folder(detected[0]).glob("scores_self*/self_scores.safetensors")
     saved = load_file(path)["all_modules"]
     assert saved.dtype == torch.float32
-    assert [float(row[7]) for row in sorted(body, key=lambda row: int(row[1]))] == pytest.approx(
-        saved.tolist(), rel=1e-6
-    )
-    data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
-    labels, is_corrupted = pipeline.corrupt_labels(data.labels, 0.1, 10)
-    for _, index, file, label, name, guess, guess_name, _, checkpoints, norm, _, _, loss, _, _, corrupted in body:
-        assert checkpoints == norm == "", "methods that were not asked for"
-        assert int(label) == labels[int(index)] and name == str(label) and guess_name == str(guess)
-        assert bool(int(corrupted)) == is_corrupted[int(index)] and file == "" and float(loss) > 0
+    rows.sort(key=lambda row: int(row["index"]))
+    assert [float(row["self_influence"]) for row in rows] == pytest.approx(saved.tolist(), rel=1e-6)
+    data = pipeline.training_examples(digits(NUM_TRAIN), 0.1)
+    for row, label, is_corrupted in zip(rows, data.labels.tolist(), data.is_corrupted.tolist(), strict=True):
+        assert row["label"] == row["class_name"] == str(label) and row["is_corrupted"] == str(int(is_corrupted))
+        assert row["predicted_label"] == row["predicted_class_name"] and row["path"] == "" and float(row["loss"]) > 0
 
 
 def test_detect_json_agrees_with_its_csv(detected):
-    import numpy as np
-
-    import detect_mislabeled_dataset as detect
-
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, profile=True)
     assert list(record) == documented("detection_<strategy>.json") and record["num_corrupted"] == NUM_CORRUPTED
-    assert set(record["rankings"]) == {"self_influence", "aum", "combined", "loss", "margin", "aum_margin"}
-    _, body = rows(result_folder(detected[0]) / "suspects_ekfac.csv")
-    body.sort(key=lambda row: int(row[1]))
-    is_corrupted = np.array([row[15] == "1" for row in body])
-    for name, column in (("self_influence", 7), ("aum", 10), ("loss", 12), ("margin", 13), ("aum_margin", 14)):
-        scores = np.array([np.float32(row[column]) for row in body])
-        assert record["rankings"][name] == detect.evaluate_ranking(scores, is_corrupted)
+    _, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
+    rows.sort(key=lambda row: int(row["index"]))
+    is_corrupted = np.array([row["is_corrupted"] == "1" for row in rows])
+    assert set(record["rankings"]) == set(detect.RANKINGS)
+    for name, found in record["rankings"].items():
+        assert found == detect.evaluate_ranking(np.array([np.float32(row[name]) for row in rows]), is_corrupted)
 
 
 def test_detect_pictures_are_pictures(detected):
@@ -174,40 +144,50 @@ def test_detect_pictures_are_pictures(detected):
         assert size >= least and size[1] >= least[1]
 
 
+def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
+    """Of a notebook, or of a person who likes figures in another style."""
+    import matplotlib
+
+    pictures = []
+    for backend, size in (("agg", 10), ("module://no_such_backend", 90)):
+        monkeypatch.setenv("MPLBACKEND", backend)
+        with matplotlib.rc_context({"font.size": size, "savefig.facecolor": "red"}):
+            pipeline.draw_sheet(tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title")
+        pictures.append((tmp_path / "s.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_detect_profile_is_printed_and_saved(detected):
-    folder, process = detected
+    folder, output = detected
     table = (result_folder(folder) / "profile_ekfac.txt").read_text()
-    assert "Fit Lambda" in table and table.strip() in process.stdout
+    assert "Fit Lambda" in table and table.strip() in output
 
 
-def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected, script):
+def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
     folder, _ = detected
-    process = script(folder, "analyze.py", *SYNTHETIC, "--num_query_examples", 7, "--query_batch_size", 3)
-    assert process.returncode == 0, process.stderr
-    reused = [line.split()[2] for line in process.stdout.splitlines() if line.startswith("Reusing the ")]
-    assert reused == ["covariance", "eigendecomposition", "lambda"]
+    out = succeed(folder, ANALYZE, *SYNTHETIC, "--num_query_examples", 7, "--query_batch_size", 3)
+    assert out.count("Reusing") == out.count("/factors_ekfac") == 1
     results = result_folder(folder)
     record = json.loads((results / "pairwise_ekfac.json").read_text())
     check_record(record, num_query_examples=7, query_batch_size=3)
     (path,) = results.glob("scores_pairwise*/pairwise_scores.safetensors")
     scores = load_file(path)["all_modules"]
     assert scores.dtype == torch.float32 and scores.shape == (7, NUM_TRAIN)
-    assert f"scores in {path.relative_to(folder)}\n" in process.stdout
+    assert f"scores in {path.relative_to(folder)}\n" in out
 
-    header, body = rows(results / "top_influences_ekfac.csv")
+    header, rows = read_table(results / "top_influences_ekfac.csv")
     assert header == documented("top_influences_<strategy>.csv")
     assert list(record) == documented("pairwise_<strategy>.json")
-    test = pipeline.generate_digits("", "test")
-    data = pipeline.load_train_data("synthetic", "", NUM_TRAIN)
-    labels, _ = pipeline.corrupt_labels(data.labels, 0.1, 10)
-    assert len(body) == 7 * 20
+    test, data = digits(7, "test"), pipeline.training_examples(digits(NUM_TRAIN), 0.1)
+    assert len(rows) == 7 * 20
     for query in range(7):
         for direction, sign in (("helpful", -1), ("harmful", 1)):
-            listed = [row for row in body if int(row[0]) == query and row[4] == direction]
-            assert [int(row[5]) for row in listed] == list(range(1, 11))
+            listed = [row for row in rows if int(row["query"]) == query and row["direction"] == direction]
+            assert [int(row["rank"]) for row in listed] == list(range(1, 11))
             expected = (sign * scores[query]).sort().values[:10] * sign
-            assert [float(row[10]) for row in listed] == pytest.approx(expected.tolist(), rel=1e-6)
-            for _, _, query_label, _, _, _, train, _, train_label, _, score in listed:
-                assert int(query_label) == test.labels[query] and int(train_label) == labels[int(train)]
-                assert float(score) == pytest.approx(scores[query, int(train)].item(), rel=1e-6)
+            assert [float(row["score"]) for row in listed] == pytest.approx(expected.tolist(), rel=1e-6)
+            for row in listed:
+                index = int(row["train"])
+                assert int(row["query_label"]) == test.labels[query] and int(row["train_label"]) == data.labels[index]
+                assert float(row["score"]) == pytest.approx(scores[query, index].item(), rel=1e-6)
     assert Image.open(results / "top_influences_ekfac.png").size[0] > 1000

@@ -3,56 +3,31 @@
 The scripts run in this process, through their `main`, on 40 digits with diagonal curvature.
 """
 
-import importlib
 import json
 import shutil
 
 import pytest
 import torch
+from conftest import ANALYZE, DETECT, TRAIN, run, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
 import pipeline
+import train
 
-DATA = ("--dataset", "synthetic", "--num_train_examples", "40")
-ON_CPU = ("--device", "cpu", "--precision", "fp32")
-TRAIN = ("--train_batch_size", "8", "--num_train_epochs", "1", "--learning_rate", "0.05")
+DATA = ("--dataset", "synthetic", "--num_train_examples", "40", "--device", "cpu", "--precision", "fp32")
+RECIPE = ("--train_batch_size", "8", "--num_train_epochs", "1", "--learning_rate", "0.05")
 SCORE = ("--factor_strategy", "diagonal")
-ANALYZE = (*SCORE, "--num_query_examples", "4")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script's `main` in a folder. Returns its exit status, what it printed and its line on standard error."""
-
-    def call(folder, name, *flags):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, flags)])
-        capsys.readouterr()
-        status = 0
-        try:
-            pipeline.run(importlib.import_module(name).main)
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+QUERIES = (*SCORE, "--num_query_examples", "4")
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A folder with model.pth, trained on DATA, and the results of one analyze.py and one detection on it."""
     folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, flags in (
-            ("train", TRAIN),
-            ("analyze", ANALYZE),
-            ("detect_mislabeled_dataset", (*SCORE, "--corrupt_percentage", "0")),
-        ):
-            patch.setattr("sys.argv", [name, *DATA, *ON_CPU, *flags])
-            importlib.import_module(name).main()
+    succeed(folder, TRAIN, *DATA, *RECIPE)
+    succeed(folder, ANALYZE, *DATA, *QUERIES)
+    succeed(folder, DETECT, *DATA, *SCORE, "--corrupt_percentage", "0")
     return folder
 
 
@@ -98,71 +73,61 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_a_change_analyze_gives_what_a_clean_folder_gives(run, used, tmp_path, change):
+def test_after_a_change_analyze_gives_what_a_clean_folder_gives(used, tmp_path, change):
     retrain, flags = CHANGES[change]
     clean = tmp_path / "clean"
     shutil.copytree(used, clean, ignore=shutil.ignore_patterns("influence_results"))
     for folder in (used, clean):
         if retrain is not None:
-            assert run(folder, "train", *DATA, *ON_CPU, *TRAIN, *retrain)[0] == 0
-        assert run(folder, "analyze", *DATA, *ON_CPU, *ANALYZE, *flags)[0] == 0
+            succeed(folder, TRAIN, *DATA, *RECIPE, *retrain)
+        succeed(folder, ANALYZE, *DATA, *QUERIES, *flags)
     assert_clean_results_are_among(used, clean)
 
 
 @pytest.mark.parametrize(
     ("flags", "reused"),
     [
-        (("--damping_factor", "1e-5"), ["lambda"]),
-        (("--num_query_examples", "3"), ["lambda"]),
-        ((), ["lambda", "scores"]),
+        (("--damping_factor", "1e-5"), ["factors"]),
+        (("--num_query_examples", "3"), ["factors"]),
+        (("--train_batch_size", "3"), ["factors", "scores"]),
         (("--precision", "bf16"), []),
         (("--seed", "5"), []),
     ],
-    ids=["other damping", "other queries", "the same again", "other precision", "other pseudo-labels"],
+    ids=["other damping", "other queries", "other batch size", "other precision", "other pseudo-labels"],
 )
-def test_what_can_be_reused_is_reused_and_says_so(run, used, flags, reused):
-    """The diagonal strategy has no covariances or eigenvectors."""
-    status, out, _ = run(used, "analyze", *DATA, *ON_CPU, *ANALYZE, *flags)
-    assert status == 0
-    assert [line.split()[2] for line in out.splitlines() if line.startswith("Reusing the ")] == reused
+def test_what_can_be_reused_is_reused_and_says_so(used, flags, reused):
+    out = succeed(used, ANALYZE, *DATA, *QUERIES, *flags)
+    lines = [line for line in out.splitlines() if line.startswith("Reusing ")]
+    assert [line.split("/")[-1].split("_")[0] for line in lines] == reused
 
 
-def test_detect_reuses_the_factors_of_analyze_whatever_the_batch_size(run, used):
+def test_detect_reuses_the_factors_of_analyze(used):
     shutil.rmtree(next(used.glob("influence_results/*/scores_self*")))
-    status, out, _ = run(
-        used,
-        "detect_mislabeled_dataset",
-        *DATA,
-        *ON_CPU,
-        *SCORE,
-        "--corrupt_percentage",
-        "0",
-        "--train_batch_size",
-        "3",
-    )
-    assert status == 0 and "Reusing the lambda" in out and "Reusing the scores" not in out
+    out = succeed(used, DETECT, *DATA, *SCORE, "--corrupt_percentage", "0")
+    assert out.count("Reusing") == out.count("/factors_diagonal-float32") == 1
 
 
-def test_one_changed_pixel_is_refused(run, class_folders, tmp_path):
+def test_one_changed_pixel_is_refused(class_folders, tmp_path):
     shutil.copytree(class_folders, tmp_path / "data")
-    flags = ("--dataset", "imagefolder", "--dataset_dir", "data", *ON_CPU)
-    assert run(tmp_path, "train", *flags, *TRAIN)[0] == 0
+    flags = ("--dataset", "imagefolder", "--dataset_dir", "data", "--device", "cpu")
+    succeed(tmp_path, TRAIN, *flags, *RECIPE)
     path = next((tmp_path / "data" / "train").rglob("*.png"))
     image = Image.open(path).resize((32, 32))
     image.putpixel((5, 5), tuple(255 - value for value in image.getpixel((5, 5))))
     image.save(path)
-    status, _, err = run(tmp_path, "analyze", *flags, *SCORE)
-    assert status == 2 and "other images or labels" in err and not list((tmp_path / "influence_results").glob("model*"))
+    finished = run(tmp_path, ANALYZE, *flags, *SCORE)
+    assert finished.status == 2 and "other images or labels" in finished.err
+    assert not list((tmp_path / "influence_results").glob("model*"))
 
 
-def test_running_twice_gives_bit_identical_factors_and_scores(run, used, tmp_path):
+def test_running_twice_gives_bit_identical_factors_and_scores(used, tmp_path):
     shutil.copytree(used, tmp_path / "again", ignore=shutil.ignore_patterns("influence_results"))
-    assert run(tmp_path / "again", "analyze", *DATA, *ON_CPU, *ANALYZE)[0] == 0
+    succeed(tmp_path / "again", ANALYZE, *DATA, *QUERIES)
     assert_clean_results_are_among(used, tmp_path / "again")
 
 
-def test_json_names_the_flags_of_the_run_that_wrote_it(run, used):
-    assert run(used, "analyze", *DATA, *ON_CPU, *ANALYZE, "--damping_factor", "1e-5")[0] == 0
+def test_json_names_the_flags_of_the_run_that_wrote_it(used):
+    succeed(used, ANALYZE, *DATA, *QUERIES, "--damping_factor", "1e-5")
     record = json.loads(next(used.glob("influence_results/*/pairwise_diagonal.json")).read_text())
     assert record["flags"]["damping_factor"] == 1e-5
 
@@ -174,24 +139,24 @@ def test_json_names_the_flags_of_the_run_that_wrote_it(run, used):
 
 def other_architecture(path, metadata):
     """A checkpoint with the metadata of ours and the weights of another network."""
-    pipeline.save_checkpoint(path, torch.nn.Linear(3, 3), metadata)
+    train.save_checkpoint(path, torch.nn.Linear(3, 3), metadata)
 
 
 def other_number_of_classes(path, metadata):
     """A checkpoint of a ResNet-9 for three classes."""
     metadata = metadata | {"class_names": ["a", "b", "c"]}
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(3), metadata)
+    train.save_checkpoint(path, pipeline.ResNet9(3), metadata)
 
 
 def other_data_set(path, metadata):
     """A checkpoint whose training images were others."""
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata | {"images_sha256": "0" * 64})
+    train.save_checkpoint(path, pipeline.ResNet9(10), metadata | {"data_sha256": "0" * 64})
 
 
 def of_an_earlier_train(path, metadata):
     """A checkpoint that does not say what happened during the training."""
-    del metadata["epoch_weights"]
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
+    del metadata["aum"]
+    train.save_checkpoint(path, pipeline.ResNet9(10), metadata)
 
 
 def half_a_file(path, metadata):
@@ -206,7 +171,7 @@ def empty_file(path, metadata):
 
 def foreign_weights(path, metadata):
     """What other programs save under this name: bare weights."""
-    torch.save(pipeline.construct_resnet9().state_dict(), path)
+    torch.save(pipeline.ResNet9(10).state_dict(), path)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +182,11 @@ def foreign_weights(path, metadata):
     ],
     ids=lambda function: function.__name__.replace("_", " "),
 )
-def test_a_foreign_checkpoint_is_refused_in_one_sentence(run, used, replace):
+def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, replace):
     path = used / "checkpoints" / "model.pth"
     replace(path, pipeline.load_checkpoint(path)[1])
     before = results(used).keys()
-    status, _, err = run(used, "analyze", *DATA, *ON_CPU, *ANALYZE)
-    assert status == 2 and err.count("\n") == 1 and "model.pth" in err and "Traceback" not in err
+    finished = run(used, ANALYZE, *DATA, *QUERIES)
+    assert finished.status == 2 and finished.err.count("\n") == 1
+    assert "model.pth" in finished.err and "Traceback" not in finished.err
     assert results(used).keys() == before

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import digits
 from torch import nn
 
 import pipeline
@@ -12,7 +13,7 @@ import train
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_resnet9_shape(num_classes):
-    model = pipeline.construct_resnet9(num_classes).eval()
+    model = pipeline.ResNet9(num_classes).eval()
     assert model(torch.zeros(3, 3, 32, 32)).shape == (3, num_classes)
 
 
@@ -20,12 +21,12 @@ def test_resnet9_parameter_count():
     """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
     convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
     batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
-    parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9().parameters())
+    parameters = sum(parameter.numel() for parameter in pipeline.ResNet9(10).parameters())
     assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
 
 
 def test_logits_stay_float32_under_autocast():
-    model = pipeline.construct_resnet9().eval()
+    model = pipeline.ResNet9(10).eval()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert logits.dtype == torch.float32
@@ -57,17 +58,17 @@ def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
 
 @pytest.mark.parametrize("seed", [pipeline.CORRUPTION_SEED, 1004])
 def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
-    _, is_corrupted = pipeline.corrupt_labels(torch.zeros(1000, dtype=torch.int64), 0.1, 10)
+    is_corrupted = pipeline.corrupt_labels(torch.zeros(1000, dtype=torch.int64), 0.1, 10) > 0
     order, _, _ = train.epoch_batches(1000, 100, train.batch_generator(seed))
     assert 0 < is_corrupted[order[0]].sum() < 30
 
 
 def test_training_is_deterministic_and_follows_its_seed():
-    data = pipeline.generate_digits("", "train", 40)
+    data = digits(40)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(0)
-        model = pipeline.construct_resnet9()
+        model = pipeline.ResNet9(10)
         train.train(
             model,
             data,
@@ -80,11 +81,6 @@ def test_training_is_deterministic_and_follows_its_seed():
         )
         results.append(model.head.weight.detach())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-
-
-def test_the_top_margin_by_hand():
-    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [-1.0, -4.0, -1.0]])
-    assert pipeline.top_margin(logits, torch.tensor([0, 2, 1])).tolist() == [1.0, -4.0, -3.0]
 
 
 class GrowingLogits(nn.Module):
@@ -100,14 +96,14 @@ class GrowingLogits(nn.Module):
 
 
 def train_growing_logits(data, num_epochs):
-    """What a training of GrowingLogits in batches of two says of each example."""
+    """The area under the margin of a training of GrowingLogits in batches of two."""
     recipe = {"train_batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
-    return train.train(GrowingLogits(), data, num_train_epochs=num_epochs, **recipe)[0]
+    return train.train(GrowingLogits(), data, num_train_epochs=num_epochs, **recipe)
 
 
-def test_what_the_training_batches_say_is_averaged_over_the_epochs():
+def test_the_area_under_the_margin_is_the_mean_over_the_epochs():
     """Two epochs of two batches: an example sees step 1 or 2, then step 3 or 4; the mean margin follows by hand."""
-    data = pipeline.generate_digits("", "train", 4)
+    data = digits(4)
     data = replace(data, labels=torch.tensor([0, 1, 0, 2]))
     generator = torch.Generator().manual_seed(5)
     steps = torch.zeros(2, 4)
@@ -116,40 +112,23 @@ def test_what_the_training_batches_say_is_averaged_over_the_epochs():
         steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
     found = train_growing_logits(data, num_epochs=2)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    assert found["aum"].tolist() == pytest.approx((sign * steps.mean(0)).tolist())
-    losses = (steps.exp() + 2).log() - steps * (sign > 0)
-    assert found["mean_loss"].tolist() == pytest.approx(losses.mean(0).tolist(), rel=1e-6)
+    assert found.tolist() == pytest.approx((sign * steps.mean(0)).tolist())
 
 
 def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
-    data = pipeline.generate_digits("", "train", 3)
-    generator = torch.Generator().manual_seed(5)
-    order, _, _ = train.epoch_batches(3, 2, generator)
-    (missed,) = set(range(3)) - set(order.flatten().tolist())
+    data = digits(3)
     found = train_growing_logits(replace(data, labels=torch.tensor([0, 0, 0])), num_epochs=1)
-    assert found["aum"].tolist() == pytest.approx([1, 1, 1]) and found["mean_loss"][missed] == found["mean_loss"].mean()
-
-
-def test_the_weights_after_the_epochs_that_are_asked_for_are_kept():
-    data = pipeline.generate_digits("", "train", 20)
-    recipe = {"train_batch_size": 10, "learning_rate": 0.1, "weight_decay": 1e-4, "seed": 1, "dtype": torch.float32}
-    torch.manual_seed(0)
-    model = pipeline.construct_resnet9()
-    _, kept = train.train(model, data, num_train_epochs=3, save_epochs=[1, 3], **recipe)
-    assert list(kept) == [1, 3] and not torch.equal(kept[1]["head.weight"], kept[3]["head.weight"])
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, kept[3][name])
-    assert kept[1]["features.0.1.num_batches_tracked"] == 2
+    assert found.tolist() == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize(
     ("weight_decay", "batch_size"), [(1.0, 20), (1e20, 40)], ids=["loss", "weights of the last step"]
 )
 def test_divergence_stops_the_training(weight_decay, batch_size):
-    data = pipeline.generate_digits("", "train", 40)
+    data = digits(40)
     with pytest.raises(pipeline.NumericalError, match="epoch 1: lower --learning_rate"):
         train.train(
-            pipeline.construct_resnet9(),
+            pipeline.ResNet9(10),
             data,
             train_batch_size=batch_size,
             learning_rate=1e30,
@@ -166,10 +145,10 @@ def test_divergence_stops_the_training(weight_decay, batch_size):
 
 
 def test_checkpoint_round_trip(tmp_path):
-    model = pipeline.construct_resnet9(3).eval()
+    model = pipeline.ResNet9(3).eval()
     metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "cleaning": None}
-    metadata |= {"dynamics": {}, "epoch_weights": {}}
-    pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
+    metadata |= {"aum": [0.5], "data_sha256": ""}
+    train.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
     assert loaded_metadata == metadata and not loaded.training
     for name, tensor in model.state_dict().items():
@@ -179,10 +158,10 @@ def test_checkpoint_round_trip(tmp_path):
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": ["a", "b"]})
+    train.save_checkpoint(path, pipeline.ResNet9(2), {"class_names": ["a", "b"]})
     before = path.read_bytes()
     with pytest.raises(Exception, match=r"pickle|lambda|local"):
-        pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": lambda: None})
+        train.save_checkpoint(path, pipeline.ResNet9(2), {"class_names": lambda: None})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -231,12 +210,11 @@ def test_checkpoint_names(tmp_path, fraction, kind, name):
 
 
 def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path):
-    data = pipeline.generate_digits("", "train", 20)
+    data = digits(20)
     path = tmp_path / "model.pth"
     metadata = {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None, "accuracy": {"test": 0.5}}
-    metadata |= {"dynamics": {}, "epoch_weights": {}}
-    metadata |= pipeline.describe(data)
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(), metadata)
+    metadata |= {"num_loaded": 20, "num_train": 20, "class_names": data.class_names, "aum": None}
+    train.save_checkpoint(path, pipeline.ResNet9(10), metadata | {"data_sha256": data.digest})
 
     def load(found):
         return pipeline.load_trained(path, "cpu", found, None)[2]
@@ -245,7 +223,7 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
     pixel = data.images.clone()
     pixel[7, 1, 2, 3] ^= 1
     for other in (
-        replace(data, labels=pipeline.corrupt_labels(data.labels, 0.05, 10)[0]),
+        replace(data, labels=pipeline.corrupt_labels(data.labels, 0.05, 10)),
         replace(data, images=pixel),
         replace(data, class_names=[*data.class_names[:9], "nine"]),
         data.take(torch.arange(19)),

@@ -1,15 +1,14 @@
 """How far scores move with the precision they are computed in, against float64, and with the pseudo-labels' seed.
 
-Takes the checkpoint that the README's first command leaves behind; prints the table in the README's section
-"What you can rely on", and writes it to a json file if asked to. Exit status 1 where it breaks what is promised there:
+Takes the checkpoint that the README's first command leaves behind, and prints a table of README.md beside this file.
+Exit status 1 where it breaks what is promised there:
 
-    python tests/precision.py --num_train_examples 1500
+    python tests/studies/precision.py --num_train_examples 1000
 """
 
 import argparse
 import contextlib
 import io
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import detect_mislabeled_dataset as detect
 import pipeline
 
@@ -45,17 +44,8 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
             model = model.double()
             undo.callback(setattr, pipeline, "normalize", normalize)
             pipeline.normalize = lambda images: normalize(images).double()
-        run = pipeline.InfluenceRun(
-            model,
-            data,
-            "model",
-            output_dir=folder,
-            strategy=strategy,
-            dtype=dtype,
-            seed=seed,
-            batch_size=batch_size,
-            phases=pipeline.Phases(),
-        )
+        settings = {"strategy": strategy, "dtype": dtype, "seed": seed, "batch_size": batch_size, "seconds": {}}
+        run = pipeline.InfluenceRun(model, data, Path(folder) / "model", **settings)
         self_influence, _ = run.self_influence(1e-8)
         pairwise, _ = run.pairwise_influence(queries, len(queries), 1e-8)
     return self_influence.double().numpy(), pairwise.double().numpy()
@@ -74,7 +64,7 @@ def compare(scores, reference, is_corrupted):
     }
 
 
-def precision_table(load_model, data, is_corrupted, queries, strategy="ekfac", batch_size=64):
+def precision_table(load_model, data, queries, strategy="ekfac", batch_size=64):
     """Returns the comparisons by name: fp32 and bf16 with float64, fp32 with fp32 under another seed.
 
     load_model: called for a new copy of the model each time, because one is made float64.
@@ -83,6 +73,7 @@ def precision_table(load_model, data, is_corrupted, queries, strategy="ekfac", b
     def scores(dtype, seed=1004):
         return compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
 
+    is_corrupted = data.is_corrupted.numpy()
     exact, single = scores(torch.float64), scores(torch.float32)
     return {
         "fp32 against float64": compare(single, exact, is_corrupted),
@@ -111,18 +102,17 @@ def main():
     parser.add_argument("--num_train_examples", type=int, required=True, help="as in the README's first command")
     parser.add_argument("--num_scored_examples", type=int, default=300, help="fit and score the first so many of them")
     parser.add_argument("--num_query_examples", type=int, default=50)
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
-    clean = pipeline.load_train_data("synthetic", "", args.num_train_examples)
-    _, _, data, is_corrupted = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
-    queries = pipeline.load_test_data("synthetic", "").take(torch.arange(args.num_query_examples))
-    scored = torch.arange(min(args.num_scored_examples, len(data)))
+    clean = pipeline.load_data("synthetic", "", "train", args.num_train_examples)
+    _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
+    queries = pipeline.load_data("synthetic", "", "test").take(torch.arange(args.num_query_examples))
+    scored = data.take(torch.arange(min(args.num_scored_examples, len(data))))
 
     def load_model():
         return pipeline.load_checkpoint(checkpoint)[0]
 
-    table = precision_table(load_model, data.take(scored), is_corrupted[scored].numpy(), queries)
+    table = precision_table(load_model, scored, queries)
     print("| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |")
     print("|---|---|---|---|---|")
     for name, row in table.items():
@@ -131,8 +121,6 @@ def main():
             f"{row['self_influence_spearman']:.5f} | {100 * row['found_at_10']:.1f} % | "
             f"{100 * row['found_at_10_difference']:+.1f} points |"
         )
-    if args.json:
-        args.json.write_text(json.dumps(table, indent=2) + "\n")
     if broken := broken_promises(table):
         sys.exit(f"Further off than promised: {', '.join(broken)}")
 
