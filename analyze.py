@@ -128,10 +128,8 @@ def load_retrained(folder, name, metadata, data, queries, dtype):
     """
     paths = sorted(Path(folder).glob(f"{name}_subset_*.pth"))
     if len(paths) < 2:
-        raise pipeline.UserError(
-            f"--retrained_dir {folder} has {len(paths)} of the models {name}_subset_*.pth, by train.py "
-            "--subset_fraction 0.5 --subset_seed K: train at least 2, better 50"
-        )
+        missing = f"has {len(paths)} of the models {name}_subset_*.pth"
+        raise pipeline.UserError(f"--retrained_dir {folder} {missing} by train.py --subset_fraction: train some 50")
     trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
     for path, kept in zip(tqdm(paths, "Evaluating retrained models", leave=False), trained_on, strict=True):
         model, found = pipeline.load_checkpoint(path, queries.images.device)

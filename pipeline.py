@@ -5,6 +5,7 @@ command line ► files ► images and labels ► label corruption ► checkpoint
 import argparse
 import contextlib
 import copy
+import ctypes
 import hashlib
 import inspect
 import io
@@ -33,8 +34,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.module import TrackedConv2d, TrackedLinear, TrackedModule
-from kronfluence.module.tracked_module import ModuleMode
+from kronfluence.module.tracked_module import ModuleMode, TrackedModule
 from kronfluence.module.tracker.factor import CovarianceTracker, LambdaTracker
 from kronfluence.module.tracker.pairwise_score import PairwiseScoreTracker
 from kronfluence.module.tracker.precondition import PreconditionTracker
@@ -84,6 +84,9 @@ def run(main):
     warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
+    with contextlib.suppress(AttributeError, TypeError):  # glibc keeps freed memory: 15 % of a detection on AVX2 cores
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     try:
         return main()
     except UserError as error:
@@ -182,8 +185,8 @@ def is_main_process():
 def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
-    Raises UserError for `cuda` where there is none, and for more than one process where the script cannot use
-    `several_processes`, or has no GPU for them: kronfluence sums its factors over processes on CUDA only.
+    Raises UserError for `cuda` where there is none, and for several processes where the script cannot use them, or has
+    no GPU for each: kronfluence sums its factors over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
@@ -200,8 +203,7 @@ def choose_device(name, several_processes):
 def choose_dtype(precision, device):
     """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
 
-    Lets CUDA round what stays float32 to TF32 where that dtype is bfloat16, and never where it is float32; sums inside
-    a product of bfloat16 matrices stay float32.
+    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -325,10 +327,9 @@ def draw_examples(total, num_examples):
 
 
 def load_cifar10(dataset_dir, split, num_examples, cache_dir):
-    """Loads CIFAR-10 through torchvision, which downloads it where it is missing and checks its files.
+    """Loads CIFAR-10 through torchvision, which checks its files, and downloads it once where it is missing.
 
-    Where several processes find it missing, one downloads it and the others wait. Returns images, uint8
-    [N, 32, 32, 3], labels, names of the classes, and paths, as the other loaders do.
+    Like the other loaders it returns images, uint8 [N, 32, 32, 3], labels, names of the classes, and paths.
     """
     try:
         from torchvision.datasets import CIFAR10  # fails beside a torch that was built for other hardware
@@ -340,19 +341,14 @@ def load_cifar10(dataset_dir, split, num_examples, cache_dir):
             with FileLock(Path(dataset_dir) / ".cifar10.lock"), contextlib.redirect_stdout(io.StringIO()):
                 found = CIFAR10(dataset_dir, train=split == "train", download=True)
     except (ImportError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it ({first_line(error)}): name its "
-            "folder with --dataset_dir, or use --dataset imagefolder for images of your own, or synthetic for none"
-        ) from error
+        reason = f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it ({first_line(error)})"
+        raise UserError(f"{reason}: give --dataset_dir, or --dataset imagefolder or synthetic") from error
     chosen = draw_examples(len(found.data), num_examples)
     return found.data[chosen.numpy()], torch.tensor(found.targets)[chosen], found.classes, [""] * len(chosen)
 
 
 def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
-    """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed shuffled order.
-
-    Class folders come sorted, and a query set or a subset must not follow the classes, hence the shuffle.
-    """
+    """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed random order, not class by class."""
     samples, class_names = split_samples(Path(dataset_dir), split)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
     paths, labels = zip(*(samples[i] for i in order[draw_examples(len(order), num_examples)]), strict=True)
@@ -472,10 +468,7 @@ def read_image(path):
 
 
 def load_digits(dataset_dir, split, num_examples, cache_dir):
-    """Draws the digits 0 to 9 in random colours, places, sizes and rotations over textured backgrounds.
-
-    Image i of a split is the same whichever others are drawn; neither `dataset_dir` nor `cache_dir` is used.
-    """
+    """Draws digits in random colours, places, sizes and rotations; each is the same whichever others are drawn."""
     chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
     images, labels = zip(*(draw_digit((*SYNTHETIC_SEEDS[split], index)) for index in chosen.tolist()), strict=True)
     return np.stack(images), torch.tensor(labels), map(str, range(10)), [""] * len(chosen)
@@ -511,14 +504,14 @@ LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic"
 def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
     """Gives exactly round(fraction * N) randomly chosen examples a label drawn uniformly from the other classes.
 
-    labels: int64 [N] on the CPU. Returns new labels, int64 [N].
+    labels: int64 [N] on the CPU. Returns new labels, int64 [N], and which ones were changed, bool [N].
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
-    labels = labels.clone()
-    labels[chosen] = (labels[chosen] + shift) % num_classes
-    return labels
+    corrupted = labels.clone()
+    corrupted[chosen] = (labels[chosen] + shift) % num_classes
+    return corrupted, corrupted != labels
 
 
 def training_examples(clean, fraction, cleaning=None):
@@ -528,7 +521,8 @@ def training_examples(clean, fraction, cleaning=None):
     images, then puts in its `new_labels`, a dictionary, and leaves out those `excluded`, a list. What a person says of
     a label that was not made wrong counts as true.
     """
-    data = replace(clean, labels=corrupt_labels(clean.labels, fraction or 0, len(clean.class_names)))
+    labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+    data = replace(clean, labels=labels)
     if cleaning is None:
         return data
     labels = data.labels.clone()
@@ -550,6 +544,15 @@ def checkpoint_path(checkpoint_dir, fraction, kind=""):
     return Path(checkpoint_dir) / f"{name}{kind and '_'}{kind}.pth"
 
 
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
 def load_checkpoint(path, device="cpu"):
     """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
 
@@ -559,17 +562,13 @@ def load_checkpoint(path, device="cpu"):
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("model*.pth"))
         there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(
-            f"there is no checkpoint {path}{there}: run train.py with the same --checkpoint_dir, --dataset and "
-            "--corrupt_percentage (and for --cleaned with --exclude_suspects or --corrections) first; "
-            "--corrupt_percentage 0 takes model.pth"
-        )
+        raise UserError(f"there is no checkpoint {path}{there}: run train.py with the same data flags first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
         if not metadata.keys() >= {"aum", "data_sha256"}:
             raise ValueError("written by an earlier train.py")
-        model = ResNet9(len(metadata["class_names"]))
+        model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
     except OSError:
         raise
@@ -589,11 +588,8 @@ def load_trained(path, device, clean, fraction):
     same = metadata["num_loaded"] == len(clean)
     data = training_examples(clean, fraction, metadata["cleaning"]) if same else clean
     if not same or (data.digest, data.class_names) != (metadata["data_sha256"], metadata["class_names"]):
-        raise UserError(
-            f"{path} was trained on other images or labels ({metadata['num_train']} of {metadata['dataset']}, "
-            f"--corrupt_percentage {metadata['corrupt_percentage']}) than the {len(clean)} asked about: "
-            "give the data flags it was trained with, or train again"
-        )
+        was = f"{metadata['num_train']} of {metadata['dataset']}, --corrupt_percentage {metadata['corrupt_percentage']}"
+        raise UserError(f"{path} was trained on other images or labels ({was}): give its data flags, or train again")
     if is_main_process():
         wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
         print(f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %")
@@ -629,7 +625,7 @@ class Residual(nn.Sequential):
 
 
 class ResNet9(nn.Module):
-    """The 2.3 M parameter ResNet for 32x32 images, channels last. Logits leave it in float32, also under autocast."""
+    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -645,13 +641,17 @@ class ResNet9(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(128, num_classes, bias=False)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
         features = self.features(images).to(self.head.weight.dtype)
         # Logits in bfloat16 would tie, and losses and margins with them.
         with torch.autocast(images.device.type, enabled=False):
             return 0.2 * self.head(features)
+
+
+def construct_resnet9(num_classes=10):
+    """Returns a ResNet-9 with random weights, channels last in memory."""
+    return ResNet9(num_classes).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -750,6 +750,22 @@ CACHED_ELEMENTS = 2**20  # 4 MB in float32
 SYMMETRIC_BLOCK = 256
 
 
+def patches(layer, inputs):
+    """Returns what each position of a convolution or linear layer sees, [B, T, I], with a column of ones for a bias.
+
+    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as kronfluence's:
+    so they are copied in runs of channels from inputs [B, C, H, W] that are channels last in memory.
+    """
+    if isinstance(layer, nn.Conv2d):
+        (height, width), (top, left), (stride, column_stride) = layer.kernel_size, layer.padding, layer.stride
+        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
+        windows = images.unfold(1, height, stride).unfold(2, width, column_stride)  # (B, H', W', C, height, width)
+        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(len(images), -1, height * width * images.shape[3])
+    else:
+        a = inputs[:, None]
+    return a if layer.bias is None else F.pad(a, (0, 1), value=1)
+
+
 def rotated_gradient(a, g, q_a, q_g):
     """Returns Q_G^T G Q_A, [B, O, I]; q_a [I, I] and q_g [O, O] hold eigenvectors in columns, None for no rotation."""
     if q_a is None:
@@ -805,9 +821,8 @@ class BatchHooks:
         @torch.no_grad()
         def backward_hook(activation, gradient):
             dtype = getattr(self.module.precision, self.inputs)
-            a, _ = self.module.get_flattened_activation(activation.to(dtype))  # (B*T, I)
-            g, _ = self.module.get_flattened_gradient(gradient.to(dtype))  # (B*T, O)
-            self.update(*(rows.reshape(len(gradient), -1, rows.shape[1]) for rows in (a, g)))
+            g = gradient.to(dtype).flatten(2).mT if gradient.dim() == 4 else gradient.to(dtype)[:, None]
+            self.update(patches(self.module.original_module, activation.to(dtype)), g)
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
@@ -885,48 +900,23 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
         self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.precision.sums)
 
 
-class EigenbasisTrackers:
-    """A mixin that gives kronfluence's tracked modules the trackers above, and KFAC no negative eigenvalues."""
+def install_trackers(module, precision):
+    """Gives a module of kronfluence the trackers above, and KFAC zero for what rounding made a negative eigenvalue."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._trackers |= {
-            ModuleMode.COVARIANCE: CovarianceSums(self),
-            ModuleMode.LAMBDA: LambdaSums(self),
-            ModuleMode.SELF_SCORE: SelfInfluence(self),
-            ModuleMode.PRECONDITION_GRADIENT: PreconditionedQuery(self),
-            ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(self),
-        }
-
-    def prepare_storage(self, device):
-        """Has kronfluence prepare the factors, with KFAC's eigenvalues that rounding left below zero at zero."""
+    def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
-            if self.storage[name] is not None:
-                self.storage[name].clamp_(min=0)
-        super().prepare_storage(device)
+            if module.storage[name] is not None:
+                module.storage[name].clamp_(min=0)
+        prepare(device)
 
-
-class EigenbasisLinear(EigenbasisTrackers, TrackedLinear):
-    """A linear layer that kronfluence tracks by the trackers above."""
-
-
-class EigenbasisConv2d(EigenbasisTrackers, TrackedConv2d):
-    """A convolution, neither dilated nor grouped, that kronfluence tracks by the trackers above.
-
-    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as
-    kronfluence's are: so they are copied in runs of channels from images that are channels last in memory.
-    """
-
-    def get_flattened_activation(self, input_activation):
-        """Returns the patches [B*T, I] of images [B, C, H, W], with a column of ones for a bias; and B*T."""
-        layer = self.original_module
-        (height, width), (top, left), (stride, column_stride) = layer.kernel_size, layer.padding, layer.stride
-        images = F.pad(input_activation.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
-        patches = images.unfold(1, height, stride).unfold(2, width, column_stride)  # (B, H', W', C, height, width)
-        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * images.shape[3])
-        if layer.bias is not None:
-            patches = F.pad(patches, (0, 1), value=1)
-        return patches, len(patches)
+    module.precision, module.prepare_storage = precision, prepare_storage
+    module._trackers |= {
+        ModuleMode.COVARIANCE: CovarianceSums(module),
+        ModuleMode.LAMBDA: LambdaSums(module),
+        ModuleMode.SELF_SCORE: SelfInfluence(module),
+        ModuleMode.PRECONDITION_GRADIENT: PreconditionedQuery(module),
+        ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(module),
+    }
 
 
 # ---- Influence: factors and scores ---------------------------------------------------------------
@@ -944,11 +934,10 @@ def influence_code():
 class InfluenceRun:
     """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
 
-    Everything lies in `folder`, `<path>-<fingerprint>`: `factors_*` and `scores_*`, named by a hash of all that they
-    depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on all of `data`, or on
-    `factor_examples` of them, drawn at random; `seed` draws the pseudo-labels. `batch_size` images are taken at a time,
-    by default 64 on a CPU and 1,024 on CUDA. `seconds` gets the times by phase, and with `profile` kronfluence keeps a
-    table of its own. Raises UserError where there are fewer images than `factor_examples`, or `folder` cannot be made.
+    All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
+    fitted on all of `data`, or on `factor_examples` drawn at random; `seed` draws the pseudo-labels. `batch_size` is 64
+    by default, on CUDA 1,024. `seconds` gets the times by phase, and with `profile` kronfluence keeps a table. Raises
+    UserError where there are fewer images than `factor_examples`, or `folder` cannot be made.
     """
 
     def __init__(
@@ -969,10 +958,10 @@ class InfluenceRun:
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
 
-        TrackedModule.SUPPORTED_MODULES |= {nn.Conv2d: EigenbasisConv2d, nn.Linear: EigenbasisLinear}
         tracked = prepare_model(copy.deepcopy(model), ClassificationTask())
         for module in tracked.modules():
-            module.precision = self.precision
+            if isinstance(module, TrackedModule):
+                install_trackers(module, self.precision)
         place = {"cpu": not data.images.is_cuda, "output_dir": str(self.folder.parent)}
         self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), profile=profile, **place)
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
@@ -980,9 +969,8 @@ class InfluenceRun:
     def computed(self, kind, settings, compute):
         """Returns the folder of a kind of factors or scores, made by `compute(name, batch_size)` where there is none.
 
-        It is named by the hash of all that it depends on, such as `settings`. It is made under another name and renamed
-        when whole: what exists is complete. While memory runs out, the batch size is halved. Under torchrun the first
-        process decides and renames, and memory must do.
+        It is named by the hash of all that it depends on. It is made under another name and renamed when whole, so that
+        what exists is complete. While memory runs out, the batch size is halved, but not under torchrun.
         """
 
         def attempt(batch_size):
@@ -1025,10 +1013,8 @@ class InfluenceRun:
             for path in sorted(self.folder.glob(f"*_{name}/*.safetensors")):
                 for layer, tensor in load_file(path).items():
                     if not tensor.isfinite().all():
-                        raise NumericalError(
-                            f"NaN or infinity in the phase '{phase}' ({path.stem} of {layer}): the training probably "
-                            "diverged (lower its --learning_rate), or another --damping_factor is needed"
-                        )
+                        where = f"in the phase '{phase}' ({path.stem} of {layer})"
+                        raise NumericalError(f"NaN or infinity {where}: train with a lower --learning_rate")
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
@@ -1075,9 +1061,8 @@ class InfluenceRun:
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
         """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
 
-        `query_batch_size` preconditioned query gradients (9 MB each in float32) are held at a time, fewer where they
-        would fill a computer's memory; the training gradients are formed anew for every such batch. Raises
-        NumericalError where a score is not a number.
+        `query_batch_size` query gradients (9 MB each in float32) are held at a time, on a CPU at most 2 GB of them; the
+        training gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
         if not query_data.images.is_cuda:
@@ -1121,7 +1106,7 @@ def load_runs(args, seconds):
     """Returns what the flags of `influence_parser` name, ready to compute influence.
 
     That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
-    UserError where models are not of the same images, labels and recipe, or one comes twice.
+    UserError where models were not trained alike, or one comes twice.
     """
     device, kind = choose_device(args.device, several_processes=True), "cleaned" * args.cleaned
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)

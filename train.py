@@ -5,7 +5,6 @@ zero. `python train.py --help` lists the flags; their defaults are the recipe fo
 """
 
 import csv
-import io
 import time
 from pathlib import Path
 
@@ -94,10 +93,8 @@ def find_example(place, row, data, by_path):
     else:
         raise pipeline.UserError(f"{place}: needs a path or an index")
     if row.get("label", "").strip() not in ("", str(data.labels[found].item())):
-        raise pipeline.UserError(
-            f"{place}: image {found} has the label {data.labels[found]} before any cleaning, not {row['label']}: "
-            "give the data flags of the detection, or leave out the column label"
-        )
+        labels = f"the label {data.labels[found]} before any cleaning, not {row['label']}"
+        raise pipeline.UserError(f"{place}: image {found} has {labels}: give the data flags of the detection")
     return found
 
 
@@ -112,10 +109,8 @@ def read_suspects(path, fraction, data):
             raise pipeline.UserError(f"{place}: rank {row['rank']} where {len(ranking) + 1} is due: keep its order")
         ranking.append(find_example(place, row, data, by_path))
     if sorted(ranking) != list(range(len(data))):
-        raise pipeline.UserError(
-            f"--exclude_suspects {path} ranks {len(set(ranking))} of the {len(data)} training images: give the ranking "
-            "of a model trained on all of them"
-        )
+        ranked = f"ranks {len(set(ranking))} of the {len(data)} training images"
+        raise pipeline.UserError(f"--exclude_suspects {path} {ranked}: give a ranking of all of them")
     return {"excluded": ranking[: round(fraction * len(ranking))], "new_labels": {}}
 
 
@@ -137,10 +132,8 @@ def read_corrections(path, data):
         decided[index] = data.class_names.index(name) if name else None
     excluded = [index for index, label in decided.items() if label is None]
     if len(excluded) > len(data) / 2:
-        raise pipeline.UserError(
-            f"--corrections {path} leaves out {len(excluded)} of the {len(data)} images, because an empty new_label "
-            "does so: delete the rows of images that nothing was decided about"
-        )
+        most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
+        raise pipeline.UserError(f"--corrections {path} {most}: delete rows that nothing was decided about")
     return {"excluded": excluded, "new_labels": {i: label for i, label in decided.items() if label is not None}}
 
 
@@ -286,15 +279,6 @@ def print_accuracies(model, data, test, batch_size, dtype):
     return {name: accuracy for name, (_, accuracy) in results.items()}
 
 
-def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
-    torch.save({"weights": weights, "metadata": metadata}, content)
-    with pipeline.atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
 def print_next_steps(args, kind):
     """Prints the commands that take up what was trained."""
     flags = {"corrupt_percentage": args.corrupt_percentage or 0}
@@ -326,7 +310,7 @@ def main():
 
     data = data.to(device)
     torch.manual_seed(args.seed)
-    model = pipeline.ResNet9(len(data.class_names)).to(device)
+    model = pipeline.construct_resnet9(len(data.class_names)).to(device)
     recipe, train_start = {name: getattr(args, name) for name in RECIPE}, time.perf_counter()
     aum = train(model, data, **recipe, seed=args.seed, dtype=dtype)
     train_seconds = time.perf_counter() - train_start
@@ -344,7 +328,7 @@ def main():
         "train_seconds": train_seconds,
         "environment": pipeline.environment(device),
     }
-    save_checkpoint(path, model, metadata)
+    pipeline.save_checkpoint(path, model, metadata)
     print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
     print_next_steps(args, kind)
 

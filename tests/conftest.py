@@ -24,6 +24,8 @@ sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
 import pipeline  # noqa: E402, from the project's root
 
+pipeline.NUM_SYNTHETIC["test"] = 50  # because drawing and evaluating 500 takes longer than most of what is tested
+
 TRAIN, ANALYZE, DETECT = SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
 # What every end-to-end test trains on: 60 digits, 6 of them mislabeled.
 SYNTHETIC = ("--dataset", "synthetic", "--num_train_examples", "60", "--corrupt_percentage", "0.1", "--device", "cpu")

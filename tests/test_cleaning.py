@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DETECT, SYNTHETIC, digits, image_data, read_table, run, succeed
+from conftest import DETECT, digits, image_data, read_table, run, succeed
 from PIL import Image
 
 import analyze
@@ -45,9 +45,7 @@ def written(tmp_path):
     return write
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def test_corrections_by_path_and_by_index(written, data):
@@ -141,9 +139,7 @@ def test_examples_after_cleaning(data):
     assert all(cleaned.labels[cleaned.indices == i] == corrupted.labels[i] for i in untouched)
 
 
-# --------------------------------------------------------------------------------------------------
-# From scores to a better model, by the commands that the scripts print
-# --------------------------------------------------------------------------------------------------
+# ---- From scores to a better model, by the commands that the scripts print -----------------------
 
 
 def printed_commands(output):
@@ -220,11 +216,6 @@ def test_corrections_follow_the_printed_command(loop):
         assert row["train_label"] == row["train_class_name"] == str(clean.labels[int(row["train"])].item())
 
 
-def test_a_cleaned_model_that_there_is_not(trained, tmp_path):
-    finished = run(tmp_path, DETECT, *SYNTHETIC, "--cleaned", "--checkpoint_dir", trained[0] / "checkpoints")
-    assert finished.status == 2 and "model_corrupt_0.1_cleaned.pth" in finished.err
-
-
 def test_the_printed_commands_train_as_before(monkeypatch, capsys):
     flags = ["--dataset", "synthetic", "--precision", "bf16", "--checkpoint_dir", "a", "b"]
     monkeypatch.setattr("sys.argv", [DETECT, *flags])
@@ -248,9 +239,7 @@ def test_a_command_is_quoted_for_the_shell(monkeypatch):
     assert shlex.split(text) == ["python", "x.py", *words]
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures of few images, many classes and long names
-# --------------------------------------------------------------------------------------------------
+# ---- Pictures of few images, many classes and long names -----------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 6, 250])
@@ -283,14 +272,6 @@ def test_no_harmful_image_is_called_helpful(tmp_path, data):
     first = [("helpful", "1", "4"), ("helpful", "2", "0"), *(("harmful", str(n + 1), t) for n, t in enumerate("135"))]
     second = [("harmful", str(n + 1), t) for n, t in enumerate("543210")]
     assert found == [("0", *row) for row in first] + [("1", *row) for row in second]
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [("cat", "cat"), ("sixteen letters!", "sixteen letters!"), ("seventeen letters", "seventee…letters")],
-)
-def test_long_names_are_shortened(name, short):
-    assert pipeline.shorten(name) == short
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,7 @@ def content(path):
     return path.read_bytes()
 
 
-# --------------------------------------------------------------------------------------------------
-# kill -9
-# --------------------------------------------------------------------------------------------------
+# ---- kill -9 -------------------------------------------------------------------------------------
 
 
 def kill_before_each_renaming(name, *flags):
@@ -146,6 +144,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
         return rename
 
     Path.rename, Path.replace = watched(Path.rename), watched(Path.replace)
+    pipeline.NUM_SYNTHETIC["test"] = 500  # as in the reference
     sys.argv, status = [name, *flags], 0
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -170,9 +169,7 @@ def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tm
     assert len(left) == (0 if name == TRAIN else 2), "a kill in either stage leaves its unfinished folder"
 
 
-# --------------------------------------------------------------------------------------------------
-# A full disk, and folders that cannot be
-# --------------------------------------------------------------------------------------------------
+# ---- A full disk, and folders that cannot be -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -218,9 +215,7 @@ def test_two_detections_at_once_both_end_with_the_right_result(reference, tmp_pa
     assert results(tmp_path) == reference[DETECT].results and not list(tmp_path.rglob("*unfinished*"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Out of memory, Ctrl-C
-# --------------------------------------------------------------------------------------------------
+# ---- Out of memory, Ctrl-C -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -268,9 +263,7 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(reference, tmp_pa
     assert results(tmp_path) == reference[name].results
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes
-# --------------------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -59,7 +59,7 @@ def gradients_by_torch_func(model, data, loss):
 
 def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(make_run, data, queries):
     torch.manual_seed(0)
-    model = pipeline.ResNet9(10).eval()
+    model = pipeline.construct_resnet9(10).eval()
     train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
     query_gradients = gradients_by_torch_func(model, queries, minus_margin)
     run = make_run("identity", model=model)
@@ -123,11 +123,12 @@ def test_patches_and_their_covariance_are_those_of_torchs_unfold(monkeypatch, ke
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
     images = torch.randn(3, 5, 11, 8, dtype=torch.float64)
-    patches = F.unfold(images, layer.kernel_size, 1, layer.padding, layer.stride)  # (B, C*k*k, T)
-    patches = patches.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2).flatten(0, 1)  # (B*T, k*k*C)
-    found, _ = pipeline.EigenbasisConv2d("layer", layer).get_flattened_activation(images)
-    assert torch.equal(found, patches)
-    assert relative_error(pipeline.symmetric_product(found), patches.T @ patches) < 1e-12
+    expected = F.unfold(images, layer.kernel_size, 1, layer.padding, layer.stride)  # (B, C*k*k, T)
+    expected = expected.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2)  # (B, T, k*k*C)
+    found = pipeline.patches(layer, images)
+    assert torch.equal(found, expected)
+    rows = found.flatten(0, 1)
+    assert relative_error(pipeline.symmetric_product(rows), rows.T @ rows) < 1e-12
 
 
 def test_margins_by_hand():
@@ -168,9 +169,7 @@ def test_factors_of_fewer_images_are_those_of_a_random_subset(make_run, data, tm
             assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-6), name
 
 
-# --------------------------------------------------------------------------------------------------
-# Reuse
-# --------------------------------------------------------------------------------------------------
+# ---- Reuse ---------------------------------------------------------------------------------------
 
 
 def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monkeypatch):

@@ -36,9 +36,7 @@ def folder(tmp_path_factory):
     return root
 
 
-# --------------------------------------------------------------------------------------------------
-# Subsets
-# --------------------------------------------------------------------------------------------------
+# ---- Subsets -------------------------------------------------------------------------------------
 
 
 def test_subsets_follow_their_seed_and_nothing_else():
@@ -46,7 +44,7 @@ def test_subsets_follow_their_seed_and_nothing_else():
     halves = [set(train.draw_subset(2000, 0.5, seed)["excluded"]) for seed in (0, 1, pipeline.CORRUPTION_SEED)]
     assert all(len(half) == 1000 for half in halves)
     assert halves[0] == set(train.draw_subset(2000, 0.5, 0)["excluded"])
-    wrong = set(pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10).nonzero().squeeze(1).tolist())
+    wrong = set(pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)[1].nonzero().squeeze(1).tolist())
     for half in halves:
         assert 65 < len(half & wrong) < 135
         assert sorted(len(half & other) for other in halves)[:2] == pytest.approx([500, 500], abs=55)
@@ -60,9 +58,7 @@ def test_a_subset_model_is_trained_on_its_subset(folder):
         assert metadata["data_sha256"] == pipeline.training_examples(digits(40), 0.2, subset).digest
 
 
-# --------------------------------------------------------------------------------------------------
-# The linear datamodeling score
-# --------------------------------------------------------------------------------------------------
+# ---- The linear datamodeling score ---------------------------------------------------------------
 
 # Three images, four models. Sums of the first query's scores (1, 2, 4): 3, 5, 6, 7.
 TRAINED_ON = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)
@@ -131,9 +127,7 @@ def test_the_linear_datamodeling_score_of_each_model_and_of_their_mean(folder, a
     assert f"{row['mean']:7.4f} ± {row['standard_error']:.4f}   {results.name}" in output
 
 
-# --------------------------------------------------------------------------------------------------
-# Models that do not belong together
-# --------------------------------------------------------------------------------------------------
+# ---- Models that do not belong together ----------------------------------------------------------
 
 
 def refused(folder, *flags):

@@ -36,15 +36,13 @@ def documented(name):
     return [word for row in table[2:] for word in re.findall(r"`(\w+)`", row.split("|")[1])]
 
 
-# --------------------------------------------------------------------------------------------------
-# train.py
-# --------------------------------------------------------------------------------------------------
+# ---- train.py ------------------------------------------------------------------------------------
 
 
 def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
     folder, output = trained
     lines = output.splitlines()
-    assert lines[0].startswith("60 training images (6 with a wrong label), 500 test images, 10 classes")
+    assert lines[0].startswith("60 training images (6 with a wrong label), 50 test images, 10 classes")
     for name in ("epoch   1/1", "train  ", "train, true labels", "test"):
         assert any(line.startswith(name) for line in lines), name
     assert any("wrote checkpoints/model_corrupt_0.1.pth" in line for line in lines)
@@ -82,9 +80,7 @@ def test_imagefolder_end_to_end(class_folders, tmp_path):
     assert json.loads((result_folder(tmp_path) / "pairwise_diagonal.json").read_text())["num_query"] == 6
 
 
-# --------------------------------------------------------------------------------------------------
-# detect_mislabeled_dataset.py
-# --------------------------------------------------------------------------------------------------
+# ---- detect_mislabeled_dataset.py ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

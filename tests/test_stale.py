@@ -4,6 +4,7 @@ The scripts run in this process, through their `main`, on 40 digits with diagona
 """
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -13,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pipeline
-import train
 
 DATA = ("--dataset", "synthetic", "--num_train_examples", "40", "--device", "cpu", "--precision", "fp32")
 RECIPE = ("--train_batch_size", "8", "--num_train_epochs", "1", "--learning_rate", "0.05")
@@ -132,59 +132,33 @@ def test_json_names_the_flags_of_the_run_that_wrote_it(used):
     assert record["flags"]["damping_factor"] == 1e-5
 
 
-# --------------------------------------------------------------------------------------------------
-# Foreign checkpoints
-# --------------------------------------------------------------------------------------------------
+# ---- Foreign checkpoints -------------------------------------------------------------------------
 
 
-def other_architecture(path, metadata):
-    """A checkpoint with the metadata of ours and the weights of another network."""
-    train.save_checkpoint(path, torch.nn.Linear(3, 3), metadata)
+FOREIGN = {  # what lies there in place of the checkpoint: weights and what of the metadata is changed or missing, or bytes
+    "another network": (torch.nn.Linear(3, 3), {}),
+    "another number of classes": (pipeline.construct_resnet9(3), {"class_names": ["a", "b", "c"]}),
+    "another data set": (pipeline.construct_resnet9(), {"data_sha256": "0" * 64}),
+    "an earlier train.py": (pipeline.construct_resnet9(), "aum"),
+    "half a file": lambda content: content[: len(content) // 2],
+    "an empty file": lambda content: b"",
+    "a pickle": lambda content: pickle.dumps({"weights": {}}),
+}
 
 
-def other_number_of_classes(path, metadata):
-    """A checkpoint of a ResNet-9 for three classes."""
-    metadata = metadata | {"class_names": ["a", "b", "c"]}
-    train.save_checkpoint(path, pipeline.ResNet9(3), metadata)
-
-
-def other_data_set(path, metadata):
-    """A checkpoint whose training images were others."""
-    train.save_checkpoint(path, pipeline.ResNet9(10), metadata | {"data_sha256": "0" * 64})
-
-
-def of_an_earlier_train(path, metadata):
-    """A checkpoint that does not say what happened during the training."""
-    del metadata["aum"]
-    train.save_checkpoint(path, pipeline.ResNet9(10), metadata)
-
-
-def half_a_file(path, metadata):
-    """The first half of a checkpoint."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty_file(path, metadata):
-    """Nothing."""
-    path.write_bytes(b"")
-
-
-def foreign_weights(path, metadata):
-    """What other programs save under this name: bare weights."""
-    torch.save(pipeline.ResNet9(10).state_dict(), path)
-
-
-@pytest.mark.parametrize(
-    "replace",
-    [
-        *(other_architecture, other_number_of_classes, other_data_set),
-        *(of_an_earlier_train, half_a_file, empty_file, foreign_weights),
-    ],
-    ids=lambda function: function.__name__.replace("_", " "),
-)
-def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, replace):
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, what):
     path = used / "checkpoints" / "model.pth"
-    replace(path, pipeline.load_checkpoint(path)[1])
+    if callable(FOREIGN[what]):
+        path.write_bytes(FOREIGN[what](path.read_bytes()))
+    else:
+        model, changed = FOREIGN[what]
+        metadata = pipeline.load_checkpoint(path)[1]
+        if changed == "aum":
+            del metadata["aum"]
+        else:
+            metadata |= changed
+        pipeline.save_checkpoint(path, model, metadata)
     before = results(used).keys()
     finished = run(used, ANALYZE, *DATA, *QUERIES)
     assert finished.status == 2 and finished.err.count("\n") == 1

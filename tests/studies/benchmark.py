@@ -3,11 +3,11 @@
 The reference is unmodified kronfluence with its defaults (float32, a data loader with per-image transforms) but a
 given batch size, and a float32 training loop over the same kind of loader. Each runs in a process of its own,
 alternating with the scripts, on the same checkpoint, images and pseudo-labels; figures are medians over the repeats.
-Prints the tables of the README's section "Speed", and writes everything to a json file if asked to:
+Prints the tables on speed of README.md beside this file:
 
-    python tests/benchmark.py
-    python tests/benchmark.py --parts --scaling 1000,2000,4000
-    python tests/benchmark.py --dataset imagefolder --dataset_dir DIR --num_train_examples 50000 \
+    python tests/studies/benchmark.py
+    python tests/studies/benchmark.py --parts --scaling 1000,2000,4000
+    python tests/studies/benchmark.py --dataset imagefolder --dataset_dir DIR --num_train_examples 50000 \
         --num_query_examples 2000 --train_batch_size 512 --num_train_epochs 25 --reference_batch_size 512
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from precision import spearman
 
 import detect_mislabeled_dataset as detect
@@ -36,9 +36,7 @@ import train
 ROOT = Path(pipeline.__file__).parent
 WORK = ("covariance", "eigendecomposition", "lambda", "scores")
 
-# --------------------------------------------------------------------------------------------------
-# The reference configuration
-# --------------------------------------------------------------------------------------------------
+# ---- The reference configuration -----------------------------------------------------------------
 
 
 class TransformedImages(torch.utils.data.Dataset):
@@ -47,7 +45,7 @@ class TransformedImages(torch.utils.data.Dataset):
     def __init__(self, data, augmented=False, seed=1004):
         from torchvision import transforms
 
-        augmentations = [transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=pipeline.CROP_PADDING)]
+        augmentations = [transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=train.CROP_PADDING)]
         augmentations += [transforms.RandomHorizontalFlip()]
         normalization = transforms.Normalize(pipeline.CHANNEL_MEAN, pipeline.CHANNEL_STD)
         self.transform = transforms.Compose((augmentations * augmented) + [transforms.ToTensor(), normalization])
@@ -127,21 +125,19 @@ def run_reference(args):
     """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
     cache_dir = Path(args.output_dir).parent  # reading is not what is measured
-    clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, cache_dir)
-    data, _ = pipeline.training_examples(clean, args.corrupt_percentage)
-    test = pipeline.load_test_data(args.dataset, args.dataset_dir, cache_dir)
+    clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, cache_dir)
+    data = pipeline.training_examples(clean, args.corrupt_percentage)
+    test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=cache_dir)
     queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
     if args.reference == "training":
         figures = reference_training(args, data, test, device)
     else:
         figures = reference_scores(args, data, queries, device)
     figures["peak_memory_bytes"] = pipeline.peak_memory_bytes(device)
-    pipeline.write_json(Path(args.output_dir) / "reference.json", figures)
+    (Path(args.output_dir) / "reference.json").write_text(json.dumps(figures))
 
 
-# --------------------------------------------------------------------------------------------------
-# The scripts
-# --------------------------------------------------------------------------------------------------
+# ---- The scripts ---------------------------------------------------------------------------------
 
 
 def call(*command):
@@ -190,16 +186,14 @@ def run_script(name, flags, checkpoint_dir, precision, output_dir):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# Side by side
-# --------------------------------------------------------------------------------------------------
+# ---- Side by side --------------------------------------------------------------------------------
 
 
 def read_scores(path):
     """Returns the scores in a file as a float64 array, [N] or [Q, N]."""
     from safetensors.torch import load_file
 
-    return load_file(path)[pipeline.ALL_MODULE_NAME].double().numpy()
+    return load_file(path)["all_modules"].double().numpy()
 
 
 def agreement(scores, reference, is_corrupted):
@@ -329,7 +323,6 @@ def main():
     flag("--repeats", type=int, default=3)
     flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
     flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
-    flag("--json", type=Path, help="also write everything to this file")
     hidden = {"help": argparse.SUPPRESS}
     flag("--reference", choices=("training", "self", "pairwise"), **hidden)
     flag("--seed", type=int, default=0, **hidden)
@@ -349,8 +342,8 @@ def main():
     machine = pipeline.environment(device) | {"product_speed": speeds}
     figures, scaled = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, folder)
-        is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage)[1].numpy()
+        clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, folder)
+        is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage).is_corrupted.numpy()
         for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):
             figures.setdefault((what, who), []).append(row)
             print(f"{what:10}{who:10}", {name: value for name, value in row.items() if name != "scores"}, flush=True)
@@ -360,11 +353,7 @@ def main():
     print(f"\n{machine}")
     for what in args.parts:
         print_training(figures) if what == "training" else print_scores(figures, what)
-    content = {f"{what}, {who}": rows for (what, who), rows in figures.items()}
-    arguments = {name: str(value) for name, value in vars(args).items()}
-    if args.json:
-        pipeline.write_json(args.json, {"arguments": arguments, "machine": machine, "scaling": scaled, **content})
 
 
 if __name__ == "__main__":
-    main() if "--reference" in sys.argv else pipeline.run(main)  # the reference manages its memory as it always does
+    pipeline.run(main)

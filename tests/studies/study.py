@@ -1,8 +1,8 @@
 """Studies too long for a test: what finds mislabeled images, what cleaning is worth, how many images factors need.
 
-    python tests/study.py detection --dataset cifar10
-    python tests/study.py cleaning --dataset cifar10
-    python tests/study.py factors --dataset cifar10 --retrained_dir DIR
+    python tests/studies/study.py detection --dataset cifar10
+    python tests/studies/study.py cleaning --dataset cifar10
+    python tests/studies/study.py factors --dataset cifar10 --retrained_dir DIR
 
 `detection` trains on wrong labels of several kinds, and compares all methods and, with `--folds`, the loss of held-out
 images in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without the
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from precision import spearman
 
 import analyze
@@ -39,7 +39,7 @@ SIMILAR = {
     **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
     **{"airplane": "ship", "ship": "airplane", "bird": "airplane", "frog": "bird"},
 }
-FOLDER = Path(__file__).resolve().parent / "studies"
+FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
 RANKINGS = ("aum_margin", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
@@ -58,10 +58,12 @@ class Study:
         pipeline.make_folder(self.folder)
         self.device = pipeline.choose_device("auto", several_processes=False)
         self.dtype = pipeline.choose_dtype("auto", self.device)
-        self.clean = pipeline.load_train_data(args.dataset, args.dataset_dir, args.num_train_examples, self.folder)
-        self.test = pipeline.load_test_data(args.dataset, args.dataset_dir, self.folder).to(self.device)
+        place = args.dataset, args.dataset_dir
+        self.clean = pipeline.load_data(*place, "train", args.num_train_examples, self.folder)
+        self.test = pipeline.load_data(*place, "test", cache_dir=self.folder).to(self.device)
         settings = {"dataset": args.dataset, "num_train_examples": args.num_train_examples}
-        settings |= pipeline.recipe(vars(args))
+        self.recipe = {name: getattr(args, name) for name in train.RECIPE}
+        settings |= self.recipe
         settings["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
         self.machine = {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
         self.asked = settings | self.machine
@@ -90,14 +92,13 @@ class Study:
         """Returns the rows by `machine` of a job, or of all that share these of its settings."""
         return [row for row in self.rows if (job | self.machine).items() <= row.items()]
 
-    def train(self, data, seed, save_epochs=()):
-        """Trains as train.py does. Returns the model, what the batches said, the weights on the way."""
+    def train(self, data, seed):
+        """Trains as train.py does. Returns the model and the area under the margin of each image."""
         if self.args.train_batch_size > len(data):
             raise pipeline.UserError(f"argument --train_batch_size: there are only {len(data)} images to train on")
         torch.manual_seed(seed)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
-        recipe = pipeline.recipe(vars(self.args)) | {"seed": seed, "dtype": self.dtype, "save_epochs": save_epochs}
-        return model, *train.train(model, data.to(self.device), **recipe)
+        return model, train.train(model, data.to(self.device), **self.recipe, seed=seed, dtype=self.dtype)
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
@@ -109,51 +110,29 @@ class Study:
 
     @contextlib.contextmanager
     def influence(self, data):
-        """Yields what makes an InfluenceRun of a model and a name on `data`, in a folder for the time being."""
+        """Yields what makes an InfluenceRun of a model on `data`, in a folder for the time being."""
         with tempfile.TemporaryDirectory() as folder:
-            yield partial(
-                pipeline.InfluenceRun,
-                data=data.to(self.device),
-                output_dir=folder,
-                strategy="ekfac",
-                dtype=self.dtype,
-                seed=FIRST_SEED,
-                phases=pipeline.Phases(),
-            )
+            settings = {"strategy": "ekfac", "dtype": self.dtype, "seed": FIRST_SEED, "seconds": {}}
+            yield partial(pipeline.InfluenceRun, data=data.to(self.device), path=Path(folder) / "model", **settings)
 
     # ----------------------------------------------------------------------------------------------
     # What finds mislabeled images
     # ----------------------------------------------------------------------------------------------
 
-    def detection(self, noise, fraction, corruption_seed, seed, save_epochs=()):
-        """Trains on wrong labels and keeps the scores by every method in a file. Returns what each finds.
+    def detection(self, noise, fraction, corruption_seed, seed):
+        """Trains on wrong labels and keeps the scores by every ranking in a file. Returns what each finds.
 
-        Self-influence is at a damping of 1e-8, or where it says so at the heuristic one. `combined` is of the finished
-        model; with `save_epochs` there is another one, of the checkpoints. Beside the methods of the scripts there is
-        the mean loss over the training.
+        Self-influence is at a damping of 1e-8, or where it says so at the heuristic one.
         """
-        labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
-        data = replace(self.clean, labels=labels)
-        model, dynamics, epoch_weights = self.train(data, seed, save_epochs)
+        data = wrong_labels(self.clean, noise, fraction, corruption_seed)
+        model, aum = self.train(data, seed)
         with self.influence(data) as make_run:
-            final = make_run(model, name="final")
-            influence = {"self_influence": final.self_influence(1e-8)[0]}
-            heuristic, _ = final.self_influence(None)
-            influence["grad_norm"] = detect.gradient_norm(make_run, model, "final")
-            outputs = self.logits(model, data), labels, dynamics["aum"]
-            scores = detect.suspicions(influence, *outputs)
-            if epoch_weights:
-                total = detect.sum_over_checkpoints(
-                    make_run, model, epoch_weights, self.args.num_train_epochs, "final", 1e-8
-                )
-                along = detect.suspicions(influence | {"self_influence_checkpoints": total}, *outputs)
-                epochs = f"epochs {', '.join(map(str, save_epochs))}"
-                scores |= {f"{name}, {epochs}": along[name] for name in ("self_influence_checkpoints", "combined")}
-        with_heuristic = detect.suspicions({"self_influence": heuristic}, *outputs)
-        scores |= {f"{name}, heuristic": with_heuristic[name] for name in ("self_influence", "combined")}
-        scores["mean_loss"] = dynamics["mean_loss"].numpy()
+            run = make_run(model)
+            measured, _, _ = detect.measure(run, {"aum": aum}, 1e-8)
+            heuristic, _ = run.self_influence(None)
+            scores = detect.rank([measured]) | {"self_influence, heuristic": heuristic.numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
-        return {"accuracy": self.accuracy(model), "methods": figures(scores, is_corrupted.numpy())}
+        return {"accuracy": self.accuracy(model), "methods": figures(scores, data.is_corrupted.numpy())}
 
     def scores_path(self, *job):
         """Returns the file with the scores of a run of `detection`."""
@@ -161,14 +140,14 @@ class Study:
 
     def cross_validation(self, folds, noise, fraction, corruption_seed, seed):
         """Ranks each image by its loss on a network that was trained without its fold. Returns what that finds."""
-        labels, is_corrupted = wrong_labels(self.clean, noise, fraction, corruption_seed)
-        data = replace(self.clean, labels=labels)
+        data = wrong_labels(self.clean, noise, fraction, corruption_seed)
         losses = torch.zeros(len(data))
         for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
-            model, _, _ = self.train(data.without(held_out), seed)
+            model, _ = self.train(data.without(held_out), seed)
             part = data.take(held_out)
             losses[held_out] = F.cross_entropy(self.logits(model, part), part.labels, reduction="none")
-        return {"methods": figures({f"{folds}-fold cross-validation": losses.numpy()}, is_corrupted.numpy())}
+        scores = {f"{folds}-fold cross-validation": losses.numpy()}
+        return {"methods": figures(scores, data.is_corrupted.numpy())}
 
     # ----------------------------------------------------------------------------------------------
     # What cleaning is worth
@@ -179,8 +158,7 @@ class Study:
 
         Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
         """
-        wrong, _ = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
-        data = replace(self.clean, labels=wrong)
+        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         if labels == "corrupted":
             return {"accuracy": self.detected(seed)["accuracy"]}
         if labels == "true":
@@ -188,7 +166,7 @@ class Study:
         else:
             top = self.ranking(by, seed)[: round(fraction * len(data))]
             if labels == "put right":
-                data = replace(data, labels=wrong.index_put((top,), self.clean.labels[top]))
+                data = replace(data, labels=data.labels.index_put((top,), self.clean.labels[top]))
             else:
                 data = data.without(top)
         return {"accuracy": self.accuracy(self.train(data, seed)[0])}
@@ -198,8 +176,8 @@ class Study:
         if by == "random":
             return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
         if by == "truth":
-            _, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
-            return is_corrupted.int().argsort(descending=True, stable=True)
+            data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+            return data.is_corrupted.int().argsort(descending=True, stable=True)
         self.detected(seed)
         path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
         if not path.exists():  # of a study that goes on with the results alone
@@ -222,33 +200,22 @@ class Study:
 
         `retrained` says which models predictions are compared with, those in the folder `--retrained_dir`, if any.
         """
-        labels, is_corrupted = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
-        data = replace(self.clean, labels=labels)
+        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
         queries = self.test.take(torch.arange(num_queries))
         if retrained:
-            trained_on, margins = analyze.load_retrained(
-                self.args.retrained_dir,
-                NOISY_MODEL,
-                pipeline.recipe(vars(self.args)),
-                data,
-                queries,
-                self.dtype,
-            )
-        code = pipeline.CODE_VERSION, Path(train.__file__).read_text(encoding="utf-8")
-        made_of = pipeline.sha256(json.dumps([seed, num_queries, self.asked]), *code)[:8]
-        path = self.folder / f"factors-{made_of}.pth"
+            known = {"data_sha256": data.digest, "recipe": self.recipe}
+            place = self.args.retrained_dir, NOISY_MODEL
+            trained_on, margins = analyze.load_retrained(*place, known, data, queries, self.dtype)
+        path = self.folder / f"factors-{pipeline.sha256(json.dumps([seed, num_queries, self.asked]))[:8]}.pth"
         if not path.exists():
-            model, _, _ = self.train(data, seed)
             with pipeline.atomic_path(path) as temporary:
-                torch.save(model.state_dict(), temporary)
+                torch.save(self.train(data, seed)[0].state_dict(), temporary)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
         model.load_state_dict(torch.load(path, weights_only=True))
         model.eval()
-        phases = pipeline.Phases()
         examples = None if percent == 100 else max(1, round(percent / 100 * len(data)))
-        settings = {"factor_examples": examples, "phases": phases, "seed": pseudo_label_seed}
         with self.influence(data) as make_run:
-            run = make_run(model, name="model", **settings)
+            run = make_run(model, factor_examples=examples, seed=pseudo_label_seed)
             self_influence = run.self_influence(1e-8)[0].numpy()
             pairwise = run.pairwise_influence(queries, 1000, 1e-8)[0]
         full_path = self.folder / f"full-{path.stem}.npz"
@@ -258,12 +225,12 @@ class Study:
             self.factors(100, FIRST_SEED, seed, num_queries, "")
         full = np.load(full_path)
         found = {
-            "factor_seconds": sum(phases.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
+            "factor_seconds": sum(run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
             "self_influence_spearman": spearman(self_influence, full["self_influence"]),
             "pairwise_spearman": float(
                 np.mean([spearman(*pair) for pair in zip(pairwise, full["pairwise"], strict=True)])
             ),
-            "found_at_10": detect.evaluate_ranking(self_influence, is_corrupted.numpy())["found_at_10"],
+            "found_at_10": detect.evaluate_ranking(self_influence, data.is_corrupted.numpy())["found_at_10"],
         }
         if retrained:
             found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, trained_on, margins).mean())
@@ -271,19 +238,18 @@ class Study:
 
 
 def wrong_labels(clean, noise, fraction, seed):
-    """Returns labels of which a fraction is wrong, int64 [N], and which ones are, bool [N].
+    """Returns the images with a fraction of wrong labels, ImageData.
 
     `similar` noise gives each class one wrong label, that of SIMILAR or else of the next class.
     """
-    true, names = clean.labels, clean.class_names
-    labels, is_corrupted = pipeline.corrupt_labels(true, fraction, len(names), seed)
-    if noise == "uniform":
-        return labels, is_corrupted
-    following = [*names[1:], names[0]]
-    similar = [SIMILAR.get(name) for name in names]
-    similar = [name if name in names else other for name, other in zip(similar, following, strict=True)]
-    similar = torch.tensor([names.index(name) for name in similar])
-    return torch.where(is_corrupted, similar[true], true), is_corrupted
+    names = clean.class_names
+    labels, is_corrupted = pipeline.corrupt_labels(clean.labels, fraction, len(names), seed)
+    if noise == "similar":
+        following = dict(zip(names, [*names[1:], names[0]], strict=True))
+        partners = [SIMILAR[name] if SIMILAR.get(name) in names else following[name] for name in names]
+        similar = torch.tensor([names.index(name) for name in partners])
+        labels = torch.where(is_corrupted, similar[clean.labels], clean.labels)
+    return replace(clean, labels=labels)
 
 
 def figures(scores, is_corrupted):
@@ -318,8 +284,7 @@ def study_detection(study):
             for c in range(args.corruption_seeds)
             for s in range(args.seeds)
         ]
-        along = {"save_epochs": args.save_epochs} if args.save_epochs else {}
-        study.complete([{"study": "detection", **run, **along} for run in runs], study.detection)
+        study.complete([{"study": "detection", **run} for run in runs], study.detection)
         for folds in args.folds:
             jobs = [{"study": "cross_validation", "folds": folds, **run} for run in runs]
             study.complete(jobs, study.cross_validation)
@@ -397,7 +362,7 @@ def factors_jobs(study):
         "study": "factors",
         "seed": FIRST_SEED,
         "num_queries": min(study.args.num_query_examples, len(study.test)),
-        "retrained": pipeline.sha256(json.dumps(pipeline.file_checksums(paths)))[:8] if paths else "",
+        "retrained": pipeline.sha256(*(path.name + str(path.stat().st_mtime_ns) for path in paths))[:8] if paths else "",
     }
     return [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
 
@@ -442,7 +407,6 @@ def main():
     flag("--num_train_epochs", type=pipeline.positive_int, default=25)
     flag("--learning_rate", type=float, default=0.4)
     flag("--weight_decay", type=float, default=1e-4)
-    flag("--save_epochs", type=pipeline.number_list, default=[])
     flag("--seeds", type=int, default=3, help="of the training")
     flag("--corruption_seeds", type=int, default=3)
     flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
