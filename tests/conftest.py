@@ -5,12 +5,16 @@ import csv
 import hashlib
 import importlib
 import io
+import os
 import pickle
 import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside another process, more threads than one wait for each other
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before site-packages, where kronfluence installs a package named `tests`
 sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
-import pipeline  # noqa: E402, from the project's root
+import pipeline
 
 pipeline.NUM_SYNTHETIC["test"] = 50  # because drawing and evaluating 500 takes longer than most of what is tested
 

@@ -135,7 +135,7 @@ def test_json_names_the_flags_of_the_run_that_wrote_it(used):
 # ---- Foreign checkpoints -------------------------------------------------------------------------
 
 
-FOREIGN = {  # what lies there in place of the checkpoint: weights and what of the metadata is changed or missing, or bytes
+FOREIGN = {  # what lies in place of the checkpoint: other weights and metadata, or other bytes
     "another network": (torch.nn.Linear(3, 3), {}),
     "another number of classes": (pipeline.construct_resnet9(3), {"class_names": ["a", "b", "c"]}),
     "another data set": (pipeline.construct_resnet9(), {"data_sha256": "0" * 64}),

@@ -362,7 +362,9 @@ def factors_jobs(study):
         "study": "factors",
         "seed": FIRST_SEED,
         "num_queries": min(study.args.num_query_examples, len(study.test)),
-        "retrained": pipeline.sha256(*(path.name + str(path.stat().st_mtime_ns) for path in paths))[:8] if paths else "",
+        "retrained": pipeline.sha256(*(path.name + str(path.stat().st_mtime_ns) for path in paths))[:8]
+        if paths
+        else "",
     }
     return [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
 
