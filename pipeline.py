@@ -1223,7 +1223,7 @@ def draw_sheet(path, images, texts, colours, columns, title):
     The texts have three lines at most.
     """
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    width, height, top = 48, 56, 22  # of a cell; top is the height of its text
+    width, height, top = 42, 54, 19  # of a cell; top is the height of its text
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
     with picture(path, columns * width / 33, rows * height / 33) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
@@ -1231,7 +1231,7 @@ def draw_sheet(path, images, texts, colours, columns, title):
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
             y, x = place // columns * height + top, place % columns * width + (width - IMAGE_SIZE) // 2
             sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
-            axes.text(x + IMAGE_SIZE / 2, y - 1.5, text, fontsize=8, color=colour, ha="center", va="bottom")
+            axes.text(x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom")
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ANALYZE, DETECT, SCRIPTS, SYNTHETIC, TRAIN, run, succeed
+from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, run, succeed
 from PIL import Image
 
 import pipeline
-
-INFLUENCE = (ANALYZE, DETECT)
 
 
 def files(folder):
@@ -162,6 +160,7 @@ SPOILED = {  # what is done to the folders, and what must be named
     "nothing to hold out": (one_image_per_class_and_no_test, "2 images or more"),
     "a class that is missing in test": (lambda root: shutil.rmtree(root / "test" / "cat"), "'cat'"),
     "a class that is missing in train": (lambda root: shutil.rmtree(root / "train" / "cat"), "'cat'"),
+    "a folder whose name is not UTF-8": (None, "rename it"),
     "no folder": (shutil.rmtree, "my images"),
 }
 
@@ -169,7 +168,10 @@ SPOILED = {  # what is done to the folders, and what must be named
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_spoiled_image_folder_is_named(fails, folders, how):
     spoil, named = SPOILED[how]
-    spoil(folders)
+    if spoil is None:
+        folders = folders.rename(folders.with_name(os.fsdecode(b"\xe4")))
+    else:
+        spoil(folders)
     assert named in fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
 
 
@@ -190,12 +192,6 @@ def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
     assert "cat/2019" in message
 
 
-def test_a_name_of_the_folder_that_is_not_utf_8(fails, folders):
-    folders = folders.rename(folders.with_name(os.fsdecode(b"\xe4")))
-    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
-    assert "rename it" in message
-
-
 def test_a_decompression_bomb_is_named(fails, folders, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
@@ -204,59 +200,39 @@ def test_a_decompression_bomb_is_named(fails, folders, monkeypatch):
 
 # ---- Values that do not fit the data, folders that are none --------------------------------------
 
-
-def test_a_batch_above_the_number_of_images(fails):
-    assert "--train_batch_size" in fails(TRAIN, *SYNTHETIC, "--train_batch_size", 61)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_more_images_than_there_are(fails, trained, name):
-    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_train_examples", "5001")
-    assert "--num_train_examples 5001" in fails(name, *flags)
-
-
-def test_a_query_index_that_there_is_not(fails, trained):
-    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints")
-    message = fails(ANALYZE, *flags, "--query_indices", "3,48-50")
-    assert "--query_indices" in message and "no test image 50" in message
-
-
-def test_more_queries_than_there_are(fails, trained):
-    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_query_examples", 51)
-    assert "--num_query_examples 51" in fails(ANALYZE, *flags, unchanged=trained[0])
-
-
-@pytest.mark.parametrize("name", INFLUENCE)
-def test_no_checkpoint(fails, name):
-    assert "run train.py" in fails(name, *SYNTHETIC)
-
-
-def test_no_checkpoint_but_others(fails, trained):
-    message = fails(DETECT, *SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--corrupt_percentage", 0)
-    assert "model.pth, only model_corrupt_0.1.pth: run train.py" in message
+MISTAKES = {  # script, flags, and what the sentence must say; "THERE" is the folder of the checkpoint on SYNTHETIC
+    "batch above the images": (TRAIN, ["--train_batch_size", 61], "--train_batch_size"),
+    "more images than there are": (TRAIN, ["--num_train_examples", 5001], "--num_train_examples 5001"),
+    "query index too high": (ANALYZE, ["--checkpoint_dir", "THERE", "--query_indices", "3,48-50"], "no test image 50"),
+    "too many queries": (
+        *(ANALYZE, ["--checkpoint_dir", "THERE", "--num_query_examples", 51]),
+        "--num_query_examples 51: there are only 50",
+    ),
+    "no checkpoint": (DETECT, [], "run train.py"),
+    "no checkpoint but others": (
+        *(DETECT, ["--checkpoint_dir", "THERE", "--corrupt_percentage", 0]),
+        "model.pth, only model_corrupt_0.1.pth: run train.py",
+    ),
+    "no model that was cleaned": (DETECT, ["--checkpoint_dir", "THERE", "--cleaned"], "model_corrupt_0.1_cleaned.pth"),
+    "seed without a subset": (TRAIN, ["--subset_seed", 3], "argument --subset_seed: means nothing without"),
+    "fraction without a ranking": (
+        *(TRAIN, ["--exclude_fraction", 0.2, "--corrections", "x.csv"]),
+        "argument --exclude_fraction: means nothing without",
+    ),
+    "other labels": (DETECT, ["--checkpoint_dir", "THERE", "--num_train_examples", 50], "other images or labels"),
+    "cleaned and retrained": (ANALYZE, ["--cleaned", "--retrained_dir", "x"], "argument --retrained_dir"),
+    "checkpoints in a file": (TRAIN, ["--train_batch_size", 20, "--checkpoint_dir", "file"], "file"),
+    "checkpoint in a file": (ANALYZE, ["--checkpoint_dir", "file"], "no checkpoint file/model_corrupt_0.1.pth"),
+    "results in a file": (DETECT, ["--checkpoint_dir", "THERE", "--output_dir", "file"], "file"),
+}
 
 
-@pytest.mark.parametrize("flags", [("--subset_seed", "3"), ("--exclude_fraction", "0.2", "--corrections", "x.csv")])
-def test_a_flag_without_the_one_it_belongs_to(fails, flags):
-    assert f"argument {flags[0]}: means nothing without" in fails(TRAIN, *SYNTHETIC, *flags)
-
-
-def test_a_checkpoint_of_other_labels(fails, trained):
-    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--num_train_examples", 50)
-    assert "other images or labels" in fails(DETECT, *flags, unchanged=trained[0])
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_checkpoint_folder_that_is_a_file(fails, tmp_path, name):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(fails, trained, tmp_path, mistake):
     (tmp_path / "file").write_text("")
-    assert "file" in fails(name, *SYNTHETIC, "--train_batch_size", 20, "--checkpoint_dir", "file")
-
-
-@pytest.mark.parametrize("name", INFLUENCE)
-def test_an_output_folder_that_is_a_file(fails, trained, tmp_path, name):
-    (tmp_path / "file").write_text("")
-    flags = (*SYNTHETIC, "--checkpoint_dir", trained[0] / "checkpoints", "--output_dir", "file")
-    assert "file" in fails(name, *flags)
+    name, flags, words = MISTAKES[mistake]
+    flags = [trained[0] / "checkpoints" if flag == "THERE" else flag for flag in flags]
+    assert words in fails(name, *SYNTHETIC, *flags)
 
 
 def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):

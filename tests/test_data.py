@@ -200,11 +200,6 @@ def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without
     assert len({*train.paths, *test.paths}) == 38
 
 
-def test_the_same_images_are_held_out_each_time(without_test):
-    once, again = (pipeline.load_data("imagefolder", without_test, "test") for _ in range(2))
-    assert once.paths == again.paths
-
-
 def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
     """Of 31 files a tenth is 3, as of 30; at most the new one takes the place of one, in its class."""
     before = pipeline.load_data("imagefolder", without_test, "test")
@@ -326,12 +321,6 @@ def test_corruption_depends_on_its_seed_alone():
     second, _ = pipeline.corrupt_labels(labels, 0.1, 10)
     other, _ = pipeline.corrupt_labels(labels, 0.1, 10, seed=pipeline.CORRUPTION_SEED + 1)
     assert torch.equal(first, second) and not torch.equal(first, other)
-
-
-def test_two_classes_are_swapped():
-    labels = torch.tensor([0, 1] * 10)
-    corrupted, _ = pipeline.corrupt_labels(labels, 0.5, 2, seed=0)
-    assert (corrupted != labels).sum() == 10 and corrupted.max() == 1
 
 
 def test_true_labels_stay_with_their_images():

@@ -11,12 +11,6 @@ import pipeline
 import train
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 100])
-def test_resnet9_shape(num_classes):
-    model = pipeline.construct_resnet9(num_classes).eval()
-    assert model(torch.zeros(3, 3, 32, 32)).shape == (3, num_classes)
-
-
 def test_resnet9_parameter_count():
     """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
     convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
