@@ -1,7 +1,7 @@
 """Computes how much each training image influences the network's answer to each chosen test image.
 
-A positive score means that training on the image more would raise the margin of the query's label (helpful), a
-negative one that it would lower it (harmful).
+A positive score means that training on the image more would raise the log-odds of the query's label (helpful), a
+negative one that it would lower them (harmful).
 """
 
 import argparse
@@ -43,14 +43,10 @@ def parse_arguments():
     parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=None)
     number, flag = pipeline.positive_int, parser.add_argument
     which = parser.add_mutually_exclusive_group().add_argument
-    which(
-        "--num_query_examples", type=number, metavar="N", help=f"the first N test images (default: {DEFAULT_QUERIES})"
-    )
+    which("--num_query_examples", type=number, metavar="N", help=f"first N test images (default: {DEFAULT_QUERIES})")
     which("--query_indices", type=number_list, metavar="LIST", help="just these test images, such as 3,17,40-59")
-    flag(
-        "--query_batch_size", type=number, default=1000, metavar="N", help="query gradients held (default: %(default)s)"
-    )
-    flag("--retrained_dir", metavar="DIR", help="how far do scores predict these models of train.py --subset_fraction?")
+    flag("--query_batch_size", type=number, default=1000, metavar="N", help="gradients held (default: %(default)s)")
+    flag("--retrained_dir", metavar="DIR", help="how far do scores predict the models of --subset_fraction in there?")
     args = parser.parse_args()
     if args.cleaned and args.retrained_dir is not None:
         parser.error("argument --retrained_dir: not allowed with --cleaned, whose images are no random subsets")
@@ -137,7 +133,7 @@ def load_retrained(folder, name, metadata, data, queries, dtype):
         kept[excluded] = False
         models = f"--retrained_dir {folder}: {path.name} and the model to explain"
         subset = metadata | {"data_sha256": data.without(excluded).digest}
-        pipeline.require_alike(models, found, subset, ("data_sha256", "recipe"))
+        pipeline.require_alike(models, found, subset)
         logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
         margins.append(pipeline.margin(logits, queries.labels).cpu())
     if len(sizes := trained_on.sum(1).unique().tolist()) > 1:

@@ -1,11 +1,12 @@
 """Ranks the training images so that mislabeled ones come first.
 
 A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, and in the
-end it has a large influence on its own loss. The script writes the ranking, a contact sheet of its top, and, where
-labels were corrupted on purpose, how much of that it and the other rankings find.
+end it has a large influence on its own loss. The script writes the ranking and a contact sheet of its top. Where
+labels were corrupted on purpose, it also says how many of them each ranking finds.
 """
 
 import csv
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class Ranking(NamedTuple):
     colour: str
     line: str
     uses_curvature: bool
-    suspicion: callable
+    suspicion: Callable
 
 
 RANKINGS = {
@@ -141,7 +142,7 @@ def require_unedited(path):
 
 def write_suspects(path, data, order, scores, predicted):
     """Writes every training image to a csv file, in the given order. scores: arrays [N] by ranking."""
-    names = data.class_names
+    names, is_corrupted = data.class_names, data.is_corrupted.int().tolist()
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -149,7 +150,7 @@ def write_suspects(path, data, order, scores, predicted):
             label, guess = data.labels[position].item(), predicted[position].item()
             example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
             values = [scores[name][position] for name in RANKINGS]
-            writer.writerow([place, *example, *values, int(data.is_corrupted[position])])
+            writer.writerow([place, *example, *values, is_corrupted[position]])
 
 
 def plot_suspects(path, data, order, scores, predicted, by):
@@ -193,7 +194,7 @@ def plot_curves(path, results, method, fraction, strategy):
         axes.set_ylabel("mislabeled images found")
         axes.set_title(f"Mislabeled images found by inspecting the top of a ranking ({strategy})", fontsize=10)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1))
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=4)
 

@@ -84,7 +84,7 @@ def run(main):
     warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
-    with contextlib.suppress(AttributeError, TypeError):  # glibc keeps freed memory: 15 % of a detection on AVX2 cores
+    with contextlib.suppress(AttributeError, TypeError):  # glibc keeps freed memory: saves 15 % of a detection on AVX2
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     try:
@@ -124,11 +124,11 @@ positive_int = number(int, "a whole number of at least 1 and below 2**31", lambd
 whole_number = number(int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32)
 non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
-
-
-def damping(text):
-    """Reads a damping factor: a number of at least 0, or None for `heuristic`."""
-    return None if text == "heuristic" else non_negative_float(text)
+damping = number(
+    lambda text: None if text == "heuristic" else float(text),
+    "a number of at least 0, or 'heuristic'",
+    lambda value: value is None or 0 <= value < math.inf,
+)
 
 
 def shared_parser(description, corrupt_default):
@@ -185,8 +185,8 @@ def is_main_process():
 def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
-    Raises UserError for `cuda` where there is none, and for several processes where the script cannot use them, or has
-    no GPU for each: kronfluence sums its factors over processes on CUDA only.
+    Raises UserError for `cuda` where there is none. Several processes are refused where the script cannot use them, or
+    has no GPU for each: kronfluence sums its factors over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
@@ -198,23 +198,6 @@ def choose_device(name, several_processes):
         if int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
             raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
-
-
-def choose_dtype(precision, device):
-    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
-
-    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-        precision = "bf16" if fast else "fp32"
-    tensor_float = "tf32" if precision == "bf16" else "ieee"
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tensor_float
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 # ---- Files: whole or not at all ------------------------------------------------------------------
@@ -253,7 +236,7 @@ def sha256(*parts):
 
 IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
-ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED, FACTORS_SEED, SUBSET_SEED = 11, 12, 13, 17, 18
+ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED, SUBSET_SEED = 11, 12, 13, 18
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 
@@ -358,8 +341,8 @@ def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
 def list_samples(folder):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden files and folders are passed over: what else is no image must not be missed unseen. Raises UserError where
-    there are not two classes or more, each with a file in it, or a folder cannot be listed.
+    Hidden files and folders are passed over; any other file that is no image is an error when it is read. Raises
+    UserError where there are not two classes or more, each with a file in it, or a folder cannot be listed.
     """
 
     def refuse(error):
@@ -392,7 +375,7 @@ def split_samples(dataset_dir, split):
     """
 
     def hashed_name(sample):
-        return hashlib.sha256(os.fsencode(sample[0].removeprefix(str(dataset_dir)))).digest()
+        return hashlib.sha256(os.fsencode(os.path.relpath(sample[0], dataset_dir))).digest()
 
     samples, class_names = list_samples(dataset_dir / "train")
     if (dataset_dir / "test").exists():
@@ -517,8 +500,8 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
 def training_examples(clean, fraction, cleaning=None):
     """Returns the ImageData to train on, of `clean`, the images as they were loaded.
 
-    A `fraction` of the labels, as of `--corrupt_percentage`, is made wrong. A `cleaning`, by index among the loaded
-    images, then puts in its `new_labels`, a dictionary, and leaves out those `excluded`, a list. What a person says of
+    A `fraction` of the labels, as of `--corrupt_percentage`, is made wrong. Then the `new_labels` of a `cleaning`, a
+    dictionary by index among the loaded images, are put in, and its `excluded` indices left out. What a person says of
     a label that was not made wrong counts as true.
     """
     labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
@@ -715,8 +698,25 @@ class InfluenceDataset(torch.utils.data.Dataset):
         return normalize(self.data.images[indices]), self.data.labels[indices], self.uniforms[indices]
 
 
+def choose_dtype(precision, device):
+    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
+
+    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        precision = "bf16" if fast else "fp32"
+    tensor_float = "tf32" if precision == "bf16" else "ieee"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tensor_float
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def choose_precision(dtype, strategy):
-    """Returns what a run of a compute dtype and a strategy computes in which dtype, by name."""
+    """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
         # Forward and backward passes of self-influence. Those of factors and of pairwise scores are float32 (TF32 on
@@ -901,7 +901,7 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
 
 
 def install_trackers(module, precision):
-    """Gives a module of kronfluence the trackers above, and KFAC zero for what rounding made a negative eigenvalue."""
+    """Gives a module of kronfluence the trackers above, and zero for eigenvalues that rounding made negative."""
 
     def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
@@ -921,6 +921,7 @@ def install_trackers(module, precision):
 
 # ---- Influence: factors and scores ---------------------------------------------------------------
 
+FACTORS_SEED = 17  # draws --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size says of how many the gradients are held
 
@@ -1084,10 +1085,11 @@ class InfluenceRun:
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
-def require_alike(models, metadata, expected, names):
-    """Raises UserError, naming the `models`, where the metadata of one differ from the `expected` in one of `names`."""
-    if different := [name for name in names if metadata[name] != expected[name]]:
-        raise UserError(f"{models} differ in their {different[0]}: give models that were trained alike")
+def require_alike(models, metadata, expected):
+    """Raises UserError, naming the `models`, where one was not trained on the expected data by the expected recipe."""
+    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+        if metadata[name] != expected[name]:
+            raise UserError(f"{models} differ in their {words}: give models that were trained alike")
 
 
 def is_whole(folder):
@@ -1112,16 +1114,17 @@ def load_runs(args, seconds):
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     paths = [checkpoint_path(folder, args.corrupt_percentage, kind) for folder in args.checkpoint_dir]
     loaded = [load_trained(path, device, clean, args.corrupt_percentage) for path in paths]
-    models, metadata, (data, *_) = zip(*loaded, strict=True)
+    models, metadata, trained_on = zip(*loaded, strict=True)
     for path, other in zip(paths, metadata, strict=True):
-        require_alike(f"--checkpoint_dir: {path} and {paths[0]}", other, metadata[0], ("data_sha256", "recipe"))
+        require_alike(f"--checkpoint_dir: {path} and {paths[0]}", other, metadata[0])
     settings = {"strategy": args.factor_strategy, "dtype": choose_dtype(args.precision, device), "seed": args.seed}
     settings |= {"seconds": seconds, "batch_size": args.train_batch_size, "profile": args.profile}
-    on_device, place = data.to(device), Path(args.output_dir) / paths[0].stem
-    runs = [InfluenceRun(m, on_device, place, **settings, factor_examples=args.factor_examples) for m in models]
+    settings |= {"factor_examples": args.factor_examples, "path": Path(args.output_dir) / paths[0].stem}
+    on_device = trained_on[0].to(device)
+    runs = [InfluenceRun(model, on_device, **settings) for model in models]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("--checkpoint_dir: two of these folders hold the same model: name each model once")
-    return runs, metadata, data
+    return runs, metadata, trained_on[0]
 
 
 # ---- Results -------------------------------------------------------------------------------------

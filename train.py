@@ -24,9 +24,7 @@ def parse_arguments():
     fraction = pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1)
     positive_int, seed = pipeline.positive_int, pipeline.whole_number
     parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
-    parser.add_argument(
-        "--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="gets the model (default: %(default)s)"
-    )
+    parser.add_argument("--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="folder (default: %(default)s)")
     recipe = parser.add_argument_group("recipe").add_argument
     recipe("--train_batch_size", type=positive_int, default=512, help="images per step (default: %(default)s)")
     recipe("--learning_rate", type=positive_float, default=0.4, help="peak of the schedule (default: %(default)s)")
@@ -34,16 +32,11 @@ def parse_arguments():
     recipe("--num_train_epochs", type=positive_int, default=25, help="passes over the images (default: %(default)s)")
     recipe("--seed", type=seed, default=1004, help="of weights, order, crops and flips (default: %(default)s)")
     recipe("--eval_batch_size", type=positive_int, default=1024, help="images per step when it is evaluated")
-    cleaning = parser.add_argument_group("on other examples than these")
+    cleaning = parser.add_argument_group("train on changed examples")
     which = cleaning.add_mutually_exclusive_group().add_argument
     which("--exclude_suspects", metavar="CSV", help="leave out the top of this ranking (suspects_*.csv)")
     which("--corrections", metavar="CSV", help="path or index, and new_label: a class, or empty to leave the image out")
-    which(
-        "--subset_fraction",
-        type=fraction,
-        metavar="FRACTION",
-        help="take a random part, for analyze.py --retrained_dir",
-    )
+    which("--subset_fraction", type=fraction, metavar="FRACTION", help="a random part, for analyze.py --retrained_dir")
     cleaning.add_argument("--exclude_fraction", type=fraction, default=0.1, metavar="FRACTION", help="of the ranking")
     cleaning.add_argument("--subset_seed", type=seed, default=0, help="which part --subset_fraction takes")
     args = parser.parse_args()
@@ -94,7 +87,7 @@ def find_example(place, row, data, by_path):
         raise pipeline.UserError(f"{place}: needs a path or an index")
     if row.get("label", "").strip() not in ("", str(data.labels[found].item())):
         labels = f"the label {data.labels[found]} before any cleaning, not {row['label']}"
-        raise pipeline.UserError(f"{place}: image {found} has {labels}: give the data flags of the detection")
+        raise pipeline.UserError(f"{place}: image {found} has {labels}: give its data flags, or drop the column label")
     return found
 
 
@@ -221,9 +214,9 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the area under
-    the margin of each example, float32 [N]: the mean, over the epochs, of the margin between the logit of its label and
-    the largest other one in its training batch (Pleiss et al. 2020, section 3.1). Raises NumericalError after an epoch
-    in which the loss or a weight stopped being a number.
+    the margin of each example, float32 [N] (Pleiss et al. 2020, section 3.1). That is the logit of its label minus the
+    largest other one, in its training batch, as a mean over the epochs. Raises NumericalError after an epoch in which
+    the loss or a weight stopped being a number.
     """
     device, generator = data.images.device, batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -254,7 +247,7 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
                 f"epoch {epoch + 1:3}/{num_train_epochs}   learning rate {rate:8.5f}   "
                 f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
             )
-            # The loss is that before the last step, hence the weights.
+            # The loss was computed before the last step, so the weights are checked, too.
             if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
                 raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
     # Partial batches are dropped, and with few epochs an example may have been among them each time.
@@ -280,7 +273,7 @@ def print_accuracies(model, data, test, batch_size, dtype):
 
 
 def print_next_steps(args, kind):
-    """Prints the commands that take up what was trained."""
+    """Prints the commands that use the new model."""
     flags = {"corrupt_percentage": args.corrupt_percentage or 0}
     if args.subset_fraction:
         print("With some 50 such models, and one that was trained on all images, see how far scores predict them:")

@@ -165,7 +165,7 @@ def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):
         (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},\n")
         flags = ("--corrections", tmp_path / "decided.csv", "--checkpoint_dir", str(index))
         succeed(tmp_path, TRAIN, *DATA, *RECIPE, *CORRUPTED, *flags)
-    assert "differ in their data_sha256" in refused(tmp_path, "--cleaned", "--checkpoint_dir", "3", "4")
+    assert "differ in their training images or labels" in refused(tmp_path, "--cleaned", "--checkpoint_dir", "3", "4")
     assert not list(tmp_path.glob("influence_results/model*"))
 
 
@@ -173,7 +173,10 @@ def test_retrained_models_of_other_images_are_refused(folder):
     flags = ("--num_train_examples", "30", "--checkpoint_dir", "thirty")
     succeed(folder, TRAIN, *DATA, *RECIPE, *CORRUPTED, *flags)
     message = refused(folder, *flags, "--retrained_dir", "halves")
-    assert "model_corrupt_0.2_subset_0.5_0.pth and the model to explain differ in their data_sha256" in message
+    assert (
+        "model_corrupt_0.2_subset_0.5_0.pth and the model to explain differ in their training images or labels"
+        in message
+    )
 
 
 def test_one_retrained_model_is_too_few(folder, tmp_path):
