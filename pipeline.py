@@ -346,21 +346,20 @@ def list_samples(folder):
     """
 
     def refuse(error):
-        raise error
+        raise UserError(f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it")
 
     samples, class_names = [], []
-    try:
-        for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-            found = []
-            for place, folders, files in os.walk(path, onerror=refuse, followlinks=True):
-                folders[:] = [name for name in folders if name[0] != "."]
-                found += [(place, name) for name in files if name[0] != "."]
-            if not found:
-                raise UserError(f"--dataset imagefolder: {path} holds no image: fill or remove it")
-            samples += [(f"{place}/{name}", len(class_names)) for place, name in sorted(found)]
-            class_names.append(path.name)
-    except OSError as error:
-        raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class ({error})") from error
+    if not folder.is_dir():
+        raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there")
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+        found = []
+        for place, folders, files in os.walk(path, onerror=refuse, followlinks=True):
+            folders[:] = [name for name in folders if name[0] != "."]
+            found += [(place, name) for name in files if name[0] != "."]
+        if not found:
+            raise UserError(f"--dataset imagefolder: {path} holds no image: fill or remove it")
+        samples += [(f"{place}/{name}", len(class_names)) for place, name in sorted(found)]
+        class_names.append(path.name)
     if len(class_names) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}")
     return samples, class_names
@@ -373,10 +372,6 @@ def split_samples(dataset_dir, split):
     of its name decides about a file, so that others may come and go and most of the held out ones remain. Raises
     UserError where the classes differ, or nothing can be held out.
     """
-
-    def hashed_name(sample):
-        return hashlib.sha256(os.fsencode(os.path.relpath(sample[0], dataset_dir))).digest()
-
     samples, class_names = list_samples(dataset_dir / "train")
     if (dataset_dir / "test").exists():
         test_samples, test_names = list_samples(dataset_dir / "test")
@@ -386,7 +381,8 @@ def split_samples(dataset_dir, split):
         return (samples if split == "train" else test_samples), class_names
     held_out = set()
     for _, members in itertools.groupby(samples, key=itemgetter(1)):
-        ordered = sorted(members, key=hashed_name)
+        names = {sample: os.fsencode(os.path.relpath(sample[0], dataset_dir)) for sample in members}
+        ordered = sorted(names, key=lambda sample: hashlib.sha256(names[sample]).digest())
         held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
     if not held_out:
         raise UserError(f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more")
@@ -1156,27 +1152,22 @@ def result_folder(runs):
 
 
 def environment(device):
-    """Returns what a figure depends on beside the code: hardware and versions."""
-    cpu_name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    versions = {"torch": str(torch.__version__)} | {package: version(package) for package in ("kronfluence", "numpy")}
-    return {
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
-        "cpu_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | versions,
-    }
+    """Returns what a figure depends on beside the code, hardware and versions, and the peak of memory so far in bytes.
 
-
-def peak_memory_bytes(device):
-    """Returns the peak of allocated CUDA memory, or of the process's resident memory on a CPU (None on Windows)."""
+    That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
+    """
+    peak, name = None, torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    # In kilobytes on Linux, in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        with contextlib.suppress(ImportError):
+            import resource  # in kilobytes on Linux, in bytes on macOS
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {package: version(package) for package in ("kronfluence", "numpy")}
+    where = {"device": device.type, "device_name": name, "cpu_threads": torch.get_num_threads(), "versions": versions}
+    return {"peak_memory_bytes": peak} | where
 
 
 def report(record_json, args, fields, runs, seconds, paths):
@@ -1187,7 +1178,7 @@ def report(record_json, args, fields, runs, seconds, paths):
     device = runs[0].data.images.device
     rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
     rounded["total"] = round(sum(seconds.values()), 3)
-    measured = {"seconds": rounded, "peak_memory_bytes": peak_memory_bytes(device), **environment(device)}
+    measured = {"seconds": rounded, **environment(device)}
     with atomic_path(record_json) as temporary:
         record = {"flags": vars(args), **fields, **measured}
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -133,7 +133,7 @@ def run_reference(args):
         figures = reference_training(args, data, test, device)
     else:
         figures = reference_scores(args, data, queries, device)
-    figures["peak_memory_bytes"] = pipeline.peak_memory_bytes(device)
+    figures["peak_memory_bytes"] = pipeline.environment(device)["peak_memory_bytes"]
     pipeline.make_folder(args.output_dir)
     (Path(args.output_dir) / "reference.json").write_text(json.dumps(figures))
 
