@@ -102,7 +102,7 @@ def content(path):
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
         tensors = checkpoint["weights"] | {"aum": checkpoint["metadata"].pop("aum")}
-        del checkpoint["metadata"]["train_seconds"]
+        del checkpoint["metadata"]["train_seconds"], checkpoint["metadata"]["environment"]["peak_memory_bytes"]
         return [checkpoint["metadata"], {name: pipeline.sha256(tensor) for name, tensor in tensors.items()}]
     if path.suffix == ".json":
         found = json.loads(path.read_text())
