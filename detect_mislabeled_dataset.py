@@ -20,9 +20,9 @@ AUM_SHARE = 0.75  # of aum_margin; chosen among 10,000 images, see tests/studies
 
 
 class Ranking(NamedTuple):
-    """What suspects can be ranked by: what pictures call it, its curve, and what is highest for the most suspicious.
+    """What suspects can be ranked by: what pictures call it, colour and line of its curve, and the signal.
 
-    suspicion: function of a dictionary of float arrays [N], as of `measure`.
+    suspicion: function of a dictionary of float arrays [N], as of `measure`; highest for the most suspicious.
     """
 
     caption: str
