@@ -6,12 +6,9 @@ negative one that it would lower them (harmful).
 
 import argparse
 import csv
-from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import pipeline
 
@@ -22,7 +19,6 @@ COLUMNS = (
     *("train", "train_path", "train_label", "train_class_name", "score"),
 )
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
-EVAL_BATCH_SIZE = 1024  # of the retrained models
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
 
@@ -46,11 +42,7 @@ def parse_arguments():
     which("--num_query_examples", type=number, metavar="N", help=f"first N test images (default: {DEFAULT_QUERIES})")
     which("--query_indices", type=number_list, metavar="LIST", help="just these test images, such as 3,17,40-59")
     flag("--query_batch_size", type=number, default=1000, metavar="N", help="gradients held (default: %(default)s)")
-    flag("--retrained_dir", metavar="DIR", help="how far do scores predict the models of --subset_fraction in there?")
-    args = parser.parse_args()
-    if args.cleaned and args.retrained_dir is not None:
-        parser.error("argument --retrained_dir: not allowed with --cleaned, whose images are no random subsets")
-    return args
+    return parser.parse_args()
 
 
 def choose_queries(test, num_queries, indices):
@@ -112,64 +104,6 @@ def plot_top_influences(path, scores, queries, data, strategy):
     pipeline.draw_sheet(path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title)
 
 
-# ---- Do the scores predict retraining? -----------------------------------------------------------
-
-
-def load_retrained(folder, name, metadata, data, queries, dtype):
-    """Loads the models `<folder>/<name>_subset_*.pth`, trained on random subsets of `data` by --subset_fraction.
-
-    metadata: of the model to explain. Returns which images each was trained on, bool [M, num_train], and its margins on
-    the queries, float32 [M, num_query]. Raises UserError where there are fewer than two, where one was trained on
-    something else or by another recipe, or where the subsets differ in size.
-    """
-    paths = sorted(Path(folder).glob(f"{name}_subset_*.pth"))
-    if len(paths) < 2:
-        missing = f"has {len(paths)} of the models {name}_subset_*.pth"
-        raise pipeline.UserError(f"--retrained_dir {folder} {missing} by train.py --subset_fraction: train some 50")
-    trained_on, margins = torch.ones(len(paths), len(data), dtype=torch.bool), []
-    for path, kept in zip(tqdm(paths, "Evaluating retrained models", leave=False), trained_on, strict=True):
-        model, found = pipeline.load_checkpoint(path, queries.images.device)
-        excluded = [index for index in (found["cleaning"] or {"excluded": []})["excluded"] if index < len(data)]
-        kept[excluded] = False
-        models = f"--retrained_dir {folder}: {path.name} and the model to explain"
-        subset = metadata | {"data_sha256": data.without(excluded).digest}
-        pipeline.require_alike(models, found, subset)
-        logits = pipeline.compute_logits(model, queries.images, EVAL_BATCH_SIZE, dtype)
-        margins.append(pipeline.margin(logits, queries.labels).cpu())
-    if len(sizes := trained_on.sum(1).unique().tolist()) > 1:
-        raise pipeline.UserError(f"--retrained_dir {folder}: the subsets differ in size ({sizes}): use one folder each")
-    return trained_on, torch.stack(margins)
-
-
-def linear_datamodeling_scores(scores, trained_on, margins):
-    """Returns the linear datamodeling score of each query, float64 [num_query] (Park et al. 2023, "TRAK", section 2).
-
-    That is Spearman's correlation, over retrained models, of a query's margin, margins [M, num_query], and the sum of
-    its scores [num_query, num_train] over the images which that model was trained on, trained_on [M, num_train];
-    0 where one of them is the same for all models.
-    """
-    predicted = trained_on.double() @ scores.double().T  # (M, num_query)
-    predicted, measured = (np.apply_along_axis(pipeline.ranks, 0, values.numpy()) for values in (predicted, margins))
-    predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
-    norms = np.sqrt((predicted**2).sum(0) * (measured**2).sum(0))
-    return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
-
-
-def report_retrained(scores_by_name, trained_on, margins):
-    """Prints the linear datamodeling score of scores [num_query, num_train], by name.
-
-    Returns them by name: `mean` over the queries and its `standard_error`.
-    """
-    found = {}
-    print(f"Linear datamodeling score, {len(margins)} retrained models, mean over {margins.shape[1]} queries:")
-    for name, scores in scores_by_name.items():
-        values = linear_datamodeling_scores(scores, trained_on, margins)
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        found[name] = {"mean": float(values.mean()), "standard_error": float(error)}
-        print(f"  {values.mean():7.4f} ± {error:.4f}   {name}")
-    return found
-
-
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
@@ -177,11 +111,8 @@ def main():
     with pipeline.timed(seconds, "load"):
         test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        runs, metadata, data = pipeline.load_runs(args, seconds)
+        runs, _, data = pipeline.load_runs(args, seconds)
         on_device = queries.to(runs[0].data.images.device)
-        if args.retrained_dir is not None:
-            name = pipeline.checkpoint_path("", args.corrupt_percentage).stem
-            retrained = load_retrained(args.retrained_dir, name, metadata[0], data, on_device, runs[0].dtype)
 
     found = [run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor) for run in runs]
     if not pipeline.is_main_process():
@@ -189,20 +120,18 @@ def main():
 
     with pipeline.timed(seconds, "report"):
         folder, strategy, (scores, scores_path) = pipeline.result_folder(runs), args.factor_strategy, found[0]
-        scores_by_name = {run.folder.name: own for run, (own, _) in zip(runs, found, strict=True)}
         if len(runs) > 1:
-            scores = scores_by_name[folder.name] = sum(scores_by_name.values()) / len(runs)
+            scores = sum(own for own, _ in found) / len(runs)
             scores_path = folder / f"pairwise_{strategy}.safetensors"
             with pipeline.atomic_path(scores_path) as temporary:
                 save_file({"all_modules": scores}, temporary)
         top_csv, top_png = (folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png"))
         write_top_influences(top_csv, scores, queries, data)
         plot_top_influences(top_png, scores, queries, data, strategy)
-        predicted = {} if args.retrained_dir is None else report_retrained(scores_by_name, *retrained)
 
-    fields = {"num_train": len(data), "num_query": len(queries), "linear_datamodeling_scores": predicted}
+    fields = {"num_train": len(data), "num_query": len(queries)}
     paths = [scores_path, top_csv, top_png]
-    pipeline.report(folder / f"pairwise_{strategy}.json", args, fields, runs, seconds, paths)
+    pipeline.report(folder / f"pairwise_{strategy}.json", args, fields, on_device.images.device, seconds, paths)
 
 
 if __name__ == "__main__":

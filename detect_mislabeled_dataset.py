@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import pipeline
+import train
 
 NUM_PICTURED = 100
 AUM_SHARE = 0.75  # of aum_margin; chosen among 10,000 images, see tests/studies/README.md
@@ -96,13 +97,19 @@ def detection_curve(scores, is_corrupted):
     return [{"inspected": p / 100, "found": float(found[round(p / 100 * len(scores))])} for p in range(1, 101)]
 
 
+def ranks(scores):
+    """Returns the place of each score [N] among the N, 1 for the lowest; equal scores share the mean of theirs."""
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+
+
 def auroc(scores, is_corrupted):
     """Returns the probability that a random corrupted image scores above a random clean one, ties counting half.
 
     scores: float [N]; is_corrupted: bool [N], both kinds present.
     """
     positives = is_corrupted.sum()
-    above = pipeline.ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
+    above = ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
     return float(above / (positives * (len(scores) - positives)))
 
 
@@ -210,20 +217,13 @@ def print_rankings(results, method):
     print(f"Inspecting 10 % of the training set finds {at_10:.1f} % of the mislabeled images (20 %: {at_20:.1f} %).")
 
 
-def print_next_steps(args, metadata, num_train, suspects_csv):
-    """Prints the commands that train as before, but with what the user decided about the suspects or without them.
-
-    The batch is as large as before, or as what a tenth less of `num_train` images leaves.
-    """
-    fraction = 0.1
+def print_next_steps(args, metadata, suspects_csv):
+    """Prints the command that trains as before, but with what the user decided about the suspects."""
     same = metadata["recipe"] | {name: metadata[name] for name in ("seed", "precision", "device")}
     same |= {"corrupt_percentage": args.corrupt_percentage or None, "checkpoint_dir": args.checkpoint_dir[0]}
-    same["train_batch_size"] = min(same["train_batch_size"], num_train - round(fraction * num_train))
     print(f"Look at {suspects_csv.with_suffix('.png')}, then train with what you decide, in a csv file of the columns")
     print("path (or index) and new_label (empty: leave it out):")
-    print(f"  {pipeline.command('train.py', args, **same, corrections='corrections.csv')}")
-    print("or, where images are plenty, without the most suspicious tenth:")
-    print(f"  {pipeline.command('train.py', args, **same, exclude_suspects=suspects_csv, exclude_fraction=fraction)}")
+    print(f"  {train.command('train.py', args, **same, corrections='corrections.csv')}")
 
 
 def main():
@@ -259,9 +259,9 @@ def main():
             print("No labels are known to be wrong, so there is no truth to compare with: look at the suspects.")
 
     fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
-    pipeline.report(record_json, args, fields, runs, seconds, paths)
+    pipeline.report(record_json, args, fields, runs[0].data.images.device, seconds, paths)
     if not args.cleaned:
-        print_next_steps(args, metadata[0], len(data), suspects_csv)
+        print_next_steps(args, metadata[0], suspects_csv)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ import ctypes
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
 import platform
 import secrets
-import shlex
 import shutil
 import sys
 import time
@@ -24,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,8 +77,7 @@ def run(main):
     Exit status 2 for a mistake of the user, 130 for Ctrl-C, 1 for a failure of the machine or a NaN.
     """
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
-    warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.GradScaler", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r".*GradScaler is enabled, but CUDA is not available")
+    warnings.filterwarnings("ignore", message=r".*GradScaler")
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
     with contextlib.suppress(AttributeError, TypeError):  # glibc keeps freed memory: saves 15 % of a detection on AVX2
@@ -153,28 +149,13 @@ def influence_parser(description, corrupt_default):
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
     eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
     flag("--checkpoint_dir", **several, help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})")
-    flag("--cleaned", action="store_true", help="take the model of train.py --exclude_suspects or --corrections")
+    flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="the curvature (default: %(default)s)")
     flag("--factor_examples", type=positive_int, metavar="N", help="fit the curvature on N random images, not on all")
     flag("--train_batch_size", type=positive_int, metavar="N", help="images per step (default: 64, on CUDA 1024)")
     flag("--damping_factor", **eigenvalues, help="added to each eigenvalue (default: 0.1 x the layer's mean one)")
     flag("--seed", type=whole_number, default=1004, help="of the Fisher matrix's pseudo-labels (default: %(default)s)")
-    flag("--profile", action="store_true", help="print and save kronfluence's table of time per phase")
     return parser
-
-
-def command(script, args, **values):
-    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
-
-    Defaults are left out, and flags whose value is None or False.
-    """
-    defaults = vars(shared_parser("", corrupt_default=None).parse_args([])) | {"checkpoint_dir": CHECKPOINT_DIR}
-    flags = {name: getattr(args, name) for name in defaults if name != "checkpoint_dir"} | values
-    words = ["python", script]
-    for name, value in flags.items():
-        if value is not None and value is not False and value != defaults.get(name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
 
 
 def is_main_process():
@@ -380,8 +361,10 @@ def split_samples(dataset_dir, split):
             raise UserError(f"--dataset_dir {dataset_dir}: only one of train and test has the classes {names}")
         return (samples if split == "train" else test_samples), class_names
     held_out = set()
-    for _, members in itertools.groupby(samples, key=itemgetter(1)):
-        names = {sample: os.fsencode(os.path.relpath(sample[0], dataset_dir)) for sample in members}
+    for label in range(len(class_names)):
+        names = {
+            sample: os.fsencode(os.path.relpath(sample[0], dataset_dir)) for sample in samples if sample[1] == label
+        }
         ordered = sorted(names, key=lambda sample: hashlib.sha256(names[sample]).digest())
         held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
     if not held_out:
@@ -514,13 +497,13 @@ def training_examples(clean, fraction, cleaning=None):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, kind=""):
+def checkpoint_path(checkpoint_dir, fraction, cleaned=False):
     """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
 
-    `kind` is `cleaned` or `subset_<fraction>_<seed>` where it was trained on other examples than these.
+    A `cleaned` one was trained on what a person decided about them.
     """
     name = f"model_corrupt_{fraction}" if fraction else "model"
-    return Path(checkpoint_dir) / f"{name}{kind and '_'}{kind}.pth"
+    return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
 
 
 def save_checkpoint(path, model, metadata):
@@ -715,13 +698,11 @@ def choose_precision(dtype, strategy):
     """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # Forward and backward passes of self-influence. Those of factors and of pairwise scores are float32 (TF32 on
-        # CUDA beside bfloat16): rankings by pairwise scores do not survive bfloat16 ones.
-        passes=dtype,
-        # Per-sample gradients, their rotations, and a layer's part of a pairwise score.
+        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes of self-influence.
+        # Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by pairwise scores do not survive bfloat16.
         products=dtype,
-        # What products inside a covariance round their float32 inputs to. EKFAC fits its eigenvalues anew; KFAC inverts
-        # the covariances, whose small eigenvalues rounding would drown.
+        # What goes into the products of a covariance; on a CPU the product rounds it. EKFAC fits its eigenvalues anew;
+        # KFAC inverts the covariances, whose small eigenvalues rounding would drown.
         covariances=dtype if strategy == "ekfac" else sums,
         # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred terms, and scores tie.
         sums=sums,
@@ -743,7 +724,9 @@ def choose_precision(dtype, strategy):
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-SYMMETRIC_BLOCK = 256
+SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}  # measured: smaller ones leave less to compute, larger ones run faster
+# kronfluence resets the compiler after each stage, and that would import it: 0.8 s, from a slow disk 6 s, for nothing.
+torch.compiler.reset = lambda: None
 
 
 def patches(layer, inputs):
@@ -773,11 +756,16 @@ def rotated_gradient(a, g, q_a, q_g):
 
 
 def symmetric_product(rows):
-    """Returns rows^T rows, [I, I], of rows [R, I]: the blocks from the diagonal on, and their mirror images."""
-    product = rows.new_empty(rows.shape[1], rows.shape[1])
-    for start in range(0, len(product), SYMMETRIC_BLOCK):
-        end = start + SYMMETRIC_BLOCK
-        torch.mm(rows[:, start:end].T, rows[:, start:], out=product[start:end, start:])
+    """Returns rows^T rows, [I, I], of rows [R, I], on CUDA in float32 also of bfloat16 ones.
+
+    Those are the blocks from the diagonal on, and their mirror images.
+    """
+    wide = {"out_dtype": torch.float32} if rows.dtype == torch.bfloat16 else {}
+    product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=wide.get("out_dtype", rows.dtype))
+    block = SYMMETRIC_BLOCKS[rows.device.type]
+    for start in range(0, len(product), block):
+        end = start + block
+        product[start:end, start:] = torch.mm(rows[:, start:end].T, rows[:, start:], **wide)
         product[end:, start:end] = product[start:end, end:].T
     return product
 
@@ -807,7 +795,8 @@ class BatchHooks:
     A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `choose_precision`.
     """
 
-    inputs = "products"  # which of its dtypes a and g have
+    def input_dtype(self, is_cuda):
+        return self.module.precision.products
 
     def register_hooks(self):
         def forward_hook(module, inputs, outputs):
@@ -816,7 +805,7 @@ class BatchHooks:
 
         @torch.no_grad()
         def backward_hook(activation, gradient):
-            dtype = getattr(self.module.precision, self.inputs)
+            dtype = self.input_dtype(gradient.is_cuda)
             g = gradient.to(dtype).flatten(2).mT if gradient.dim() == 4 else gradient.to(dtype)[:, None]
             self.update(patches(self.module.original_module, activation.to(dtype)), g)
 
@@ -841,7 +830,8 @@ class BatchHooks:
 
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
-    inputs = "sums"
+    def input_dtype(self, is_cuda):
+        return self.module.precision.covariances if is_cuda else self.module.precision.sums
 
     def update(self, a, g):
         with rounded_products(self.module.precision.covariances == torch.bfloat16):
@@ -922,24 +912,16 @@ CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size says of how many the gradients are held
 
 
-def influence_code():
-    """Returns the source that factors and scores depend on: this file from its section on batches to its results."""
-    source = inspect.getsource(sys.modules[__name__])
-    return source[source.index("\n# ---- Batches") : source.index("\n# ---- Results")]
-
-
 class InfluenceRun:
     """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
 
     All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
     fitted on all of `data`, or on `factor_examples` drawn at random; `seed` draws the pseudo-labels. `batch_size` is 64
-    by default, on CUDA 1,024. `seconds` gets the times by phase, and with `profile` kronfluence keeps a table. Raises
-    UserError where there are fewer images than `factor_examples`, or `folder` cannot be made.
+    by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where there are fewer images than
+    `factor_examples`, or `folder` cannot be made.
     """
 
-    def __init__(
-        self, model, data, path, *, strategy, dtype, seed, seconds, batch_size=None, profile=False, factor_examples=None
-    ):
+    def __init__(self, model, data, path, *, strategy, dtype, seed, seconds, batch_size=None, factor_examples=None):
         if factor_examples is not None and factor_examples > len(data):
             raise UserError(f"--factor_examples {factor_examples}: there are only {len(data)} training images")
         self.model, self.data, self.strategy, self.dtype, self.seconds = model, data, strategy, dtype, seconds
@@ -951,7 +933,10 @@ class InfluenceRun:
             self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
         weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
         fingerprint, versions = sha256(*weights, data.digest), [version("torch"), version("kronfluence")]
-        self.depends_on = [fingerprint, strategy, str(dtype), seed, factor_examples, influence_code(), *versions]
+        code = (
+            inspect.getsource(sys.modules[__name__]).partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
+        )
+        self.depends_on = [fingerprint, strategy, str(dtype), seed, factor_examples, code, *versions]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
 
@@ -960,7 +945,7 @@ class InfluenceRun:
             if isinstance(module, TrackedModule):
                 install_trackers(module, self.precision)
         place = {"cpu": not data.images.is_cuda, "output_dir": str(self.folder.parent)}
-        self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), profile=profile, **place)
+        self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), **place)
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
     def computed(self, kind, settings, compute):
@@ -1045,8 +1030,8 @@ class InfluenceRun:
         Raises NumericalError where a score is not a number.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        passes = None if self.precision.passes == self.precision.sums else self.precision.passes
-        args = self.score_arguments(damping_factor, amp_dtype=passes)
+        rounded = self.precision.products != self.precision.sums
+        args = self.score_arguments(damping_factor, amp_dtype=self.precision.products if rounded else None)
 
         def compute(name, batch_size):
             with self.phase("scores", name):
@@ -1081,13 +1066,6 @@ class InfluenceRun:
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
-def require_alike(models, metadata, expected):
-    """Raises UserError, naming the `models`, where one was not trained on the expected data by the expected recipe."""
-    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-        if metadata[name] != expected[name]:
-            raise UserError(f"{models} differ in their {words}: give models that were trained alike")
-
-
 def is_whole(folder):
     """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
     for path in sorted(folder.glob("*")):
@@ -1106,18 +1084,20 @@ def load_runs(args, seconds):
     That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
     UserError where models were not trained alike, or one comes twice.
     """
-    device, kind = choose_device(args.device, several_processes=True), "cleaned" * args.cleaned
+    device = choose_device(args.device, several_processes=True)
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
-    paths = [checkpoint_path(folder, args.corrupt_percentage, kind) for folder in args.checkpoint_dir]
+    paths = [checkpoint_path(folder, args.corrupt_percentage, args.cleaned) for folder in args.checkpoint_dir]
     loaded = [load_trained(path, device, clean, args.corrupt_percentage) for path in paths]
     models, metadata, trained_on = zip(*loaded, strict=True)
-    for path, other in zip(paths, metadata, strict=True):
-        require_alike(f"--checkpoint_dir: {path} and {paths[0]}", other, metadata[0])
+    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+        for path, other in zip(paths, metadata, strict=True):
+            if other[name] != metadata[0][name]:
+                models = f"--checkpoint_dir: {path} and {paths[0]}"
+                raise UserError(f"{models} differ in their {words}: give models that were trained alike")
     settings = {"strategy": args.factor_strategy, "dtype": choose_dtype(args.precision, device), "seed": args.seed}
-    settings |= {"seconds": seconds, "batch_size": args.train_batch_size, "profile": args.profile}
-    settings |= {"factor_examples": args.factor_examples, "path": Path(args.output_dir) / paths[0].stem}
+    settings |= {"seconds": seconds, "batch_size": args.train_batch_size, "factor_examples": args.factor_examples}
     on_device = trained_on[0].to(device)
-    runs = [InfluenceRun(model, on_device, **settings) for model in models]
+    runs = [InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings) for model in models]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("--checkpoint_dir: two of these folders hold the same model: name each model once")
     return runs, metadata, trained_on[0]
@@ -1136,12 +1116,6 @@ def timed(seconds, phase):
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def ranks(scores):
-    """Returns the place of each score [N] among the N, 1 for the lowest; equal scores share the mean of theirs."""
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
 def result_folder(runs):
@@ -1170,23 +1144,17 @@ def environment(device):
     return {"peak_memory_bytes": peak} | where
 
 
-def report(record_json, args, fields, runs, seconds, paths):
+def report(record_json, args, fields, device, seconds, paths):
     """Writes the json record of a run, and prints its seconds by phase and the paths of scores and files.
 
     The record has the flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
     """
-    device = runs[0].data.images.device
     rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
     rounded["total"] = round(sum(seconds.values()), 3)
     measured = {"seconds": rounded, **environment(device)}
     with atomic_path(record_json) as temporary:
         record = {"flags": vars(args), **fields, **measured}
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    for run in runs:
-        if table := run.analyzer.profiler.summary():
-            with atomic_path(run.folder / f"profile_{args.factor_strategy}.txt") as temporary:
-                temporary.write_text(table)
-            print(table)
     print(f"{rounded['total']:.1f} s in all: " + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES))
     for path in [*paths, record_json]:
         print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")

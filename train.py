@@ -5,6 +5,7 @@ zero. `python train.py --help` lists the flags; their defaults are the recipe fo
 """
 
 import csv
+import shlex
 import time
 from pathlib import Path
 
@@ -21,7 +22,6 @@ RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs
 def parse_arguments():
     """Reads the command line."""
     positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
-    fraction = pipeline.number(float, "a fraction above 0 and below 1, such as 0.1", lambda value: 0 < value < 1)
     positive_int, seed = pipeline.positive_int, pipeline.whole_number
     parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
     parser.add_argument("--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="folder (default: %(default)s)")
@@ -32,18 +32,9 @@ def parse_arguments():
     recipe("--num_train_epochs", type=positive_int, default=25, help="passes over the images (default: %(default)s)")
     recipe("--seed", type=seed, default=1004, help="of weights, order, crops and flips (default: %(default)s)")
     recipe("--eval_batch_size", type=positive_int, default=1024, help="images per step when it is evaluated")
-    cleaning = parser.add_argument_group("train on changed examples")
-    which = cleaning.add_mutually_exclusive_group().add_argument
-    which("--exclude_suspects", metavar="CSV", help="leave out the top of this ranking (suspects_*.csv)")
-    which("--corrections", metavar="CSV", help="path or index, and new_label: a class, or empty to leave the image out")
-    which("--subset_fraction", type=fraction, metavar="FRACTION", help="a random part, for analyze.py --retrained_dir")
-    cleaning.add_argument("--exclude_fraction", type=fraction, default=0.1, metavar="FRACTION", help="of the ranking")
-    cleaning.add_argument("--subset_seed", type=seed, default=0, help="which part --subset_fraction takes")
-    args = parser.parse_args()
-    for name, needed in (("exclude_fraction", "exclude_suspects"), ("subset_seed", "subset_fraction")):
-        if getattr(args, name) != parser.get_default(name) and getattr(args, needed) is None:
-            parser.error(f"argument --{name}: means nothing without --{needed}")
-    return args
+    decided = "columns path or index, and new_label: a class, or empty to leave the image out"
+    parser.add_argument("--corrections", metavar="CSV", help=decided)
+    return parser.parse_args()
 
 
 # ---- What was decided about suspects -------------------------------------------------------------
@@ -91,22 +82,6 @@ def find_example(place, row, data, by_path):
     return found
 
 
-def read_suspects(path, fraction, data):
-    """Returns the cleaning that leaves out the top `fraction` of a ranking of ImageData, see `training_examples`.
-
-    Raises UserError, naming the line, where it ranks something else or is no longer in its order.
-    """
-    by_path, ranking = examples_by_path(data), []
-    for place, row in read_rows("--exclude_suspects", path, ("rank", "index", "path", "label")):
-        if row["rank"] != str(len(ranking) + 1):
-            raise pipeline.UserError(f"{place}: rank {row['rank']} where {len(ranking) + 1} is due: keep its order")
-        ranking.append(find_example(place, row, data, by_path))
-    if sorted(ranking) != list(range(len(data))):
-        ranked = f"ranks {len(set(ranking))} of the {len(data)} training images"
-        raise pipeline.UserError(f"--exclude_suspects {path} {ranked}: give a ranking of all of them")
-    return {"excluded": ranking[: round(fraction * len(ranking))], "new_labels": {}}
-
-
 def read_corrections(path, data):
     """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
 
@@ -133,34 +108,6 @@ def read_corrections(path, data):
 def examples_by_path(data):
     """Returns the index of each training image by its absolute path."""
     return {Path(path).absolute(): index for index, path in enumerate(data.paths) if path}
-
-
-def draw_subset(num_examples, fraction, seed):
-    """Returns the cleaning that leaves a random subset of round(fraction * N) examples, the same for the same seed.
-
-    Subsets of different seeds, and the choice of corrupted labels, are independent of each other.
-    """
-    order = np.random.default_rng((pipeline.SUBSET_SEED, seed)).permutation(num_examples)
-    return {"excluded": sorted(order[round(fraction * num_examples) :].tolist()), "new_labels": {}}
-
-
-def choose_examples(args, clean):
-    """Returns what the flags ask to train on, of the images as they were loaded, both ImageData.
-
-    Also returns the cleaning, None without one, and what that adds to the name of the checkpoint.
-    """
-    data, cleaning, kind = pipeline.training_examples(clean, args.corrupt_percentage), None, "cleaned"
-    if args.exclude_suspects is not None:
-        cleaning = read_suspects(args.exclude_suspects, args.exclude_fraction, data)
-    elif args.corrections is not None:
-        cleaning = read_corrections(args.corrections, data)
-    elif args.subset_fraction:
-        cleaning = draw_subset(len(data), args.subset_fraction, args.subset_seed)
-        kind = f"subset_{args.subset_fraction}_{args.subset_seed}"
-    if cleaning is None:
-        return data, None, ""
-    print(f"{len(cleaning['excluded'])} images are left out, {len(cleaning['new_labels'])} get another label")
-    return pipeline.training_examples(clean, args.corrupt_percentage, cleaning), cleaning, kind
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -272,17 +219,28 @@ def print_accuracies(model, data, test, batch_size, dtype):
     return {name: accuracy for name, (_, accuracy) in results.items()}
 
 
-def print_next_steps(args, kind):
+def command(script, args, **values):
+    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
+
+    Defaults are left out, and flags whose value is None or False.
+    """
+    defaults = vars(pipeline.shared_parser("", corrupt_default=None).parse_args([])) | {
+        "checkpoint_dir": pipeline.CHECKPOINT_DIR
+    }
+    flags = {name: getattr(args, name) for name in defaults if name != "checkpoint_dir"} | values
+    words = ["python", script]
+    for name, value in flags.items():
+        if value is not None and value is not False and value != defaults.get(name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def print_next_steps(args):
     """Prints the commands that use the new model."""
-    flags = {"corrupt_percentage": args.corrupt_percentage or 0}
-    if args.subset_fraction:
-        print("With some 50 such models, and one that was trained on all images, see how far scores predict them:")
-        print(f"  {pipeline.command('analyze.py', args, **flags, retrained_dir=args.checkpoint_dir)}")
-        return
+    flags = {"corrupt_percentage": args.corrupt_percentage or 0, "checkpoint_dir": args.checkpoint_dir}
     print("Find mislabeled training images, or see which ones the answers to test images come from:")
     for script in ("detect_mislabeled_dataset.py", "analyze.py"):
-        flags |= {"checkpoint_dir": args.checkpoint_dir, "cleaned": kind == "cleaned"}
-        print(f"  {pipeline.command(script, args, **flags)}")
+        print(f"  {command(script, args, **flags, cleaned=args.corrections is not None)}")
 
 
 def main():
@@ -293,10 +251,14 @@ def main():
     dtype = pipeline.choose_dtype(args.precision, device)
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
-    data, cleaning, kind = choose_examples(args, clean)
+    data, cleaning = pipeline.training_examples(clean, args.corrupt_percentage), None
+    if args.corrections is not None:
+        cleaning = read_corrections(args.corrections, data)
+        print(f"{len(cleaning['excluded'])} images are left out, {len(cleaning['new_labels'])} get another label")
+        data = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
     if args.train_batch_size > len(data):
         raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, kind)
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, cleaning is not None)
     pipeline.make_folder(path.parent)
     wrong = f"{data.is_corrupted.sum()} with a wrong label"
     print(f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes")
@@ -323,7 +285,7 @@ def main():
     }
     pipeline.save_checkpoint(path, model, metadata)
     print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
-    print_next_steps(args, kind)
+    print_next_steps(args)
 
 
 if __name__ == "__main__":

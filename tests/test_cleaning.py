@@ -99,28 +99,6 @@ def test_a_file_that_cannot_be_read(data, path, tmp_path, monkeypatch):
         train.read_corrections(path, data)
 
 
-@pytest.mark.parametrize(("fraction", "excluded"), [(0.1, [5]), (0.34, [5, 0]), (0.5, [5, 0, 3])])
-def test_the_top_of_a_ranking_is_excluded(written, data, fraction, excluded):
-    ranking = [f"{rank},{i},images/{i} ü.png,{i % 3}" for rank, i in enumerate((5, 0, 3, 1, 2, 4), start=1)]
-    path = written("rank,index,path,label", *ranking)
-    assert train.read_suspects(path, fraction, data) == cleaning(excluded, {})
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["1,0,0", "2,1,2"], "line 3: image 1 has the label 1 before any cleaning, not 2"),
-        (["2,1,1", "1,0,0"], "line 2: rank 2 where 1 is due"),
-        (["1,5,2", "2,0,0"], "ranks 2 of the 6 training images"),
-        ([f"{rank},{min(rank, 5)},{min(rank, 5) % 3}" for rank in range(1, 7)], "ranks 5 of the 6 training images"),
-    ],
-    ids=["other labels", "sorted anew", "cut off", "one image twice"],
-)
-def test_another_ranking_is_refused(written, data, rows, message):
-    with pytest.raises(pipeline.UserError, match=message):
-        train.read_suspects(written("rank,index,label,path", *(f"{row}," for row in rows)), 0.5, data)
-
-
 def test_examples_after_cleaning(data):
     corrupted = pipeline.training_examples(data, 1 / 2)
     wrong = corrupted.is_corrupted.nonzero().squeeze(1).tolist()
@@ -151,10 +129,12 @@ def loop(trained, tmp_path_factory):
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
     detected = succeed(folder, *detect, "--factor_strategy", "identity")
-    correct, exclude = printed_commands(detected)
-    excluded = succeed(folder, *exclude)
-    again = succeed(folder, *printed_commands(excluded)[0], "--factor_strategy", "identity")
-    return folder, detected, correct, excluded, again
+    (correct,) = printed_commands(detected)
+    suspects = [row["index"] for row in ranked(*(folder / "influence_results").glob("model_*"))[:6]]
+    (folder / "corrections.csv").write_text("\n".join(["index,new_label", *(f"{index}," for index in suspects)]))
+    cleaned = succeed(folder, *correct)
+    again = succeed(folder, *printed_commands(cleaned)[0], "--factor_strategy", "identity")
+    return folder, correct, cleaned, again
 
 
 def ranked(folder):
@@ -163,8 +143,8 @@ def ranked(folder):
 
 
 def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_results(loop):
-    folder, _, _, excluded, again = loop
-    assert "6 images are left out" in excluded and "model_corrupt_0.1_cleaned.pth" in excluded
+    folder, _, cleaned, again = loop
+    assert "6 images are left out" in cleaned and "model_corrupt_0.1_cleaned.pth" in cleaned
     before, after = sorted((folder / "influence_results").glob("model_*"), key=lambda path: "cleaned" in path.name)
     removed = {row["index"] for row in ranked(before)[:6]}
     assert {row["index"] for row in ranked(after)} == {str(i) for i in range(60)} - removed
@@ -193,7 +173,7 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
 
 
 def test_corrections_follow_the_printed_command(loop):
-    folder, _, correct, _, _ = loop
+    folder, correct, _, _ = loop
     clean = digits(60)
     wrong = pipeline.training_examples(clean, 0.1).is_corrupted.nonzero().squeeze(1).tolist()
     lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},"]
@@ -219,19 +199,16 @@ def test_the_printed_commands_train_as_before(monkeypatch, capsys):
     recipe = {"train_batch_size": 30, "learning_rate": 0.3, "weight_decay": 0.01, "num_train_epochs": 4}
     trained = {"seed": 5, "precision": "fp32", "device": "auto"}
     args = detect.parse_arguments()
-    for num_train, batch_size in ((60, 30), (30, 27)):  # without a tenth of 30 images a batch of 30 is too large
-        detect.print_next_steps(args, trained | {"recipe": recipe}, num_train, Path("s.csv"))
-        commands = printed_commands(capsys.readouterr().out)
-        assert len(commands) == 2
-        for command in commands:
-            monkeypatch.setattr("sys.argv", command)
-            expected = trained | recipe | {"train_batch_size": batch_size, "checkpoint_dir": "a"}
-            assert expected.items() <= vars(train.parse_arguments()).items()
+    detect.print_next_steps(args, trained | {"recipe": recipe}, Path("s.csv"))
+    (command,) = printed_commands(capsys.readouterr().out)
+    monkeypatch.setattr("sys.argv", command)
+    expected = trained | recipe | {"checkpoint_dir": "a", "corrections": "corrections.csv"}
+    assert expected.items() <= vars(train.parse_arguments()).items()
 
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
-    text = pipeline.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
+    text = train.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
     words = ["--dataset_dir", "my $images", "--num_train_examples", "7", "--cleaned", "--seed", "3"]
     assert shlex.split(text) == ["python", "x.py", *words]
 

@@ -43,7 +43,7 @@ def test_auroc_by_hand():
 
 def test_ranks_by_hand():
     """The two threes share the places 3 and 4."""
-    assert pipeline.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    assert detect.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
 
 
 def test_auroc_counts_ties_half():

@@ -119,7 +119,7 @@ def test_float32_and_bfloat16_give_the_ranking_of_float64(queries):
     ids=str,
 )
 def test_patches_and_their_covariance_are_those_of_torchs_unfold(monkeypatch, kernel_size, stride, padding):
-    monkeypatch.setattr(pipeline, "SYMMETRIC_BLOCK", 4)
+    monkeypatch.setitem(pipeline.SYMMETRIC_BLOCKS, "cpu", 4)
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
     images = torch.randn(3, 5, 11, 8, dtype=torch.float64)

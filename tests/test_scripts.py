@@ -85,10 +85,10 @@ def test_imagefolder_end_to_end(class_folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def detected(trained, tmp_path_factory):
-    """The folder and output of a detection with --profile, on a copy of the trained folder."""
+    """The folder and output of a detection, on a copy of the trained folder."""
     folder = tmp_path_factory.mktemp("detected")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
-    return folder, succeed(folder, DETECT, *SYNTHETIC, "--profile")
+    return folder, succeed(folder, DETECT, *SYNTHETIC)
 
 
 def test_detect_prints_table_sentence_and_paths(detected):
@@ -124,7 +124,7 @@ def test_detect_suspects_csv(detected):
 
 def test_detect_json_agrees_with_its_csv(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
-    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, profile=True)
+    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None)
     assert list(record) == documented("detection_<strategy>.json") and record["num_corrupted"] == NUM_CORRUPTED
     _, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     rows.sort(key=lambda row: int(row["index"]))
@@ -151,12 +151,6 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
             pipeline.draw_sheet(tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title")
         pictures.append((tmp_path / "s.png").read_bytes())
     assert pictures[0] == pictures[1]
-
-
-def test_detect_profile_is_printed_and_saved(detected):
-    folder, output = detected
-    table = (result_folder(folder) / "profile_ekfac.txt").read_text()
-    assert "Fit Lambda" in table and table.strip() in output
 
 
 def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):

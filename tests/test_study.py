@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import study
 import torch
@@ -77,11 +78,55 @@ def test_a_fold_is_judged_by_a_network_that_never_saw_it():
     assert sorted(judged) == list(range(60)) and found["auroc"] == 1 and found["found_at_20"] == 1
 
 
+# ---- The linear datamodeling score ---------------------------------------------------------------
+
+# Three images, four models. Sums of the first query's scores (1, 2, 4): 3, 5, 6, 7.
+TRAINED_ON = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
+SCORES = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+
+
+def test_the_linear_datamodeling_score_by_hand():
+    """Ranks 1 2 3 4 against 1 2 3 4: 1; against 1 3 2 4: 1 - 6 * 2 / 60 = 0.8; no prediction: 0.
+
+    The last query's sums 2, 2, 2, 3 have ranks 2 2 2 4, its margins 4 3 2 1: centred -.5 -.5 -.5 1.5 and 1.5 .5 -.5
+    -1.5, whose product sums to -3, over the square root of 3 * 5.
+    """
+    margins = np.array([[0.1, 0.1, 1.0, 4.0], [0.2, 0.3, 2.0, 3.0], [0.4, 0.2, 3.0, 2.0], [9.0, 0.4, 4.0, 1.0]])
+    found = study.linear_datamodeling_scores(SCORES, TRAINED_ON, margins)
+    assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
+
+
+def test_halves_follow_their_number_and_nothing_else(monkeypatch):
+    """Halves of 2,000 share 500 give or take 11 with another half, and 100 give or take 7 with a tenth of them."""
+    data = image_data(torch.zeros(2000, 1), torch.zeros(2000, dtype=torch.int64), ["a", "b"])
+    fake = SimpleNamespace(
+        train=lambda part, seed: (part, None),
+        logits=lambda part, queries: torch.tensor([[1.0, 3.0], [2.0, 2.0]]) * len(part) / 1000,
+    )
+    found = [study.Study.half(fake, data, data.take(torch.arange(2)), number) for number in (0, 1, 0)]
+    first, other, again = (half["trained_on"] for half in found)
+    wrong = pipeline.corrupt_labels(data.labels, 0.1, 10)[1].numpy()
+    assert first.sum() == other.sum() == 1000 and np.array_equal(first, again)
+    assert 445 < (first & other).sum() < 555 and 65 < (first & wrong).sum() < 135
+    assert found[0]["margins"].tolist() == [-2, 0]
+
+
+def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch):
+    rows = [("identity", 1e-8, 1), ("identity", 1e-8, 2)]
+    monkeypatch.setattr(study, "PREDICTIONS", rows)
+    output, found = run("retraining", "--halves", "3")
+    assert [row["models"] for row in found] == [1, 2]
+    assert all(-1 <= row["lds"] <= 1 and row["halves"] == 3 and row["num_queries"] == 3 for row in found)
+    assert f"| identity | 1e-08 | 2 | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
+    assert run("retraining", "--halves", "3")[1] == found
+
+
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
-    monkeypatch.setattr(study, "FACTOR_PERCENTS", (100, 50))
-    _, (full, other, half) = run("factors")
-    assert full["pairwise_spearman"] == full["self_influence_spearman"] == pytest.approx(1)
-    assert all(0 < row["self_influence_spearman"] < 1 for row in (other, half))
+    monkeypatch.setattr(study, "FACTOR_EXAMPLES", (50, 20))
+    _, (full, other, half) = run("factors", "--halves", "2")
+    assert full["pairwise_spearman"] == full["self_spearman"] == pytest.approx(1)
+    assert all(0 < row["self_spearman"] < 1 and -1 <= row["lds"] <= 1 for row in (other, half))
+    assert (other["examples"], half["examples"]) == (None, 20)
     assert other["pseudo_label_seed"] != half["pseudo_label_seed"] == full["pseudo_label_seed"]
 
 

@@ -28,7 +28,7 @@ PROMISED = {  # Spearman per query (mean) and of self-influence, at least; found
 
 def spearman(a, b):
     """Returns the rank correlation of two arrays [N]; equal values share their mean rank."""
-    return float(np.corrcoef(pipeline.ranks(a), pipeline.ranks(b))[0, 1])
+    return float(np.corrcoef(detect.ranks(a), detect.ranks(b))[0, 1])
 
 
 def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size):

@@ -1,14 +1,17 @@
-"""Studies too long for a test: what finds mislabeled images, what cleaning is worth, how many images factors need.
+"""Studies too long for a test: what finds mislabeled images, what cleaning is worth, what scores predict, and by how
+many images in the factors.
 
     python tests/studies/study.py detection --dataset cifar10
     python tests/studies/study.py cleaning --dataset cifar10
-    python tests/studies/study.py factors --dataset cifar10 --retrained_dir DIR
+    python tests/studies/study.py retraining --dataset cifar10
+    python tests/studies/study.py factors --dataset cifar10
 
 `detection` trains on wrong labels of several kinds, and compares all methods and, with `--folds`, the loss of held-out
 images in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without the
-top of a ranking or with that put right. `factors` fits the curvature on ever more of the training images, and compares
-the scores with those by all of them. Every result is a line in a file; a study that was stopped goes on where it was,
-and a table of what is there, for each kind of machine, ends each run.
+top of a ranking or with that put right. `retraining` trains on random halves, and says how well scores predict the
+margins of these networks: the linear datamodeling score. `factors` fits the curvature on ever fewer of the training
+images, and compares the scores with those by all of them. Every result is a line in a file; a study that was stopped
+goes on where it was, and a table of what is there, for each kind of machine, ends each run.
 """
 
 import contextlib
@@ -25,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from precision import spearman
 
-import analyze
 import detect_mislabeled_dataset as detect
 import pipeline
 import train
@@ -42,9 +45,11 @@ SIMILAR = {
 FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
 RANKINGS = ("aum_margin", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
-FACTOR_PERCENTS = (100, 50, 20, 10, 5, 2, 1)
-NOISY_MODEL = pipeline.checkpoint_path("", NOISES[0][1]).stem
+FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
+HALVES_SEED = 18
+# Strategy, damping, and of how many networks the mean is taken.
+PREDICTIONS = [*((strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES), ("ekfac", None, 1), ("ekfac", 1e-8, 3)]
 
 
 class Study:
@@ -109,10 +114,10 @@ class Study:
         return (self.logits(model, self.test).argmax(1) == self.test.labels.cpu()).float().mean().item()
 
     @contextlib.contextmanager
-    def influence(self, data):
+    def influence(self, data, strategy="ekfac"):
         """Yields what makes an InfluenceRun of a model on `data`, in a folder for the time being."""
         with tempfile.TemporaryDirectory() as folder:
-            settings = {"strategy": "ekfac", "dtype": self.dtype, "seed": FIRST_SEED, "seconds": {}}
+            settings = {"strategy": strategy, "dtype": self.dtype, "seed": FIRST_SEED, "seconds": {}}
             yield partial(pipeline.InfluenceRun, data=data.to(self.device), path=Path(folder) / "model", **settings)
 
     # ----------------------------------------------------------------------------------------------
@@ -192,49 +197,91 @@ class Study:
         return self.found(job)[0]
 
     # ----------------------------------------------------------------------------------------------
-    # How many images factors need
+    # Whether scores predict retraining, and how many images factors need
     # ----------------------------------------------------------------------------------------------
 
-    def factors(self, percent, pseudo_label_seed, seed, num_queries, retrained):
-        """Scores by factors of `percent` of the images. Returns agreement with all of them, what it finds, seconds.
-
-        `retrained` says which models predictions are compared with, those in the folder `--retrained_dir`, if any.
-        """
-        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
-        queries = self.test.take(torch.arange(num_queries))
-        if retrained:
-            known = {"data_sha256": data.digest, "recipe": self.recipe}
-            place = self.args.retrained_dir, NOISY_MODEL
-            trained_on, margins = analyze.load_retrained(*place, known, data, queries, self.dtype)
-        path = self.folder / f"factors-{pipeline.sha256(json.dumps([seed, num_queries, self.asked]))[:8]}.pth"
+    def kept(self, name, compute, *settings):
+        """Returns the arrays by name in a file of the folder, which `compute()` makes where it is not there."""
+        path = self.folder / f"{name}-{pipeline.sha256(json.dumps([*settings, self.asked]))[:8]}.npz"
         if not path.exists():
-            with pipeline.atomic_path(path) as temporary:
-                torch.save(self.train(data, seed)[0].state_dict(), temporary)
+            save(path, **compute())
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    def model(self, data, seed):
+        """Returns the network of a seed in eval mode, trained once."""
+
+        def weights():
+            return {name: tensor.cpu().numpy() for name, tensor in self.train(data, seed)[0].state_dict().items()}
+
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
-        model.load_state_dict(torch.load(path, weights_only=True))
-        model.eval()
-        examples = None if percent == 100 else max(1, round(percent / 100 * len(data)))
-        with self.influence(data) as make_run:
-            run = make_run(model, factor_examples=examples, seed=pseudo_label_seed)
-            self_influence = run.self_influence(1e-8)[0].numpy()
-            pairwise = run.pairwise_influence(queries, 1000, 1e-8)[0]
-        full_path = self.folder / f"full-{path.stem}.npz"
-        if percent == 100 and pseudo_label_seed == FIRST_SEED:
-            save(full_path, self_influence=self_influence, pairwise=pairwise.numpy())
-        if not full_path.exists():
-            self.factors(100, FIRST_SEED, seed, num_queries, "")
-        full = np.load(full_path)
-        found = {
-            "factor_seconds": sum(run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")),
-            "self_influence_spearman": spearman(self_influence, full["self_influence"]),
-            "pairwise_spearman": float(
-                np.mean([spearman(*pair) for pair in zip(pairwise, full["pairwise"], strict=True)])
-            ),
-            "found_at_10": detect.evaluate_ranking(self_influence, data.is_corrupted.numpy())["found_at_10"],
-        }
-        if retrained:
-            found["lds"] = float(analyze.linear_datamodeling_scores(pairwise, trained_on, margins).mean())
+        found = self.kept("model", weights, data.digest, seed)
+        model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
+        return model.eval()
+
+    def half(self, data, queries, number):
+        """Trains on a random half of the images. Returns which, bool [N], and its margins on queries, [num_query]."""
+        order = np.random.default_rng((HALVES_SEED, number)).permutation(len(data))
+        chosen = np.zeros(len(data), bool)
+        chosen[order[: round(len(data) / 2)]] = True
+        model, _ = self.train(data.take(torch.from_numpy(chosen.nonzero()[0])), number)
+        return {"trained_on": chosen, "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy()}
+
+    def predicted(self, scores, data, queries):
+        """Returns the linear datamodeling score of each query, see `linear_datamodeling_scores`."""
+        jobs = tqdm(range(self.args.halves), "Halves", leave=False)
+        found = [self.kept("half", partial(self.half, data, queries, k), data.digest, queries.digest, k) for k in jobs]
+        return linear_datamodeling_scores(
+            scores, *(np.stack(part) for part in zip(*map(dict.values, found), strict=True))
+        )
+
+    def retraining(self, strategy, damping_factor, models, num_queries, halves):
+        """Scores queries by the mean of some networks. Returns the mean linear datamodeling score and its error."""
+        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+        queries, scores = self.test.take(torch.arange(num_queries)), 0
+        for seed in range(FIRST_SEED, FIRST_SEED + models):
+            with self.influence(data, strategy=strategy) as make_run:
+                own, _ = make_run(self.model(data, seed)).pairwise_influence(queries, 1000, damping_factor)
+            scores = scores + own / models
+        values = self.predicted(scores, data, queries.to("cpu"))
+        return {"lds": values.mean(), "standard_error": values.std(ddof=1) / len(values) ** 0.5}
+
+    def factors(self, examples, pseudo_label_seed, num_queries, halves):
+        """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
+        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+        queries, model = self.test.take(torch.arange(num_queries)), self.model(data, FIRST_SEED)
+
+        def score(examples=None, seed=FIRST_SEED):
+            with self.influence(data) as make_run:
+                run = make_run(model, factor_examples=examples, seed=seed)
+                scores = run.self_influence(None)[0].numpy(), run.pairwise_influence(queries, 1000, None)[0].numpy()
+            seconds = sum(run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda"))
+            return {"self": scores[0], "pairwise": scores[1], "seconds": np.array(seconds)}
+
+        full = self.kept("full", score, data.digest, queries.digest)
+        first = examples is None and pseudo_label_seed == FIRST_SEED
+        own = full if first else score(examples, pseudo_label_seed)
+        found = figures({"self_influence": own["self"]}, data.is_corrupted.numpy())["self_influence"]
+        found |= {"factor_seconds": float(own["seconds"]), "self_spearman": spearman(own["self"], full["self"])}
+        pairs = zip(own["pairwise"], full["pairwise"], strict=True)
+        found["pairwise_spearman"] = float(np.mean([spearman(*pair) for pair in pairs]))
+        if halves:
+            found["lds"] = self.predicted(torch.from_numpy(own["pairwise"]), data, queries.to("cpu")).mean()
         return found
+
+
+def linear_datamodeling_scores(scores, trained_on, margins):
+    """Returns the linear datamodeling score of each query, float64 [num_query] (Park et al. 2023, "TRAK", section 2).
+
+    That is Spearman's correlation, over retrained networks, of a query's margin, margins [M, num_query], and the sum of
+    its scores [num_query, num_train] over the images which that network was trained on, trained_on [M, num_train];
+    0 where one of them is the same for all networks.
+    """
+    predicted = trained_on.astype(float) @ scores.double().numpy().T  # (M, num_query)
+    predicted, measured = (np.apply_along_axis(detect.ranks, 0, values) for values in (predicted, margins))
+    predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
+    norms = np.sqrt((predicted**2).sum(0) * (measured**2).sum(0))
+    return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
 
 
 def wrong_labels(clean, noise, fraction, seed):
@@ -352,21 +399,33 @@ def print_cleaning(study):
             print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 
+def retraining_jobs(study):
+    """Returns the jobs: strategies, dampings, and means over several networks."""
+    names = "strategy", "damping_factor", "models"
+    sizes = {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
+    return [{"study": "retraining", **dict(zip(names, row, strict=True)), **sizes} for row in PREDICTIONS]
+
+
+def study_retraining(study):
+    """Predicts the networks of random halves."""
+    study.complete(retraining_jobs(study), study.retraining)
+
+
+def print_retraining(study):
+    """Prints linear datamodeling scores; ± is the standard error over the queries."""
+    print("\n| curvature | damping | networks | LDS | seconds |\n|---|---|---|---|---|")
+    for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
+        damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
+        lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
+        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {row['seconds']:.0f} |")
+
+
 def factors_jobs(study):
     """Returns the jobs: factors of ever fewer images, and with other pseudo-labels on all of them."""
-    settings = [(100, FIRST_SEED), (100, FIRST_SEED + 1)]
-    settings += [(percent, FIRST_SEED) for percent in FACTOR_PERCENTS[1:]]
-    folder = study.args.retrained_dir
-    paths = sorted(Path(folder).glob(f"{NOISY_MODEL}_subset_*.pth")) if folder else []
-    job = {
-        "study": "factors",
-        "seed": FIRST_SEED,
-        "num_queries": min(study.args.num_query_examples, len(study.test)),
-        "retrained": pipeline.sha256(*(path.name + str(path.stat().st_mtime_ns) for path in paths))[:8]
-        if paths
-        else "",
-    }
-    return [{**job, "percent": percent, "pseudo_label_seed": seed} for percent, seed in settings]
+    settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
+    settings += [(examples, FIRST_SEED) for examples in FACTOR_EXAMPLES if examples < len(study.clean)]
+    sizes = {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
+    return [{"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes} for n, seed in settings]
 
 
 def study_factors(study):
@@ -376,22 +435,20 @@ def study_factors(study):
 
 def print_factors(study):
     """Prints agreement with factors of all images, and what they are worth."""
-    print(
-        "\n| images | pairwise Spearman | self-influence Spearman | found at 10 % | LDS | seconds |"
-        "\n|---|---|---|---|---|---|"
-    )
+    columns = "images | pairwise Spearman | self-influence Spearman | found at 10, 20 % | AUROC | LDS | seconds"
+    print(f"\n| {columns} |\n|---|---|---|---|---|---|---|")
     for row in chain.from_iterable(map(study.found, factors_jobs(study))):
-        name = f"{row['percent']} %" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
-        lds = f"{row['lds']:.4f}" if "lds" in row else ""
-        print(
-            f"| {name} | {row['pairwise_spearman']:.4f} | {row['self_influence_spearman']:.4f} | "
-            f"{100 * row['found_at_10']:.1f} % | {lds} | {row['factor_seconds']:.1f} |"
-        )
+        name = f"{row['examples'] or 'all'}" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
+        found = f"{100 * row['found_at_10']:.1f}, {100 * row['found_at_20']:.1f} % | {row['auroc']:.4f}"
+        lds, seconds = f"{row['lds']:.3f}" if "lds" in row else "", row["factor_seconds"]
+        agree = f"{row['pairwise_spearman']:.4f} | {row['self_spearman']:.5f}"
+        print(f"| {name} | {agree} | {found} | {lds} | {seconds:.1f} |")
 
 
 STUDIES = {
     "detection": (study_detection, print_detection),
     "cleaning": (study_cleaning, print_cleaning),
+    "retraining": (study_retraining, print_retraining),
     "factors": (study_factors, print_factors),
 }
 
@@ -414,7 +471,7 @@ def main():
     flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     flag("--folds", type=folds, nargs="*", default=[], help="of a cross-validation, such as 2 5")
-    flag("--retrained_dir", help="models by train.py --subset_fraction, for the linear datamodeling score")
+    flag("--halves", type=pipeline.whole_number, default=50, help="networks to predict; 0 leaves them out of factors")
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
     study = Study(args)

@@ -1,0 +1,89 @@
+"""Means over several models, and models that do not belong together."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ANALYZE, DETECT, TRAIN, read_table, run, succeed
+from safetensors.torch import load_file
+
+import detect_mislabeled_dataset as detect
+
+DATA = ("--dataset", "synthetic", "--num_train_examples", "40", "--device", "cpu", "--precision", "fp32")
+RECIPE = ("--train_batch_size", "8", "--num_train_epochs", "2", "--learning_rate", "0.05")
+CORRUPTED = ("--corrupt_percentage", "0.2")
+DIAGONAL = ("--factor_strategy", "diagonal")
+QUERIES = ("--num_query_examples", "4")
+BOTH = ("--checkpoint_dir", "checkpoints", "other")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model and another seed's."""
+    root = tmp_path_factory.mktemp("retraining")
+    succeed(root, TRAIN, *DATA, *RECIPE, *CORRUPTED)
+    succeed(root, TRAIN, *DATA, *RECIPE, *CORRUPTED, "--seed", 7, "--checkpoint_dir", "other")
+    return root
+
+
+# ---- The mean over several models ---------------------------------------------------------------
+
+
+def test_several_models_give_the_mean_of_their_scores(folder):
+    succeed(folder, ANALYZE, *DATA, *CORRUPTED, *QUERIES, *DIAGONAL, *BOTH)
+    (results,) = folder.glob("influence_results/model_corrupt_0.2_mean_of_2-*")
+    mean = load_file(results / "pairwise_diagonal.safetensors")["all_modules"]
+    paths = folder.glob("influence_results/model_corrupt_0.2-*/scores_pairwise_diagonal*/pairwise_scores.safetensors")
+    single = [load_file(path)["all_modules"] for path in paths]
+    assert len(single) == 2 and not torch.equal(*single)
+    assert torch.allclose(mean, (single[0] + single[1]) / 2)
+    assert (results / "top_influences_diagonal.csv").is_file()
+
+
+def test_a_detection_takes_the_mean_over_several_models(folder):
+    """Every ranking's signal, image by image, is the mean of those of the single models."""
+    tables = []
+    for dirs in (BOTH, ("--checkpoint_dir", "checkpoints"), ("--checkpoint_dir", "other")):
+        out = succeed(folder, DETECT, *DATA, *CORRUPTED, *DIAGONAL, *dirs)
+        path = next(line.split()[1] for line in out.splitlines() if line.endswith("suspects_diagonal.csv"))
+        tables.append(sorted(read_table(folder / path)[1], key=lambda row: int(row["index"])))
+    for name in detect.RANKINGS:
+        mean, *single = ([float(row[name]) for row in table] for table in tables)
+        assert mean == pytest.approx(np.mean(single, 0).tolist(), rel=1e-5, abs=1e-6)
+        assert single[0] != single[1]
+
+
+# ---- Models that do not belong together ----------------------------------------------------------
+
+
+def refused(folder, *flags):
+    """Runs an analysis in the folder, which must be refused. Returns the sentence."""
+    finished = run(folder, ANALYZE, *DATA, *CORRUPTED, *QUERIES, *flags)
+    assert finished.status == 2 and finished.err.count("\n") == 1
+    return finished.err
+
+
+def test_models_of_another_recipe_are_refused(folder, tmp_path):
+    succeed(folder, TRAIN, *DATA, *RECIPE, *CORRUPTED, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
+    assert "differ in their recipe" in refused(folder, "--checkpoint_dir", "checkpoints", tmp_path)
+
+
+def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
+    """Neither in the same folder by another name, nor in a copy."""
+    shutil.copytree(folder / "checkpoints", tmp_path / "copy")
+    for other in (folder / "checkpoints", tmp_path / "copy"):
+        assert "the same model" in refused(folder, *DIAGONAL, "--checkpoint_dir", "checkpoints", other)
+
+
+def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):
+    for index in (3, 4):
+        (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},\n")
+        flags = ("--corrections", tmp_path / "decided.csv", "--checkpoint_dir", str(index))
+        succeed(tmp_path, TRAIN, *DATA, *RECIPE, *CORRUPTED, *flags)
+    assert "differ in their training images or labels" in refused(tmp_path, "--cleaned", "--checkpoint_dir", "3", "4")
+    assert not list(tmp_path.glob("influence_results/model*"))
+
+
+def test_more_factor_examples_than_images(folder):
+    assert "there are only 40 training images" in refused(folder, "--factor_examples", 41)
