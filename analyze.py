@@ -14,10 +14,7 @@ import pipeline
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
-COLUMNS = (
-    *("query", "query_path", "query_label", "query_class_name", "direction", "rank"),
-    *("train", "train_path", "train_label", "train_class_name", "score"),
-)
+COLUMNS = ("query", "query_path", "query_label", "direction", "rank", "train", "train_path", "train_label", "score")
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
@@ -70,8 +67,7 @@ def write_top_influences(path, scores, queries, data):
     """Writes the most helpful and the most harmful images of each query, as the score's sign says, to a csv file."""
 
     def example(data, position):
-        label = data.labels[position].item()
-        return data.indices[position].item(), data.paths[position], label, data.class_names[label]
+        return data.indices[position].item(), data.paths[position], data.class_names[data.labels[position]]
 
     tops = list(zip(("helpful", "harmful"), (1, -1), strongest(scores, NUM_LISTED), strict=True))
     with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -127,11 +123,12 @@ def main():
                 save_file({"all_modules": scores}, temporary)
         top_csv, top_png = (folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png"))
         write_top_influences(top_csv, scores, queries, data)
+        record_json, fields = folder / f"pairwise_{strategy}.json", {"num_train": len(data), "num_query": len(queries)}
+        record = record_json, args, fields, on_device.images.device, seconds
+        pipeline.write_record(*record)  # before the picture, so that nothing is lost where that fails
         plot_top_influences(top_png, scores, queries, data, strategy)
 
-    fields = {"num_train": len(data), "num_query": len(queries)}
-    paths = [scores_path, top_csv, top_png]
-    pipeline.report(folder / f"pairwise_{strategy}.json", args, fields, on_device.images.device, seconds, paths)
+    pipeline.print_paths(pipeline.write_record(*record), [scores_path, top_csv, top_png, record_json])
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ RANKINGS = {
     ),
 }
 DEFAULT = "aum_margin"
-COLUMNS = ["rank", "index", "path", "label", "class_name", "predicted_label", "predicted_class_name"]
-COLUMNS += [*RANKINGS, "is_corrupted"]
+COLUMNS = ["rank", "index", "path", "label", "predicted_label", *RANKINGS, "is_corrupted"]
 
 
 def parse_arguments():
@@ -64,15 +63,16 @@ def measure(run, metadata, damping_factor):
     """Returns what rankings are made of, float32 arrays [N] by name; logits, [N, num_classes]; and the scores' file.
 
     These are the self-influence of each training image, its area under the margin during the training, and its loss
-    and margin in the end. logits: of the finished network.
+    and margin in the end. An image that was in no batch has the margin for its area. logits: of the finished network.
     """
     self_influence, path = run.self_influence(damping_factor)
     with pipeline.timed(run.seconds, "report"):
         logits, labels = pipeline.compute_logits(run.model, run.data.images, run.batch_size, run.dtype), run.data.labels
+        margin, aum = pipeline.margin(logits, labels, torch.amax).cpu(), metadata["aum"]
         found = {
             "self_influence": self_influence,
-            "aum": metadata["aum"],
-            "margin": pipeline.margin(logits, labels, torch.amax),
+            "aum": torch.where(aum.isnan(), margin, aum),
+            "margin": margin,
             "loss": F.cross_entropy(logits, labels, reduction="none"),
         }
         return {name: values.cpu().numpy() for name, values in found.items()}, logits.cpu(), path
@@ -154,8 +154,8 @@ def write_suspects(path, data, order, scores, predicted):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for place, position in enumerate(order.tolist(), start=1):
-            label, guess = data.labels[position].item(), predicted[position].item()
-            example = [data.indices[position].item(), data.paths[position], label, names[label], guess, names[guess]]
+            classes = [names[label[position]] for label in (data.labels, predicted)]
+            example = [data.indices[position].item(), data.paths[position], *classes]
             values = [scores[name][position] for name in RANKINGS]
             writer.writerow([place, *example, *values, is_corrupted[position]])
 
@@ -246,20 +246,22 @@ def main():
         scores, predicted = rank(measured), sum(logits).argmax(1)
         order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
         write_suspects(suspects_csv, data, order, scores, predicted)
+        truth = is_corrupted.any() and not is_corrupted.all()
+        results = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()} if truth else {}
+        fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
+        record = record_json, args, fields, runs[0].data.images.device, seconds
+        pipeline.write_record(*record)  # before the pictures, so that nothing is lost where one fails
         by = RANKINGS[method].caption + f" ({strategy})" * RANKINGS[method].uses_curvature
         plot_suspects(suspects_png, data, order, scores[method], predicted, by)
-        results, paths = {}, [*score_paths, suspects_csv, suspects_png]
         curve_png.unlink(missing_ok=True)
-        if is_corrupted.any() and not is_corrupted.all():
-            results = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
+        if truth:
             plot_curves(curve_png, results, method, is_corrupted.mean(), strategy)
-            paths.append(curve_png)
             print_rankings(results, method)
         else:
             print("No labels are known to be wrong, so there is no truth to compare with: look at the suspects.")
 
-    fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
-    pipeline.report(record_json, args, fields, runs[0].data.images.device, seconds, paths)
+    paths = [*score_paths, suspects_csv, suspects_png, *([curve_png] if truth else []), record_json]
+    pipeline.print_paths(pipeline.write_record(*record), paths)
     if not args.cleaned:
         print_next_steps(args, metadata[0], suspects_csv)
 

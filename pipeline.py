@@ -15,9 +15,12 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import sys
 import time
+import unicodedata
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -170,15 +173,40 @@ def choose_device(name, several_processes):
     has no GPU for each: kronfluence sums its factors over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("argument --device: torch finds no CUDA device here; use cpu or auto")
-    on_gpu = name != "cpu" and torch.cuda.is_available()
-    if (count := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        if not (on_gpu and several_processes):
-            place = "this script" if on_gpu else "a run on the CPU"
-            raise UserError(f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun")
-        if int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
-            raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
+        raise UserError(f"argument --device: {unusable_gpu() or 'there is no NVIDIA GPU here'}; use cpu or auto")
+    on_gpu, count = name != "cpu" and torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and not (on_gpu and several_processes):
+        place = "this script" if on_gpu else "a run on the CPU"
+        raise UserError(f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun")
+    if count > 1 and int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
+        raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+
+
+def unusable_gpu():
+    """Returns why torch cannot use an NVIDIA GPU that is there, as a sentence; empty where it can or there is none."""
+    there = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+    if torch.cuda.is_available() or not there:
+        return ""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA, so that it cannot use the NVIDIA GPU: install a build for CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU: unset it"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch's own words, such as of a driver that is too old
+        return f"torch cannot use the NVIDIA GPU ({first_line(error)})"
+    return "torch finds no NVIDIA GPU that it can use"
+
+
+def print_machine(device, dtype):
+    """Prints where and how the script computes, and why not on a GPU that is there."""
+    if is_main_process():
+        on_cpu = device.type == "cpu"
+        name = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(device)
+        print(f"{name}, {str(dtype).removeprefix('torch.')}")
+        if on_cpu and (reason := unusable_gpu()):
+            print(f"On the CPU: {reason}")
 
 
 # ---- Files: whole or not at all ------------------------------------------------------------------
@@ -220,6 +248,9 @@ IMAGE_SIZE = 32
 ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED, SUBSET_SEED = 11, 12, 13, 18
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
+# What systems put beside images, in lower case; and all that begins with a dot.
+SYSTEM_NAMES = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "lost+found", "__macosx", "$recycle.bin"}
+SYSTEM_NAMES |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 
 @dataclass(frozen=True)
@@ -314,35 +345,59 @@ def load_cifar10(dataset_dir, split, num_examples, cache_dir):
 def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
     """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed random order, not class by class."""
     samples, class_names = split_samples(Path(dataset_dir), split)
+    if split == "train" and is_main_process():
+        counts = Counter(class_names[label] for _, label in samples)
+        print(f"{len(class_names)} classes in {dataset_dir}: {ten_largest(counts)}")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
     paths, labels = zip(*(samples[i] for i in order[draw_examples(len(order), num_examples)]), strict=True)
     return read_images(paths, split, cache_dir), torch.tensor(labels), class_names, paths
 
 
+def ten_largest(counts):
+    """Returns the ten largest of a Counter as text, and how many others there are."""
+    parts = [f"{name} {count}" for name, count in counts.most_common(10)]
+    return ", ".join(parts + [f"and {len(counts) - 10} others"] * (len(counts) > 10))
+
+
+def same_form(name):
+    """Returns a name in one Unicode form: Macs write an ä as two characters, others as one."""
+    return unicodedata.normalize("NFC", str(name))
+
+
 def list_samples(folder):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden files and folders are passed over; any other file that is no image is an error when it is read. Raises
-    UserError where there are not two classes or more, each with a file in it, or a folder cannot be listed.
+    What systems made is passed over, hidden files and folders too; any other file that is no image is an error when it
+    is read. A folder that is linked again is walked once. Raises UserError where there are not two classes or more,
+    each with a file in it, where two have one name, or a folder cannot be listed.
     """
 
     def refuse(error):
         raise UserError(f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it")
 
-    samples, class_names = [], []
+    def wanted(names):
+        by_system = {name for name in names if name[0] == "." or name.lower() in SYSTEM_NAMES}
+        passed_over.update(by_system)
+        return sorted(set(names) - by_system, key=same_form)
+
+    samples, class_names, passed_over, walked = [], [], set(), set()
     if not folder.is_dir():
         raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there")
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        found = []
-        for place, folders, files in os.walk(path, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if name[0] != "."]
-            found += [(place, name) for name in files if name[0] != "."]
-        if not found:
-            raise UserError(f"--dataset imagefolder: {path} holds no image: fill or remove it")
-        samples += [(f"{place}/{name}", len(class_names)) for place, name in sorted(found)]
-        class_names.append(path.name)
+    for name in wanted([path.name for path in folder.iterdir() if path.is_dir()]):
+        count = len(samples)
+        for place, folders, files in os.walk(folder / name, onerror=refuse, followlinks=True):
+            known, real = len(walked), Path(place).resolve()
+            walked.add(real)
+            folders[:] = wanted(folders) if len(walked) > known else []
+            samples += [(f"{place}/{file}", len(class_names)) for file in wanted(files) if len(walked) > known]
+        if len(samples) == count or same_form(name) in class_names:
+            reason = "has the same name as another class" if same_form(name) in class_names else "holds no image"
+            raise UserError(f"--dataset imagefolder: {folder / name} {reason}: fill, rename or remove it")
+        class_names.append(same_form(name))
     if len(class_names) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}")
+    if passed_over and is_main_process():
+        print(f"Passed over in {folder}: {', '.join(sorted(passed_over))}")
     return samples, class_names
 
 
@@ -356,9 +411,12 @@ def split_samples(dataset_dir, split):
     samples, class_names = list_samples(dataset_dir / "train")
     if (dataset_dir / "test").exists():
         test_samples, test_names = list_samples(dataset_dir / "test")
-        if differing := set(class_names) ^ set(test_names):
-            names = ", ".join(map(repr, sorted(differing)))
-            raise UserError(f"--dataset_dir {dataset_dir}: only one of train and test has the classes {names}")
+        for split_name, names, others in (("test", test_names, class_names), ("train", class_names, test_names)):
+            if lacking := sorted(set(others) - set(names)):
+                lacks = f"{dataset_dir / split_name} lacks the classes {', '.join(lacking)}"
+                raise UserError(
+                    f"{lacks}: add them, or remove {dataset_dir / 'test'}: a tenth of train is held out then"
+                )
         return (samples if split == "train" else test_samples), class_names
     held_out = set()
     for label in range(len(class_names)):
@@ -380,13 +438,15 @@ def read_images(paths, split, cache_dir):
     They are found there by the hash of names, sizes, times and numbers (two files might trade places) of the files.
     Raises UserError, naming the file, where one cannot be read or its name is not UTF-8.
     """
-    listing = [inspect.getsource(read_image), version("pillow")]
+    listing = [inspect.getsource(read_images), inspect.getsource(read_image), version("pillow")]
     for path in paths:
         try:
-            stat = os.stat(path.encode())  # noqa: PTH116, pathlib takes seconds for as many as there are
+            info = os.stat(path.encode())  # noqa: PTH116, pathlib takes seconds for as many as there are
+            if not stat.S_ISREG(info.st_mode):  # a pipe would be read without an end
+                raise OSError("no regular file")
         except (OSError, UnicodeError) as error:
             raise UserError(f"{path!r} cannot be read ({first_line(error)}): remove or rename it") from error
-        listing.append(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}")
+        listing.append(f"{path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
     cache = Path(cache_dir or "") / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
     if cache_dir and cache.exists():
         try:
@@ -394,7 +454,13 @@ def read_images(paths, split, cache_dir):
         except SafetensorError:
             print(f"{cache} is damaged: the images are read anew")
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = np.stack(list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False)))
+        images = list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False))
+    if brightest := max((image.max() for image in images if image.dtype == np.float32), default=0):
+        bits = next((bits for bits in (8, 10, 12, 14) if brightest < 2**bits), 16)
+        print(f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike")
+        scale = 255 / (2**bits - 1)
+        images = [image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255) for image in images]
+    images = np.stack(images).astype(np.uint8)
     if cache_dir and is_main_process():
         with atomic_path(cache) as temporary:
             save_file({"images": torch.from_numpy(images)}, temporary)
@@ -404,10 +470,11 @@ def read_images(paths, split, cache_dir):
 def read_image(path):
     """Returns the image in a file as RGB, uint8 [32, 32, 3], upright, transparency over white.
 
-    Raises UserError, naming the file, where it cannot be read.
+    Grey of 16 bits stays as it is, as float32. Raises UserError, naming the file, where it cannot be read.
     """
     from PIL import Image, ImageOps
 
+    size = IMAGE_SIZE, IMAGE_SIZE
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
@@ -419,12 +486,13 @@ def read_image(path):
             for name in ("exif", "Raw profile type exif"):  # Pillow would write it anew, and fail where malformed
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-                image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):  # Pillow would clip it to 8 bits
+                grey = Image.fromarray(np.asarray(image).astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+                return np.asarray(grey)[..., None].repeat(3, 2)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+            return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is not a readable image ({first_line(error)}): remove or replace it") from error
 
@@ -1085,6 +1153,8 @@ def load_runs(args, seconds):
     UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
+    dtype = choose_dtype(args.precision, device)
+    print_machine(device, dtype)
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     paths = [checkpoint_path(folder, args.corrupt_percentage, args.cleaned) for folder in args.checkpoint_dir]
     loaded = [load_trained(path, device, clean, args.corrupt_percentage) for path in paths]
@@ -1094,7 +1164,7 @@ def load_runs(args, seconds):
             if other[name] != metadata[0][name]:
                 models = f"--checkpoint_dir: {path} and {paths[0]}"
                 raise UserError(f"{models} differ in their {words}: give models that were trained alike")
-    settings = {"strategy": args.factor_strategy, "dtype": choose_dtype(args.precision, device), "seed": args.seed}
+    settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
     settings |= {"seconds": seconds, "batch_size": args.train_batch_size, "factor_examples": args.factor_examples}
     on_device = trained_on[0].to(device)
     runs = [InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings) for model in models]
@@ -1144,19 +1214,23 @@ def environment(device):
     return {"peak_memory_bytes": peak} | where
 
 
-def report(record_json, args, fields, device, seconds, paths):
-    """Writes the json record of a run, and prints its seconds by phase and the paths of scores and files.
+def write_record(path, args, fields, device, seconds):
+    """Writes the json record of a run: flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
 
-    The record has the flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
+    Returns the seconds by phase, rounded.
     """
     rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
     rounded["total"] = round(sum(seconds.values()), 3)
-    measured = {"seconds": rounded, **environment(device)}
-    with atomic_path(record_json) as temporary:
-        record = {"flags": vars(args), **fields, **measured}
+    record = {"flags": vars(args), **fields, "seconds": rounded, **environment(device)}
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return rounded
+
+
+def print_paths(rounded, paths):
+    """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
     print(f"{rounded['total']:.1f} s in all: " + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES))
-    for path in [*paths, record_json]:
+    for path in paths:
         print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
 
 

@@ -5,8 +5,12 @@ zero. `python train.py --help` lists the flags; their defaults are the recipe fo
 """
 
 import csv
+import io
+import os
 import shlex
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,71 +47,112 @@ def parse_arguments():
 def read_rows(flag, path, columns):
     """Yields (place, row) of a csv file with a header: `<flag> <path>, line 2` and a dictionary of its cells.
 
-    Raises UserError where the file cannot be read or lacks one of `columns`.
+    Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
+    any are passed over. Raises UserError where the file cannot be read or lacks one of `columns`.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise pipeline.UserError(f"{flag} {path}: its first line must name the column {missing[0]!r}")
-            for row in reader:
-                place = f"{flag} {path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise pipeline.UserError(f"{place}: has another number of cells than the first line")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        first = pipeline.first_line(text) if text else text
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        for name in columns:
+            if name not in reader.fieldnames:
+                raise pipeline.UserError(
+                    f"{flag} {path}: its first line must name the column {name!r}, but is {first!r}"
+                )
+        for row in reader:
+            place = f"{flag} {path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise pipeline.UserError(f"{place}: has another number of cells than the first line")
+            if any(row.values()):
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
         reason = pipeline.first_line(error)
         raise pipeline.UserError(f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})") from error
 
 
-def find_example(place, row, data, by_path):
-    """Returns the index of the training image that a row calls by `path` or, where that is empty, by `index`.
+class ExampleFinder:
+    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by `index`.
 
-    Raises UserError where there is none, or where it has another label than the row says (if it has a `label`).
+    A path may be absolute, or relative to the working directory, to the csv file or to `--dataset_dir`, with links on
+    the way. Where the file it names is gone, its last parts decide, such as `train/cat/1.png`: the data set was moved.
+    `test` are the images that no row may call.
     """
-    path, index = row.get("path", ""), row.get("index", "").strip()
-    if path:
-        if (found := by_path.get(Path(path).absolute())) is None:
-            raise pipeline.UserError(f"{place}: {path} is not among the training images")
-    elif index.isdecimal() and len(index) < 10 and int(index) < len(data):
-        found = int(index)
-    elif index:
-        raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
-    else:
-        raise pipeline.UserError(f"{place}: needs a path or an index")
-    if row.get("label", "").strip() not in ("", str(data.labels[found].item())):
-        labels = f"the label {data.labels[found]} before any cleaning, not {row['label']}"
-        raise pipeline.UserError(f"{place}: image {found} has {labels}: give its data flags, or drop the column label")
-    return found
+
+    def __init__(self, data, test, dataset_dir, csv_path):
+        self.data, self.folders, self.places = data, ("", Path(csv_path).parent, dataset_dir), {}
+        places = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
+        for spelling in (os.path.abspath, os.path.realpath, partial(os.path.relpath, start=dataset_dir)):
+            for path, index in places:
+                if path:
+                    self.places.setdefault(pipeline.same_form(spelling(path)), index)
+
+    def spellings(self, path):
+        """Yields the ways to look a path up, the surest first."""
+        files = [Path(folder) / path for folder in self.folders]
+        for file in files:
+            yield from (os.path.abspath(file), os.path.realpath(file))
+        if not any(file.exists() for file in files):
+            parts = path.replace("\\", "/").split("/")
+            yield from ("/".join(parts[start:]) for start in range(len(parts)))
+
+    def __call__(self, place, row):
+        """Returns the index of a row's image. Raises UserError where there is none, or it has another `label`."""
+        path, index, data = row.get("path", ""), row.get("index", "").strip(), self.data
+        if path.strip():
+            spellings = map(pipeline.same_form, [*self.spellings(path), *self.spellings(path.strip())])
+            known = next((spelling for spelling in spellings if spelling in self.places), None)
+            if known is None or (found := self.places[known]) is None:
+                reason = "is not among the training images" if known is None else "is held out for the test"
+                raise pipeline.UserError(f"{place}: {path} {reason}")
+        elif any(data.paths):
+            raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
+        elif not index:
+            raise pipeline.UserError(f"{place}: needs an index")
+        elif not (index.isdecimal() and len(index) < 10 and int(index) < len(data)):
+            raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
+        else:
+            found = int(index)
+        label = data.class_names[data.labels[found]]
+        if row.get("label", "").strip() and find_class(row["label"], data.class_names) != data.labels[found]:
+            said = f"the label {label} before any cleaning, not {row['label']}"
+            raise pipeline.UserError(
+                f"{place}: image {found} has {said}: give its data flags, or drop the column label"
+            )
+        return found
 
 
-def read_corrections(path, data):
+def find_class(name, class_names):
+    """Returns the number of the class of that name, in any Unicode form, also with blanks around it, or None."""
+    for spelled in map(pipeline.same_form, (name, name.strip())):
+        if spelled in class_names:
+            return class_names.index(spelled)
+    return None
+
+
+def read_corrections(path, data, test, dataset_dir):
     """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
 
-    Raises UserError, naming the line, for an unknown image or class, or one image twice, and where most images would
-    be left out, as by a ranking to which a column was added and filled in for some rows.
+    Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
+    where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
     """
-    by_path, decided = examples_by_path(data), {}
+    find_example, decided, changes = ExampleFinder(data, test, dataset_dir, path), {}, Counter()
     for place, row in read_rows("--corrections", path, ("new_label",)):
-        index, name = find_example(place, row, data, by_path), row["new_label"]
-        if name not in data.class_names:
-            name = name.strip()
-        if name and name not in data.class_names:
+        index, name = find_example(place, row), row["new_label"]
+        label = find_class(name, data.class_names)
+        if name.strip() and label is None:
             raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(data.class_names)}")
         if index in decided:
             raise pipeline.UserError(f"{place}: image {index} was decided on before")
-        decided[index] = data.class_names.index(name) if name else None
+        decided[index], old = label, data.labels[index]
+        if label is not None and label != old:
+            changes[f"{data.class_names[old]} → {data.class_names[label]}"] += 1
     excluded = [index for index, label in decided.items() if label is None]
     if len(excluded) > len(data) / 2:
         most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
         raise pipeline.UserError(f"--corrections {path} {most}: delete rows that nothing was decided about")
+    print("Corrections: " + ", ".join([pipeline.ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"]))
     return {"excluded": excluded, "new_labels": {i: label for i, label in decided.items() if label is not None}}
-
-
-def examples_by_path(data):
-    """Returns the index of each training image by its absolute path."""
-    return {Path(path).absolute(): index for index, path in enumerate(data.paths) if path}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -162,8 +207,8 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
 
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the area under
     the margin of each example, float32 [N] (Pleiss et al. 2020, section 3.1). That is the logit of its label minus the
-    largest other one, in its training batch, as a mean over the epochs. Raises NumericalError after an epoch in which
-    the loss or a weight stopped being a number.
+    largest other one, in its training batch, as a mean over the epochs, NaN for those that were in no batch. Raises
+    NumericalError after an epoch in which the loss or a weight stopped being a number.
     """
     device, generator = data.images.device, batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -197,9 +242,9 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
             # The loss was computed before the last step, so the weights are checked, too.
             if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
                 raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
-    # Partial batches are dropped, and with few epochs an example may have been among them each time.
-    aum = margin_sums / visits
-    return torch.where(visits > 0, aum, aum[visits > 0].mean()).cpu()
+    if count := (visits == 0).sum():
+        print(f"{count} images were in no batch: they are ranked by their margin in the end, since they have no aum")
+    return (margin_sums / visits).cpu()
 
 
 def evaluate(logits, labels):
@@ -249,12 +294,12 @@ def main():
     start = time.perf_counter()
     device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.choose_dtype(args.precision, device)
+    pipeline.print_machine(device, dtype)
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
     data, cleaning = pipeline.training_examples(clean, args.corrupt_percentage), None
     if args.corrections is not None:
-        cleaning = read_corrections(args.corrections, data)
-        print(f"{len(cleaning['excluded'])} images are left out, {len(cleaning['new_labels'])} get another label")
+        cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
         data = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
     if args.train_batch_size > len(data):
         raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")

@@ -153,8 +153,15 @@ SPOILED = {  # what is done to the folders, and what must be named
     "a link to nothing": (lambda root: (root / "train" / "cat" / "9.png").symlink_to("gone.png"), "cat/9.png"),
     "a name that is not UTF-8": (a_name_in_latin_1, "cat/"),
     "nothing to hold out": (one_image_per_class_and_no_test, "2 images or more"),
-    "a class that is missing in test": (lambda root: shutil.rmtree(root / "test" / "cat"), "'cat'"),
-    "a class that is missing in train": (lambda root: shutil.rmtree(root / "train" / "cat"), "'cat'"),
+    "a class that is missing in test": (
+        lambda root: shutil.rmtree(root / "test" / "cat"),
+        "test lacks the classes cat",
+    ),
+    "a class that is missing in train": (
+        lambda root: shutil.rmtree(root / "train" / "cat"),
+        "train lacks the classes cat",
+    ),
+    "a pipe": (lambda root: os.mkfifo(root / "train" / "cat" / "pipe.png"), "cannot be read (no regular file)"),
     "a folder whose name is not UTF-8": (None, "rename it"),
     "no folder": (shutil.rmtree, "my images"),
 }

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,47 +49,145 @@ def written(tmp_path):
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def test_corrections_by_path_and_by_index(written, data):
-    path = written("path,index,note,new_label", "images/2 ü.png,,a cat!,cat", ",4,,", ",0,,äpfel", encoding="utf-8-sig")
-    assert train.read_corrections(path, data) == cleaning([4], {2: 0, 0: 2})
+def read(path, data, test=None, dataset_dir="images"):
+    """What train.py makes of a file."""
+    return train.read_corrections(path, data, data.take(torch.arange(0)) if test is None else test, dataset_dir)
+
+
+def without_files(data):
+    """The same images as CIFAR-10 has them, called by index."""
+    return replace(data, paths=[""] * len(data))
+
+
+def test_corrections_by_path_and_by_index(written, data, capsys):
+    path = written("path,note,new_label", "images/2 ü.png,a cat!,cat", "images/4 ü.png,,", "images/5 ü.png,,cat")
+    assert read(path, data) == cleaning([4], {2: 0, 5: 0})
+    path = written("index,new_label", "4,", "0,äpfel", "1,grey owl", encoding="utf-8-sig")
+    assert read(path, without_files(data)) == cleaning([4], {0: 2, 1: 1})
+    assert capsys.readouterr().out.splitlines() == [
+        "Corrections: äpfel → cat 2, left out 1",
+        "Corrections: cat → äpfel 1, left out 1",  # 1 was a grey owl before
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_corrections_as_spreadsheets_write_them(written, data, delimiter):
+    lines = [" Path , NEW_LABEL ,Note", 'images/1 ü.png,cat,"a, b; c"', ",,", "images/3 ü.png, grey owl ,"]
+    path = written(*(line.replace(",", delimiter) for line in lines), encoding="utf-8-sig")
+    assert read(path, data) == cleaning([], {1: 0, 3: 1})
+
+
+def test_names_and_paths_in_either_unicode_form(written, data):
+    apart, together = (unicodedata.normalize(form, "äpfel") for form in ("NFD", "NFC"))
+    path = written(
+        "path,new_label", f"images/{unicodedata.normalize('NFD', '0 ü.png')},{apart}", "images/1 ü.png,äpfel"
+    )
+    named = replace(data, class_names=["cat", "grey owl", together])
+    assert read(path, named) == cleaning([], {0: 2, 1: 2})
 
 
 def test_the_name_of_a_class_may_begin_with_a_space(written, data):
     path = written("index,new_label", "0, cat", "1,grey owl ")
-    named = replace(data, class_names=[" cat", "grey owl", "äpfel"])
-    assert train.read_corrections(path, named) == cleaning([], {0: 0, 1: 1})
+    named = replace(without_files(data), class_names=[" cat", "grey owl", "äpfel"])
+    assert read(path, named) == cleaning([], {0: 0, 1: 1})
 
 
-def test_corrections_find_an_absolute_path(written, data):
-    path = written("path,new_label", f"{Path('images').absolute()}/1 ü.png,cat")
-    assert train.read_corrections(path, data) == cleaning([], {1: 0})
+def test_numbers_are_names_of_classes(written, data):
+    """As in folders called 1 to 3: the name 1 is the first class, not the second."""
+    named = replace(without_files(data), class_names=["1", "2", "3"])
+    assert read(written("index,label,new_label", "0,1,2"), named) == cleaning([], {0: 1})
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """ImageData for training and test of a data set of class folders."""
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png", "dog/3.png"):
+        path = tmp_path / "photos/train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 9 * int(path.stem), 0)).save(path)
+    return [pipeline.load_data("imagefolder", tmp_path / "photos", split) for split in ("train", "test")]
+
+
+SPELLINGS = {
+    "absolute": "{tmp}/photos/train/{name}",
+    "relative to the working directory": "../photos/train/{name}",
+    "relative to the csv": "photos/train/{name}",
+    "relative to the data set": "train/{name}",
+    "by way of a parent": "{tmp}/photos/train/../train/./{name}",
+    "below a link": "{tmp}/link/train/{name}",
+    "a blank behind": "{tmp}/photos/train/{name} ",
+    "where the data set was before": "/nowhere/old photos/train/{name}",
+    "on Windows": "D:\\photos\\train\\{name}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_row_finds_its_image_by_the_file_meant(written, photos, tmp_path, monkeypatch, spelling):
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    data, test = photos
+    names = [str(Path(path).relative_to(tmp_path / "photos/train")) for path in data.paths]
+    paths = [
+        spelling.format(tmp=tmp_path, name=name.replace("/", "\\") if "D:" in spelling else name) for name in names
+    ]
+    found = read(written("path,new_label", *(f"{path},cat" for path in paths)), data, test, tmp_path / "photos")
+    assert found == cleaning([], dict.fromkeys(range(len(data)), 0))
+
+
+def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
+    data, test = photos
+    shutil.move(data.paths[1], tmp_path / "elsewhere.png")
+    Path(data.paths[1]).symlink_to(tmp_path / "elsewhere.png")
+    row = f"{tmp_path}/elsewhere.png,cat"
+    assert read(written("path,new_label", row), data, test, tmp_path / "photos") == cleaning([], {1: 0})
+
+
+def test_an_image_held_out_is_said_to_be_that(written, photos, tmp_path):
+    data, test = photos
+    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is held out for the test"):
+        read(written("path,new_label", f"{test.paths[0]},cat"), data, test, tmp_path / "photos")
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["path,new_label", "images/1 ü.png,cat", "images/7.png,cat"], "line 3: images/7.png is not among"),
         (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
         (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
         (["index,new_label", f"{'1' * 5000},cat"], "line 2: there is no training image 1111"),
-        (["index,new_label", ",cat"], "line 2: needs a path or an index"),
+        (["index,new_label", ",cat"], "line 2: needs an index"),
         (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
         (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 was decided on before"),
-        (["index,label", "1,cat"], "its first line must name the column 'new_label'"),
-        (["path,new_label", "images/1 ü.png,cat", "images/2 ü.png"], "line 3: has another number of cells"),
+        (["index,label", "1,cat"], "its first line must name the column 'new_label', but is 'index,label'"),
+        (["index,new_label", "1"], "line 2: has another number of cells"),
         (["index,new_label", "1,cat,dog"], "line 2: has another number of cells"),
-        (["index,label,new_label", "1,,cat", "2,0,cat"], "line 3: image 2 has the label 2 before any cleaning, not 0"),
+        (
+            ["index,label,new_label", "1,,cat", "2,0,cat"],
+            "line 3: image 2 has the label äpfel before any cleaning, not 0",
+        ),
         (["index,new_label", "0,", "1,", "2,", "3,cat", "4,"], "leaves out 4 of the 6 images, because an empty"),
         ([], "its first line must name the column 'new_label'"),
     ],
     ids=[
-        *("path", "index", "negative index", "endless index", "neither", "class", "twice", "column"),
+        *("index", "negative index", "endless index", "neither", "class", "twice", "column"),
         *("short row", "long row", "label", "most left out", "empty file"),
     ],
 )
 def test_a_mistake_in_corrections_is_named_with_its_line(written, data, lines, message):
     with pytest.raises(pipeline.UserError, match=re.escape(message)):
-        train.read_corrections(written(*lines), data)
+        read(written(*lines), without_files(data))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("images/7.png,1", "line 2: images/7.png is not among"),
+        (",1", "line 2: needs a path; an index is another image"),
+    ],
+)
+def test_images_that_have_files_are_called_by_their_paths(written, data, row, message):
+    with pytest.raises(pipeline.UserError, match=re.escape(message)):
+        read(written("path,index,new_label", f"{row},cat"), data)
 
 
 @pytest.mark.parametrize("path", ["missing.csv", ".", "", "latin-1.csv"])
@@ -96,7 +195,7 @@ def test_a_file_that_cannot_be_read(data, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latin-1.csv").write_text("path,new_label\nimages/1 ü.png,cat", encoding="latin-1")
     with pytest.raises(pipeline.UserError, match="cannot be read as a csv file in UTF-8"):
-        train.read_corrections(path, data)
+        read(path, data)
 
 
 def test_examples_after_cleaning(data):
@@ -144,7 +243,7 @@ def ranked(folder):
 
 def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_results(loop):
     folder, _, cleaned, again = loop
-    assert "6 images are left out" in cleaned and "model_corrupt_0.1_cleaned.pth" in cleaned
+    assert "Corrections: left out 6" in cleaned and "model_corrupt_0.1_cleaned.pth" in cleaned
     before, after = sorted((folder / "influence_results").glob("model_*"), key=lambda path: "cleaned" in path.name)
     removed = {row["index"] for row in ranked(before)[:6]}
     assert {row["index"] for row in ranked(after)} == {str(i) for i in range(60)} - removed
@@ -180,7 +279,7 @@ def test_corrections_follow_the_printed_command(loop):
     (folder / "corrections.csv").write_text("\n".join(["index,new_label", *lines]))
     output = succeed(folder, *correct)
     assert "59 training images (0 with a wrong label)" in output
-    assert "1 images are left out, 5 get another label" in output
+    assert re.search(r"Corrections: (\d → \d \d, )+left out 1\n", output)
     analyze_command = [*printed_commands(output)[1], "--factor_strategy", "identity", "--query_indices", "17,3,40-42"]
     output = succeed(folder, *analyze_command)
     (path,) = [Path(line.removeprefix("wrote ")) for line in output.splitlines() if line.endswith("identity.csv")]
@@ -189,8 +288,8 @@ def test_corrections_follow_the_printed_command(loop):
     assert all(row["train"] != str(wrong[5]) for row in rows)
     test = pipeline.load_data("synthetic", "", "test")
     for row in rows:  # the labels are the corrected ones, which are the true ones
-        assert row["query_label"] == row["query_class_name"] == str(test.labels[int(row["query"])].item())
-        assert row["train_label"] == row["train_class_name"] == str(clean.labels[int(row["train"])].item())
+        assert row["query_label"] == str(test.labels[int(row["query"])].item())
+        assert row["train_label"] == str(clean.labels[int(row["train"])].item())
 
 
 def test_the_printed_commands_train_as_before(monkeypatch, capsys):

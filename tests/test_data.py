@@ -5,6 +5,8 @@ import shutil
 import struct
 import sys
 import time
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,14 +110,24 @@ MODES = {
 def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
     image, colour = MODES[mode]
     image.save(tmp_path / "image.png")
-    read = pipeline.read_image(tmp_path / "image.png")
+    (read,) = pipeline.read_images([f"{tmp_path}/image.png"], "train", None)
     assert read.shape == (32, 32, 3) and read.dtype == np.uint8
     assert np.abs(read.astype(int) - colour).max() <= 1
 
 
-def test_16_bits_of_grey_without_compression(tmp_path):
-    (tmp_path / "image.pgm").write_bytes(b"P5 40 40 65535\n" + np.full(1600, 90 * 257, ">u2").tobytes())
-    assert (pipeline.read_image(tmp_path / "image.pgm") == 90).all()
+@pytest.mark.parametrize(
+    ("brightest", "bits"), [(65535, 16), (23130, 16), (4095, 12), (3000, 12), (1000, 10), (200, 8)]
+)
+def test_16_bits_of_grey_are_scaled_by_those_that_the_data_set_uses(tmp_path, capsys, brightest, bits):
+    """A dark image beside a bright one stays dark, and colours stay as they are."""
+    for name, value in (("bright", brightest), ("dark", brightest // 10)):
+        (tmp_path / f"{name}.pgm").write_bytes(b"P5 40 40 65535\n" + np.full(1600, value, ">u2").tobytes())
+    Image.new("RGB", (40, 40), (200, 30, 9)).save(tmp_path / "red.png")
+    names = ("bright.pgm", "dark.pgm", "red.png")
+    bright, dark, red = pipeline.read_images([f"{tmp_path}/{name}" for name in names], "train", None)
+    assert np.abs(bright.astype(int) - 255 * brightest / (2**bits - 1)).max() <= 1
+    assert np.abs(dark.astype(int) - 25.5 * brightest / (2**bits - 1)).max() <= 1
+    assert (red == (200, 30, 9)).all() and f"by the {bits} bits that they use" in capsys.readouterr().out
 
 
 def test_a_cmyk_photograph(tmp_path):
@@ -156,6 +168,46 @@ def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
     coarse.save(tmp_path / "photo.jpg", quality=95)
     expected = np.asarray(coarse.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(pipeline.read_image(tmp_path / "photo.jpg") - expected).mean() < 3
+
+
+def test_what_systems_make_is_passed_over_and_classes_are_counted(class_folders, tmp_path, capsys):
+    expected = pipeline.load_data("imagefolder", class_folders, "train")
+    shutil.copytree(class_folders, tmp_path / "set")
+    for name in ("@eaDir", "#recycle", "lost+found", "__MACOSX", "$RECYCLE.BIN", ".thumbnails"):
+        for place in ("train", "train/cat", "test/äpfel"):
+            shutil.copytree(class_folders / "train" / "cat", tmp_path / "set" / place / name)
+    (tmp_path / "set/train/cat/Thumbs.db").write_bytes(b"")
+    capsys.readouterr()
+    found = pipeline.load_data("imagefolder", tmp_path / "set", "train")
+    assert found.class_names == expected.class_names and torch.equal(found.images, expected.images)
+    passed_over, _, classes = capsys.readouterr().out.splitlines()
+    assert passed_over.endswith("#recycle, $RECYCLE.BIN, .thumbnails, @eaDir, Thumbs.db, __MACOSX, lost+found")
+    assert classes == f"3 classes in {tmp_path}/set: cat 5, grey owl 5, äpfel 5"
+
+
+def test_of_many_classes_the_ten_largest_are_named():
+    counts = Counter({f"c{i}": i for i in range(1, 14)})
+    assert pipeline.ten_largest(counts) == ", ".join(f"c{i} {i}" for i in range(13, 3, -1)) + ", and 3 others"
+
+
+def test_class_folders_in_two_unicode_forms_are_one_class(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path / "set")
+    apart = unicodedata.normalize("NFD", "äpfel")
+    (tmp_path / "set/test/äpfel").rename(tmp_path / "set/test" / apart)
+    train, test = (pipeline.load_data("imagefolder", tmp_path / "set", split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ["cat", "grey owl", "äpfel"]
+    assert all(f"/{apart}/" in path for path, label in zip(test.paths, test.labels, strict=True) if label == 2)
+    shutil.copytree(tmp_path / "set/test" / apart, tmp_path / "set/train" / apart)
+    with pytest.raises(pipeline.UserError, match="has the same name as another class"):
+        pipeline.load_data("imagefolder", tmp_path / "set", "train")
+
+
+def test_links_in_a_circle_end(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path / "set")
+    for name in ("up", "again"):
+        (tmp_path / "set/train/cat" / name).symlink_to(tmp_path / "set/train/cat")
+    (tmp_path / "set/train/cat/beside").symlink_to(class_folders / "train/cat")
+    assert len(pipeline.load_data("imagefolder", tmp_path / "set", "train")) == 20
 
 
 def test_hidden_files_and_folders_are_passed_over(class_folders, tmp_path):

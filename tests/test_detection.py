@@ -32,6 +32,9 @@ def test_rankings_by_hand():
     assert found["margin"].tolist() == [-2, 1, 0.5] and found["aum_margin"].tolist() == [-2.75, 1.75, -0.625]
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
+    with mock.patch.object(pipeline, "compute_logits", lambda *_: logits):
+        unvisited, _, _ = detect.measure(run, {"aum": torch.tensor([3.0, torch.nan, 1.0])}, None)
+    assert unvisited["aum"].tolist() == [3, -1, 1], "an image in no batch has its margin in the end for its area"
     mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
     assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in detect.RANKINGS)
 

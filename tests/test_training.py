@@ -1,5 +1,6 @@
 """The network, the schedule, the batches of an epoch, and checkpoints."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -109,10 +110,10 @@ def test_the_area_under_the_margin_is_the_mean_over_the_epochs():
     assert found.tolist() == pytest.approx((sign * steps.mean(0)).tolist())
 
 
-def test_an_example_that_no_whole_batch_held_counts_as_an_average_one():
-    data = digits(3)
-    found = train_growing_logits(replace(data, labels=torch.tensor([0, 0, 0])), num_epochs=1)
-    assert found.tolist() == pytest.approx([1, 1, 1])
+def test_an_image_in_no_batch_has_no_area_under_the_margin(capsys):
+    found = train_growing_logits(replace(digits(3), labels=torch.tensor([0, 0, 0])), num_epochs=1)
+    assert found[~found.isnan()].tolist() == [1, 1]
+    assert "1 images were in no batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -195,3 +196,47 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
     ):
         with pytest.raises(pipeline.UserError, match=r"model\.pth was trained on other images or labels"):
             load(other)
+
+
+# ---- Where it computes ---------------------------------------------------------------------------
+
+
+REASONS = {
+    "built without CUDA": ({"torch.version.cuda": None}, {}, "torch was built without CUDA"),
+    "hidden": (
+        {"torch.version.cuda": "13.0"},
+        {"CUDA_VISIBLE_DEVICES": ""},
+        "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU",
+    ),
+    "old driver": ({"torch.version.cuda": "13.0"}, {}, "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old"),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys, reason):
+    def init():
+        raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nUpdate it")
+
+    patches, environment, words = REASONS[reason]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", init)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in patches.items():
+        monkeypatch.setattr(name, value)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    pipeline.print_machine(torch.device("cpu"), torch.float32)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
+    with pytest.raises(pipeline.UserError, match=re.escape(words)):
+        pipeline.choose_device("cuda", several_processes=False)
+
+
+def test_a_machine_without_a_gpu_says_where_it_computes(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "unusable_gpu", lambda: "")
+    pipeline.print_machine(torch.device("cpu"), torch.bfloat16)
+    assert capsys.readouterr().out == f"{torch.get_num_threads()} CPU threads, bfloat16\n"
+    with pytest.raises(pipeline.UserError, match="there is no NVIDIA GPU here"):
+        pipeline.choose_device("cuda", several_processes=False)
