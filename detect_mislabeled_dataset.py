@@ -1,8 +1,8 @@
 """Ranks the training images so that mislabeled ones come first.
 
-A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, and in the
-end it has a large influence on its own loss. The script writes the ranking and a contact sheet of its top. Where
-labels were corrupted on purpose, it also says how many of them each ranking finds.
+A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, its nearest
+neighbours have another label, and in the end it has a large influence on its own loss. The script writes the ranking
+and a contact sheet of its top. Where labels were corrupted on purpose, it also says how many each ranking finds.
 """
 
 import csv
@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import pipeline
 import train
 
 NUM_PICTURED = 100
-AUM_SHARE = 0.75  # of aum_margin; chosen among 10,000 images, see tests/studies/README.md
+# Chosen among 50,000 images, see tests/studies/README.md.
+LATE_EPOCHS, VOTE_SHARE, NEIGHBOURS_OF_50_000 = 0.25, 0.5, 300
 
 
 class Ranking(NamedTuple):
@@ -33,18 +35,24 @@ class Ranking(NamedTuple):
     suspicion: Callable
 
 
+def standardise(values):
+    """Returns values [N] with a mean of zero and a standard deviation of one, or zeros where all are equal."""
+    return (values - values.mean()) / (values.std() or 1)
+
+
 RANKINGS = {
     "self_influence": Ranking("self-influence", "#0b5394", "-", True, lambda found: found["self_influence"]),
     "aum": Ranking("area under the margin", "#d55e00", "--", False, lambda found: -found["aum"]),
     "loss": Ranking("loss", "#e69f00", ":", False, lambda found: found["loss"]),
     "margin": Ranking("margin", "#cc79a7", "-.", False, lambda found: -found["margin"]),
-    "aum_margin": Ranking(
-        f"{AUM_SHARE} area under the margin + {1 - AUM_SHARE} margin",
+    "vote": Ranking("neighbours' vote", "#009e73", "--", False, lambda found: -found["vote"]),
+    "margin_vote": Ranking(
+        f"margin late in the training + {VOTE_SHARE} neighbours' vote",
         *("#7b3294", "-", False),
-        lambda found: AUM_SHARE * -found["aum"] + (1 - AUM_SHARE) * -found["margin"],
+        lambda found: -standardise(found["late_margin"]) - VOTE_SHARE * standardise(found["vote"]),
     ),
 }
-DEFAULT = "aum_margin"
+DEFAULT = "margin_vote"
 COLUMNS = ["rank", "index", "path", "label", "predicted_label", *RANKINGS, "is_corrupted"]
 
 
@@ -62,20 +70,61 @@ def parse_arguments():
 def measure(run, metadata, damping_factor):
     """Returns what rankings are made of, float32 arrays [N] by name; logits, [N, num_classes]; and the scores' file.
 
-    These are the self-influence of each training image, its area under the margin during the training, and its loss
-    and margin in the end. An image that was in no batch has the margin for its area. logits: of the finished network.
+    These are the self-influence of each training image; its margin in the training batches, as a mean over all epochs
+    and over the last ones; its loss and margin by the finished network, and its neighbours' vote.
     """
     self_influence, path = run.self_influence(damping_factor)
     with pipeline.timed(run.seconds, "report"):
-        logits, labels = pipeline.compute_logits(run.model, run.data.images, run.batch_size, run.dtype), run.data.labels
-        margin, aum = pipeline.margin(logits, labels, torch.amax).cpu(), metadata["aum"]
+        labels, margins = run.data.labels, metadata["margins"].float()
+        features, logits = compute_features(run)
+        margin = pipeline.margin(logits, labels, torch.amax).cpu()
         found = {
             "self_influence": self_influence,
-            "aum": torch.where(aum.isnan(), margin, aum),
+            "aum": mean_margin(margins, margin),
+            "late_margin": mean_margin(margins[-max(1, round(LATE_EPOCHS * len(margins))) :], margin),
             "margin": margin,
             "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "vote": neighbours_vote(features, labels, logits.shape[1]),
         }
         return {name: values.cpu().numpy() for name, values in found.items()}, logits.cpu(), path
+
+
+def mean_margin(margins, final):
+    """Returns the mean over epochs of margins [epochs, N] that are not NaN, or else the `final` ones, [N]."""
+    return torch.where(margins.isnan().all(0), final, margins.nanmean(0))
+
+
+@torch.no_grad()
+def compute_features(run):
+    """Returns what the last layer sees of each training image, float32 [N, 128], of length one, and logits, [N, C].
+
+    The features are the mean of those of an image and of its mirror image.
+    """
+    features, logits = [], []
+    with torch.autocast(run.data.images.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        for batch in tqdm(run.data.images.split(run.batch_size), "Features", leave=False):
+            images = pipeline.normalize(batch)
+            features.append(run.model.features(images))
+            logits.append(run.model.logits(features[-1]))
+            features[-1] = features[-1].float() + run.model.features(images.flip(3)).float()
+    return F.normalize(torch.cat(features), dim=1), torch.cat(logits)
+
+
+def neighbours_vote(features, labels, num_classes):
+    """Returns the share of an image's nearest neighbours that have its label, less the largest of another label, [N].
+
+    features: float32 [N, D] of length one; labels: int64 [N]. They are 300 of 50,000 images, and of fewer in proportion
+    to the square root.
+    """
+    count = min(len(features) - 1, max(1, round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)))
+    found = []
+    for rows in tqdm(torch.arange(len(features), device=features.device).split(1024), "Neighbours", leave=False):
+        similarity = features[rows] @ features.T
+        similarity[torch.arange(len(rows), device=rows.device), rows] = -torch.inf  # not of itself
+        nearest = similarity.topk(count, dim=1, sorted=False).indices
+        shares = F.one_hot(labels[nearest], num_classes).float().mean(1)  # (B, num_classes)
+        found.append(pipeline.margin(shares, labels[rows], torch.amax))
+    return torch.cat(found)
 
 
 def rank(measured):

@@ -596,7 +596,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"aum", "data_sha256"}:
+        if not metadata.keys() >= {"margins", "data_sha256"}:
             raise ValueError("written by an earlier train.py")
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
@@ -673,10 +673,12 @@ class ResNet9(nn.Module):
         self.head = nn.Linear(128, num_classes, bias=False)
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
-        features = self.features(images).to(self.head.weight.dtype)
+        return self.logits(self.features(images))
+
+    def logits(self, features):  # (B, 128) -> (B, num_classes)
         # Logits in bfloat16 would tie, and losses and margins with them.
-        with torch.autocast(images.device.type, enabled=False):
-            return 0.2 * self.head(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return 0.2 * self.head(features.to(self.head.weight.dtype))
 
 
 def construct_resnet9(num_classes=10):
@@ -688,8 +690,9 @@ def construct_resnet9(num_classes=10):
 def compute_logits(model, images, batch_size, dtype):
     """Returns the logits, float32 [N, num_classes], of uint8 images [N, 3, 32, 32], without augmentation."""
     model.eval()
+    batches = tqdm(images.split(batch_size), "Evaluating", leave=False)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model(normalize(batch)) for batch in images.split(batch_size)])
+        return torch.cat([model(normalize(batch)) for batch in batches])
 
 
 def margin(logits, labels, of_others=torch.logsumexp):

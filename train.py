@@ -205,16 +205,16 @@ def epoch_batches(num_examples, batch_size, generator):
 def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the area under
-    the margin of each example, float32 [N] (Pleiss et al. 2020, section 3.1). That is the logit of its label minus the
-    largest other one, in its training batch, as a mean over the epochs, NaN for those that were in no batch. Raises
-    NumericalError after an epoch in which the loss or a weight stopped being a number.
+    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the margin of
+    each example in its training batch, float16 [epochs, N], NaN where it was in none: the logit of its label minus the
+    largest other one (Pleiss et al. 2020, section 3.1). Raises NumericalError after an epoch in which the loss or a
+    weight stopped being a number.
     """
     device, generator = data.images.device, batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // train_batch_size
     total_steps = num_train_epochs * steps_per_epoch
-    margin_sums, visits = torch.zeros(2, len(data), device=device)
+    margins = torch.full((num_train_epochs, len(data)), torch.nan, dtype=torch.float16, device=device)
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_train_epochs):
             start, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
@@ -230,8 +230,7 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
                 optimizer.step()
                 optimizer.zero_grad()
                 epoch_loss += loss.detach()
-                margin_sums[order] += pipeline.margin(logits.detach(), labels, torch.amax)
-                visits[order] += 1
+                margins[epoch, order] = pipeline.margin(logits.detach(), labels, torch.amax).to(margins.dtype)
                 progress.update()
             mean_loss = (epoch_loss / steps_per_epoch).item()
             speed = steps_per_epoch * train_batch_size / (time.perf_counter() - start)
@@ -242,9 +241,9 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
             # The loss was computed before the last step, so the weights are checked, too.
             if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
                 raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
-    if count := (visits == 0).sum():
+    if count := margins.isnan().all(0).sum():
         print(f"{count} images were in no batch: they are ranked by their margin in the end, since they have no aum")
-    return (margin_sums / visits).cpu()
+    return margins.cpu()
 
 
 def evaluate(logits, labels):
@@ -312,7 +311,7 @@ def main():
     torch.manual_seed(args.seed)
     model = pipeline.construct_resnet9(len(data.class_names)).to(device)
     recipe, train_start = {name: getattr(args, name) for name in RECIPE}, time.perf_counter()
-    aum = train(model, data, **recipe, seed=args.seed, dtype=dtype)
+    margins = train(model, data, **recipe, seed=args.seed, dtype=dtype)
     train_seconds = time.perf_counter() - train_start
     metadata = {
         **vars(args),
@@ -323,7 +322,7 @@ def main():
         "num_loaded": len(clean),
         "num_train": len(data),
         "data_sha256": data.digest,
-        "aum": aum,
+        "margins": margins,
         "accuracy": print_accuracies(model, data, test, args.eval_batch_size, dtype),
         "train_seconds": train_seconds,
         "environment": pipeline.environment(device),

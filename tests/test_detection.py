@@ -7,6 +7,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import digits
 
 import detect_mislabeled_dataset as detect
 import pipeline
@@ -17,26 +19,67 @@ CORRUPTED = np.array([True, False, True, False, True])
 
 
 def test_rankings_by_hand():
-    """Image 1 is answered wrongly, image 2 less so; of the second model all signals are twice as large."""
-    logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.zeros(3).long()
+    """Image 1 is answered wrongly, image 2 less so; of the second model all signals are twice as large.
+
+    There were eight epochs. In the last two, the late ones, image 1 was in no batch: its margin in the end counts.
+    """
+    logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.tensor([0, 0, 0])
+    margins = torch.tensor([[3.0, -2.0, 1.0]]).repeat(8, 1).half()
+    margins[6:, 1], margins[:6, 0] = torch.nan, 1.0
     run = SimpleNamespace(
         self_influence=lambda damping_factor: (torch.tensor([4.0, 1.0, 9.0]), "path"),
         data=pipeline.ImageData(None, labels, labels, [], [], None),
-        **{"model": None, "batch_size": 2, "dtype": torch.float32, "seconds": {}},
+        seconds={},
     )
-    with mock.patch.object(pipeline, "compute_logits", lambda *_: logits):
-        measured, found_logits, path = detect.measure(run, {"aum": torch.tensor([3.0, -2.0, 1.0])}, None)
+    features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0]]), dim=1)
+    with mock.patch.object(detect, "compute_features", lambda run: (features, logits)):
+        measured, found_logits, path = detect.measure(run, {"margins": margins}, None)
     assert path == "path" and torch.equal(found_logits, logits)
+    assert measured["late_margin"].tolist() == [3, -1, 1] and measured["vote"].tolist() == [1, 1, 1]
     found = detect.rank([measured])
-    assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-3, 2, -1]
-    assert found["margin"].tolist() == [-2, 1, 0.5] and found["aum_margin"].tolist() == [-2.75, 1.75, -0.625]
+    assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-1.5, 2, -1]
+    assert found["margin"].tolist() == [-2, 1, 0.5]
+    mean, deviation = 1, (8 / 3) ** 0.5
+    assert found["margin_vote"] == pytest.approx([(mean - late) / deviation for late in (3, -1, 1)])
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
-    with mock.patch.object(pipeline, "compute_logits", lambda *_: logits):
-        unvisited, _, _ = detect.measure(run, {"aum": torch.tensor([3.0, torch.nan, 1.0])}, None)
-    assert unvisited["aum"].tolist() == [3, -1, 1], "an image in no batch has its margin in the end for its area"
     mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
-    assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in detect.RANKINGS)
+    assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in ("self_influence", "aum", "margin", "loss"))
+    assert mean["margin_vote"] == pytest.approx(found["margin_vote"], abs=1e-6)
+
+
+def test_an_image_in_no_batch_is_ranked_by_its_margin_in_the_end():
+    margins, final = (
+        torch.tensor([[1.0, torch.nan, 4.0], [3.0, torch.nan, torch.nan]]).half(),
+        torch.tensor([7.0, 5, 6]),
+    )
+    assert detect.mean_margin(margins, final).tolist() == [2, 5, 4]
+
+
+def test_the_neighbours_vote_by_hand(monkeypatch):
+    """Eight directions and their labels; of the four nearest of each the shares are counted by an independent loop."""
+    monkeypatch.setattr(detect, "NEIGHBOURS_OF_50_000", 4 * (50_000 / 8) ** 0.5)
+    angles = np.array([0.0, 0.1, 0.25, 0.3, 1.5, 1.6, 1.8, 3.0])
+    labels = [0, 0, 1, 0, 1, 1, 2, 2]
+    features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
+    expected = []
+    for i in range(8):
+        nearest = sorted((j for j in range(8) if j != i), key=lambda j: abs(angles[i] - angles[j]))[:4]
+        shares = [sum(labels[j] == c for j in nearest) / 4 for c in range(3)]
+        expected.append(shares[labels[i]] - max(share for c, share in enumerate(shares) if c != labels[i]))
+    assert detect.neighbours_vote(features, torch.tensor(labels), 3).tolist() == pytest.approx(expected)
+
+
+def test_features_are_those_of_an_image_and_of_its_mirror_image():
+    data = digits(5)
+    model = pipeline.construct_resnet9().eval()
+    run = SimpleNamespace(data=data, model=model, dtype=torch.float32, batch_size=2)
+    features, logits = detect.compute_features(run)
+    flipped = pipeline.compute_logits(model, data.images.flip(3), 5, torch.float32)
+    assert torch.allclose(logits, pipeline.compute_logits(model, data.images, 5, torch.float32), atol=1e-6)
+    together = 0.2 * features @ model.head.weight.T  # the last layer is linear: in proportion to the sum of the logits
+    assert F.cosine_similarity(together, logits + flipped).min() > 1 - 1e-5
+    assert torch.allclose(features.norm(dim=1), torch.ones(5))
 
 
 def test_auroc_by_hand():

@@ -101,7 +101,7 @@ def content(path):
         return {name: pipeline.sha256(tensor) for name, tensor in load_file(path).items()}
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
-        tensors = checkpoint["weights"] | {"aum": checkpoint["metadata"].pop("aum")}
+        tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
         del checkpoint["metadata"]["train_seconds"], checkpoint["metadata"]["environment"]["peak_memory_bytes"]
         return [checkpoint["metadata"], {name: pipeline.sha256(tensor) for name, tensor in tensors.items()}]
     if path.suffix == ".json":

@@ -97,7 +97,7 @@ def test_detect_prints_table_sentence_and_paths(detected):
     lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
     assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
-    assert [line.split()[0] for line in lines[start + 1 : start + 6]] == [*detect.RANKINGS]
+    assert [line.split()[0] for line in lines[start + 1 : start + 7]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
     names = ("suspects_ekfac.csv", "suspects_ekfac.png", "detection_curve_ekfac.png", "detection_ekfac.json")
@@ -110,7 +110,7 @@ def test_detect_suspects_csv(detected):
     header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
     assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
-    scores = [float(row["aum_margin"]) for row in rows]
+    scores = [float(row["margin_vote"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     (path,) = result_folder(detected[0]).glob("scores_self*/self_scores.safetensors")
     saved = load_file(path)["all_modules"]

@@ -139,7 +139,7 @@ FOREIGN = {  # what lies in place of the checkpoint: other weights and metadata,
     "another network": (torch.nn.Linear(3, 3), {}),
     "another number of classes": (pipeline.construct_resnet9(3), {"class_names": ["a", "b", "c"]}),
     "another data set": (pipeline.construct_resnet9(), {"data_sha256": "0" * 64}),
-    "an earlier train.py": (pipeline.construct_resnet9(), "aum"),
+    "an earlier train.py": (pipeline.construct_resnet9(), "margins"),
     "half a file": lambda content: content[: len(content) // 2],
     "an empty file": lambda content: b"",
     "a pickle": lambda content: pickle.dumps({"weights": {}}),
@@ -154,8 +154,8 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, what):
     else:
         model, changed = FOREIGN[what]
         metadata = pipeline.load_checkpoint(path)[1]
-        if changed == "aum":
-            del metadata["aum"]
+        if changed == "margins":
+            del metadata["margins"]
         else:
             metadata |= changed
         pipeline.save_checkpoint(path, model, metadata)

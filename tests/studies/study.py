@@ -44,7 +44,7 @@ SIMILAR = {
 }
 FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("aum_margin", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
+RANKINGS = ("margin_vote", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
@@ -98,7 +98,7 @@ class Study:
         return [row for row in self.rows if (job | self.machine).items() <= row.items()]
 
     def train(self, data, seed):
-        """Trains as train.py does. Returns the model and the area under the margin of each image."""
+        """Trains as train.py does. Returns the model and the margins of each image by epoch."""
         if self.args.train_batch_size > len(data):
             raise pipeline.UserError(f"argument --train_batch_size: there are only {len(data)} images to train on")
         torch.manual_seed(seed)
@@ -130,10 +130,10 @@ class Study:
         Self-influence is at a damping of 1e-8, or where it says so at the heuristic one.
         """
         data = wrong_labels(self.clean, noise, fraction, corruption_seed)
-        model, aum = self.train(data, seed)
+        model, margins = self.train(data, seed)
         with self.influence(data) as make_run:
             run = make_run(model)
-            measured, _, _ = detect.measure(run, {"aum": aum}, 1e-8)
+            measured, _, _ = detect.measure(run, {"margins": margins}, 1e-8)
             heuristic, _ = run.self_influence(None)
             scores = detect.rank([measured]) | {"self_influence, heuristic": heuristic.numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
@@ -371,7 +371,7 @@ def cleaning_kinds():
     for fraction in FRACTIONS:
         for by in RANKINGS:
             yield {"labels": "left out", "by": by, "fraction": fraction}
-        for by in ("aum_margin", "aum", "self_influence"):
+        for by in ("margin_vote", "aum", "self_influence"):
             yield {"labels": "put right", "by": by, "fraction": fraction}
 
 
