@@ -245,7 +245,7 @@ def sha256(*parts):
 
 IMAGE_SIZE = 32
 # Seeds of what has to be the same in every script, whatever --seed says.
-ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED, SUBSET_SEED = 11, 12, 13, 18
+ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED = 11, 12, 13
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 # What systems put beside images, in lower case; and all that begins with a dot.
