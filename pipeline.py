@@ -123,11 +123,16 @@ positive_int = number(int, "a whole number of at least 1 and below 2**31", lambd
 whole_number = number(int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32)
 non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
-damping = number(
-    lambda text: None if text == "heuristic" else float(text),
-    "a number of at least 0, or 'heuristic'",
-    lambda value: value is None or 0 <= value < math.inf,
-)
+
+
+def number_or(word, kind, least):
+    """Returns an argparse type: None for `word`, else a number of at least `least`."""
+    description, limit = f"a number of at least {least}, or '{word}'", 2**31 if kind is int else math.inf
+    return number(
+        lambda text: None if text == word else kind(text),
+        description,
+        lambda value: value is None or least <= value < limit,
+    )
 
 
 def shared_parser(description, corrupt_default):
@@ -145,16 +150,17 @@ def shared_parser(description, corrupt_default):
     return parser
 
 
-def influence_parser(description, corrupt_default):
-    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share."""
+def influence_parser(description, corrupt_default, factor_examples):
+    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share, with defaults of two."""
     parser = shared_parser(description, corrupt_default)
     flag = parser.add_argument
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
-    eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
+    eigenvalues = {"type": number_or("heuristic", float, 0), "default": "heuristic", "metavar": "X"}
+    part = {"type": number_or("all", int, 1), "default": factor_examples, "metavar": "N"}
     flag("--checkpoint_dir", **several, help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})")
     flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="the curvature (default: %(default)s)")
-    flag("--factor_examples", type=positive_int, metavar="N", help="fit the curvature on N random images, not on all")
+    flag("--factor_examples", **part, help="fit the curvature on N random images, or on all (default: %(default)s)")
     flag("--train_batch_size", type=positive_int, metavar="N", help="images per step (default: 64, on CUDA 1024)")
     flag("--damping_factor", **eigenvalues, help="added to each eigenvalue (default: 0.1 x the layer's mean one)")
     flag("--seed", type=whole_number, default=1004, help="of the Fisher matrix's pseudo-labels (default: %(default)s)")
@@ -987,19 +993,18 @@ class InfluenceRun:
     """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
 
     All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
-    fitted on all of `data`, or on `factor_examples` drawn at random; `seed` draws the pseudo-labels. `batch_size` is 64
-    by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where there are fewer images than
-    `factor_examples`, or `folder` cannot be made.
+    fitted on `factor_examples` drawn at random, or on all where there are no more; `seed` draws the pseudo-labels.
+    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where `folder`
+    cannot be made.
     """
 
     def __init__(self, model, data, path, *, strategy, dtype, seed, seconds, batch_size=None, factor_examples=None):
-        if factor_examples is not None and factor_examples > len(data):
-            raise UserError(f"--factor_examples {factor_examples}: there are only {len(data)} training images")
         self.model, self.data, self.strategy, self.dtype, self.seconds = model, data, strategy, dtype, seconds
         self.precision = choose_precision(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
         self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
-        if factor_examples is not None:
+        factor_examples = min(factor_examples or len(data), len(data))
+        if factor_examples < len(data):
             chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(FACTORS_SEED))[:factor_examples]
             self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
         weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]

@@ -83,7 +83,3 @@ def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):
         succeed(tmp_path, TRAIN, *DATA, *RECIPE, *CORRUPTED, *flags)
     assert "differ in their training images or labels" in refused(tmp_path, "--cleaned", "--checkpoint_dir", "3", "4")
     assert not list(tmp_path.glob("influence_results/model*"))
-
-
-def test_more_factor_examples_than_images(folder):
-    assert "there are only 40 training images" in refused(folder, "--factor_examples", 41)

@@ -35,6 +35,8 @@ import train
 
 ROOT = Path(pipeline.__file__).parent
 WORK = ("covariance", "eigendecomposition", "lambda", "scores")
+ALL = ("--factor_examples", "all")  # as the reference has it
+RUNS = {"auto": ("--precision", "auto", *ALL), "fp32": ("--precision", "fp32", *ALL), "as a user runs it": ()}
 
 # ---- The reference configuration -----------------------------------------------------------------
 
@@ -165,7 +167,7 @@ def run_training(flags, checkpoint_dir, precision, seed):
     }
 
 
-def run_script(name, flags, checkpoint_dir, precision, output_dir):
+def run_script(name, flags, checkpoint_dir, output_dir):
     """Runs detect_mislabeled_dataset.py or analyze.py. Returns seconds, seconds to the first work, memory and file.
 
     seconds: of covariances, eigendecomposition, lambda and scores; seconds_to_start: from the call to the first of
@@ -173,7 +175,7 @@ def run_script(name, flags, checkpoint_dir, precision, output_dir):
     """
     wall = call(
         *(ROOT / name, *flags),
-        *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--output_dir", output_dir),
+        *("--checkpoint_dir", checkpoint_dir, "--output_dir", output_dir),
         *("--damping_factor", "1e-8"),  # kronfluence's own default
     )
     record = json.loads(next(Path(output_dir).glob("*/*.json")).read_text())
@@ -248,9 +250,9 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
                 continue
             name, flags = ("detect_mislabeled_dataset.py", data_flags) if what == "self" else ("analyze.py", scored)
             expected = read_scores(figures["scores"])
-            for precision in ("auto", "fp32"):
-                ours = run_script(name, flags, checkpoint_dir, precision, folder / f"{what}-{precision}-{repeat}")
-                yield what, precision, ours | agreement(read_scores(ours["scores"]), expected, is_corrupted)
+            for who, more in RUNS.items():
+                ours = run_script(name, [*flags, *more], checkpoint_dir, folder / f"{what}-{who}-{repeat}")
+                yield what, who, ours | agreement(read_scores(ours["scores"]), expected, is_corrupted)
             shutil.rmtree(output_dir)
 
 
@@ -262,7 +264,7 @@ def scaling(args, data_flags, recipe, folder):
         yield (
             count,
             run_script(
-                "detect_mislabeled_dataset.py", flags, folder / f"scaling-{count}", "auto", folder / f"scaled-{count}"
+                "detect_mislabeled_dataset.py", [*flags, *ALL], folder / f"scaling-{count}", folder / f"scaled-{count}"
             ),
         )
 
@@ -274,7 +276,7 @@ def print_scores(figures, what):
         "\n|---|---|---|---|---|---|---|---|---|"
     )
     reference = figures[what, "reference"]
-    for precision in ("auto", "fp32"):
+    for precision in RUNS:
         rows = figures[what, precision]
         theirs, ours = median(reference, "seconds"), median(rows, "seconds")
         difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
@@ -284,7 +286,7 @@ def print_scores(figures, what):
             f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
         )
     print(f"\nScript start to first useful work: {median(figures[what, 'auto'], 'seconds_to_start'):.1f} s")
-    for precision in ("auto", "fp32"):
+    for precision in RUNS:
         by_phase = [row["seconds_by_phase"] for row in figures[what, precision]]
         phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in WORK)
         print(f"Seconds by phase, {precision}: {phases}")
