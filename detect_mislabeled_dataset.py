@@ -100,6 +100,7 @@ def compute_features(run):
 
     The features are the mean of those of an image and of its mirror image.
     """
+    run.model.eval()
     features, logits = [], []
     with torch.autocast(run.data.images.device.type, run.dtype, enabled=run.dtype != torch.float32):
         for batch in tqdm(run.data.images.split(run.batch_size), "Features", leave=False):
@@ -116,14 +117,13 @@ def neighbours_vote(features, labels, num_classes):
     features: float32 [N, D] of length one; labels: int64 [N]. They are 300 of 50,000 images, and of fewer in proportion
     to the square root.
     """
-    count = min(len(features) - 1, max(1, round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)))
+    count = max(1, min(len(features) - 1, round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)))
     found = []
     for rows in tqdm(torch.arange(len(features), device=features.device).split(1024), "Neighbours", leave=False):
-        similarity = features[rows] @ features.T
-        similarity[torch.arange(len(rows), device=rows.device), rows] = -torch.inf  # not of itself
-        nearest = similarity.topk(count, dim=1, sorted=False).indices
-        shares = F.one_hot(labels[nearest], num_classes).float().mean(1)  # (B, num_classes)
-        found.append(pipeline.margin(shares, labels[rows], torch.amax))
+        similarity = (features[rows] @ features.T).scatter_(1, rows[:, None], -torch.inf)  # not of itself
+        votes = labels[similarity.topk(count, dim=1, sorted=False).indices]  # (B, count)
+        counts = features.new_zeros(len(rows), num_classes).scatter_add_(1, votes, features.new_ones(votes.shape))
+        found.append(pipeline.margin(counts / count, labels[rows], torch.amax))
     return torch.cat(found)
 
 
@@ -193,7 +193,8 @@ def require_unedited(path):
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             columns = next(csv.reader(file), [])
         if columns != COLUMNS:
-            raise pipeline.UserError(f"{path} was edited and would be replaced: move it, or name another --output_dir")
+            reason = "has other columns than this script writes, and would be replaced"
+            raise pipeline.UserError(f"{path} {reason}: move it, or name another --output_dir")
 
 
 def write_suspects(path, data, order, scores, predicted):

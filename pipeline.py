@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -361,8 +363,8 @@ def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
 
 def ten_largest(counts):
     """Returns the ten largest of a Counter as text, and how many others there are."""
-    parts = [f"{name} {count}" for name, count in counts.most_common(10)]
-    return ", ".join(parts + [f"and {len(counts) - 10} others"] * (len(counts) > 10))
+    parts = [f"{name} {count}" for name, count in counts.most_common()]
+    return ", ".join(parts if len(parts) <= 10 else [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"])
 
 
 def same_form(name):
@@ -370,39 +372,42 @@ def same_form(name):
     return unicodedata.normalize("NFC", str(name))
 
 
-def list_samples(folder):
+def list_samples(folder, talks):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    What systems made is passed over, hidden files and folders too; any other file that is no image is an error when it
-    is read. A folder that is linked again is walked once. Raises UserError where there are not two classes or more,
-    each with a file in it, where two have one name, or a folder cannot be listed.
+    Hidden files and folders and those of systems are passed over, the folders by name if it `talks`; any other file
+    that is no image is an error when it is read. What is linked to twice is walked once. Raises UserError where there
+    are not two classes or more, each with a file in it, where two have one name, or a folder cannot be listed.
     """
 
     def refuse(error):
         raise UserError(f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it")
 
-    def wanted(names):
-        by_system = {name for name in names if name[0] == "." or name.lower() in SYSTEM_NAMES}
-        passed_over.update(by_system)
-        return sorted(set(names) - by_system, key=same_form)
+    def made_by_people(names):
+        return sorted((name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES), key=same_form)
 
-    samples, class_names, passed_over, walked = [], [], set(), set()
     if not folder.is_dir():
         raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there")
-    for name in wanted([path.name for path in folder.iterdir() if path.is_dir()]):
-        count = len(samples)
+    tops = {path.name for path in folder.iterdir() if path.is_dir()}
+    samples, class_names, walked, passed_over = [], [], set(), tops - set(made_by_people(tops))
+    for name in made_by_people(tops):
+        found = []
         for place, folders, files in os.walk(folder / name, onerror=refuse, followlinks=True):
-            known, real = len(walked), Path(place).resolve()
+            if (real := Path(place).resolve()) in walked:
+                folders.clear()
+                continue
             walked.add(real)
-            folders[:] = wanted(folders) if len(walked) > known else []
-            samples += [(f"{place}/{file}", len(class_names)) for file in wanted(files) if len(walked) > known]
-        if len(samples) == count or same_form(name) in class_names:
-            reason = "has the same name as another class" if same_form(name) in class_names else "holds no image"
-            raise UserError(f"--dataset imagefolder: {folder / name} {reason}: fill, rename or remove it")
+            passed_over |= set(folders) - set(made_by_people(folders))
+            folders[:] = made_by_people(folders)
+            found += [(f"{place}/{file}", len(class_names)) for file in made_by_people(files)]
+        if not found or same_form(name) in class_names:
+            reason = "holds no image: fill" if not found else "has the same name as another class: rename"
+            raise UserError(f"--dataset imagefolder: {folder / name} {reason} or remove it")
+        samples += found
         class_names.append(same_form(name))
     if len(class_names) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}")
-    if passed_over and is_main_process():
+    if passed_over and talks:
         print(f"Passed over in {folder}: {', '.join(sorted(passed_over))}")
     return samples, class_names
 
@@ -414,26 +419,26 @@ def split_samples(dataset_dir, split):
     of its name decides about a file, so that others may come and go and most of the held out ones remain. Raises
     UserError where the classes differ, or nothing can be held out.
     """
-    samples, class_names = list_samples(dataset_dir / "train")
-    if (dataset_dir / "test").exists():
-        test_samples, test_names = list_samples(dataset_dir / "test")
-        for split_name, names, others in (("test", test_names, class_names), ("train", class_names, test_names)):
-            if lacking := sorted(set(others) - set(names)):
-                lacks = f"{dataset_dir / split_name} lacks the classes {', '.join(lacking)}"
-                raise UserError(
-                    f"{lacks}: add them, or remove {dataset_dir / 'test'}: a tenth of train is held out then"
-                )
+    talks, test_dir = split == "train" and is_main_process(), dataset_dir / "test"
+    samples, class_names = list_samples(dataset_dir / "train", talks)
+    if test_dir.exists():
+        test_samples, test_names = list_samples(test_dir, talks)
+        for place, lacking in ((test_dir, {*class_names} - {*test_names}), ("train", {*test_names} - {*class_names})):
+            if lacking:
+                lacks = f"{dataset_dir / place} lacks the classes {', '.join(sorted(lacking))}"
+                raise UserError(f"{lacks}: add them, or remove {test_dir}, and a tenth of train is held out for it")
         return (samples if split == "train" else test_samples), class_names
+
+    def by_hash(sample):
+        return hashlib.sha256(os.fsencode(os.path.relpath(sample[0], dataset_dir))).digest()
+
     held_out = set()
-    for label in range(len(class_names)):
-        names = {
-            sample: os.fsencode(os.path.relpath(sample[0], dataset_dir)) for sample in samples if sample[1] == label
-        }
-        ordered = sorted(names, key=lambda sample: hashlib.sha256(names[sample]).digest())
+    for _, members in itertools.groupby(samples, key=itemgetter(1)):
+        ordered = sorted(members, key=by_hash)
         held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
     if not held_out:
         raise UserError(f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more")
-    if split == "train" and is_main_process():
+    if talks:
         print(f"There is no {dataset_dir}/test: {len(held_out)} images, a tenth of each class, are held out for it")
     return [sample for sample in samples if (sample in held_out) == (split == "test")], class_names
 
@@ -462,8 +467,9 @@ def read_images(paths, split, cache_dir):
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         images = list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False))
     if brightest := max((image.max() for image in images if image.dtype == np.float32), default=0):
-        bits = next((bits for bits in (8, 10, 12, 14) if brightest < 2**bits), 16)
-        print(f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike")
+        bits = next((bits for bits in (8, 12) if brightest < 2**bits), 16)
+        if is_main_process():
+            print(f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike")
         scale = 255 / (2**bits - 1)
         images = [image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255) for image in images]
     images = np.stack(images).astype(np.uint8)

@@ -10,7 +10,6 @@ import os
 import shlex
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +51,11 @@ def read_rows(flag, path, columns):
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        first = pipeline.first_line(text) if text else text
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        if "\0" in text:
+            raise ValueError("it has a NUL")
+        text = text.removeprefix("sep=;\n")  # for Excel
+        first = text.partition("\n")[0]
+        reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         for name in columns:
             if name not in reader.fieldnames:
@@ -63,7 +65,8 @@ def read_rows(flag, path, columns):
         for row in reader:
             place = f"{flag} {path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise pipeline.UserError(f"{place}: has another number of cells than the first line")
+                cells = "has another number of cells than the first line"
+                raise pipeline.UserError(f"{place}: {cells}; where the last is empty, put another column behind it")
             if any(row.values()):
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
@@ -82,7 +85,11 @@ class ExampleFinder:
     def __init__(self, data, test, dataset_dir, csv_path):
         self.data, self.folders, self.places = data, ("", Path(csv_path).parent, dataset_dir), {}
         places = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
-        for spelling in (os.path.abspath, os.path.realpath, partial(os.path.relpath, start=dataset_dir)):
+        for spelling in (
+            os.path.abspath,
+            os.path.realpath,
+            lambda path: Path(os.path.relpath(path, dataset_dir)).as_posix(),
+        ):
             for path, index in places:
                 if path:
                     self.places.setdefault(pipeline.same_form(spelling(path)), index)
@@ -92,7 +99,7 @@ class ExampleFinder:
         files = [Path(folder) / path for folder in self.folders]
         for file in files:
             yield from (os.path.abspath(file), os.path.realpath(file))
-        if not any(file.exists() for file in files):
+        if not any(map(os.path.exists, files)):
             parts = path.replace("\\", "/").split("/")
             yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
@@ -103,7 +110,9 @@ class ExampleFinder:
             spellings = map(pipeline.same_form, [*self.spellings(path), *self.spellings(path.strip())])
             known = next((spelling for spelling in spellings if spelling in self.places), None)
             if known is None or (found := self.places[known]) is None:
-                reason = "is not among the training images" if known is None else "is held out for the test"
+                reason = (
+                    f"is not among the {len(data)} training images" if known is None else "is held out for the test"
+                )
                 raise pipeline.UserError(f"{place}: {path} {reason}")
         elif any(data.paths):
             raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
@@ -115,10 +124,9 @@ class ExampleFinder:
             found = int(index)
         label = data.class_names[data.labels[found]]
         if row.get("label", "").strip() and find_class(row["label"], data.class_names) != data.labels[found]:
-            said = f"the label {label} before any cleaning, not {row['label']}"
-            raise pipeline.UserError(
-                f"{place}: image {found} has {said}: give its data flags, or drop the column label"
-            )
+            said = f"image {found} has the label {label} before any cleaning, not {row['label']}"
+            flags = "give the --corrupt_percentage and --num_train_examples of that table, or drop its column label"
+            raise pipeline.UserError(f"{place}: {said}: {flags}")
         return found
 
 
@@ -230,7 +238,8 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
                 optimizer.step()
                 optimizer.zero_grad()
                 epoch_loss += loss.detach()
-                margins[epoch, order] = pipeline.margin(logits.detach(), labels, torch.amax).to(margins.dtype)
+                margin = pipeline.margin(logits.detach(), labels, torch.amax)
+                margins[epoch, order] = margin.clamp(-6e4, 6e4).to(margins.dtype)  # which ends at 65,504
                 progress.update()
             mean_loss = (epoch_loss / steps_per_epoch).item()
             speed = steps_per_epoch * train_batch_size / (time.perf_counter() - start)
@@ -268,10 +277,9 @@ def command(script, args, **values):
 
     Defaults are left out, and flags whose value is None or False.
     """
-    defaults = vars(pipeline.shared_parser("", corrupt_default=None).parse_args([])) | {
-        "checkpoint_dir": pipeline.CHECKPOINT_DIR
-    }
-    flags = {name: getattr(args, name) for name in defaults if name != "checkpoint_dir"} | values
+    defaults = vars(pipeline.shared_parser("", corrupt_default=None).parse_args([]))
+    flags = {name: getattr(args, name) for name in defaults} | values
+    defaults["checkpoint_dir"] = pipeline.CHECKPOINT_DIR
     words = ["python", script]
     for name, value in flags.items():
         if value is not None and value is not False and value != defaults.get(name):

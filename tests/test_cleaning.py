@@ -267,7 +267,7 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
     ranking.write_text("\n".join([f"{columns},new_label", *(f"{row},3" for row in rows)]), encoding="utf-8")
     before = ranking.read_bytes()
     finished = run(tmp_path, *printed_commands(trained[1])[0], "--factor_strategy", "identity", "--method", "loss")
-    assert finished.status == 2 and "suspects_identity.csv was edited" in finished.err
+    assert finished.status == 2 and "suspects_identity.csv has other columns" in finished.err
     assert ranking.read_bytes() == before
 
 

@@ -72,9 +72,11 @@ def test_the_neighbours_vote_by_hand(monkeypatch):
 
 def test_features_are_those_of_an_image_and_of_its_mirror_image():
     data = digits(5)
-    model = pipeline.construct_resnet9().eval()
+    model = pipeline.construct_resnet9().train()  # as after a training
     run = SimpleNamespace(data=data, model=model, dtype=torch.float32, batch_size=2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     features, logits = detect.compute_features(run)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     flipped = pipeline.compute_logits(model, data.images.flip(3), 5, torch.float32)
     assert torch.allclose(logits, pipeline.compute_logits(model, data.images, 5, torch.float32), atol=1e-6)
     together = 0.2 * features @ model.head.weight.T  # the last layer is linear: in proportion to the sum of the logits

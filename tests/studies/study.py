@@ -185,7 +185,7 @@ class Study:
             return data.is_corrupted.int().argsort(descending=True, stable=True)
         self.detected(seed)
         path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
-        if not path.exists():  # of a study that goes on with the results alone
+        if not path.exists() or by not in np.load(path):  # of a study that goes on with the results alone
             self.detection(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
         with np.load(path) as scores:
             return torch.from_numpy(np.argsort(-scores[by], kind="stable"))
@@ -238,13 +238,15 @@ class Study:
     def retraining(self, strategy, damping_factor, models, num_queries, halves):
         """Scores queries by the mean of some networks. Returns the mean linear datamodeling score and its error."""
         data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
-        queries, scores = self.test.take(torch.arange(num_queries)), 0
+        queries, scores, seconds = self.test.take(torch.arange(num_queries)), 0, 0
         for seed in range(FIRST_SEED, FIRST_SEED + models):
             with self.influence(data, strategy=strategy) as make_run:
-                own, _ = make_run(self.model(data, seed)).pairwise_influence(queries, 1000, damping_factor)
-            scores = scores + own / models
+                run = make_run(self.model(data, seed))
+                own, _ = run.pairwise_influence(queries, 1000, damping_factor)
+            scores, seconds = scores + own / models, seconds + sum(run.seconds.values())
         values = self.predicted(scores, data, queries.to("cpu"))
-        return {"lds": values.mean(), "standard_error": values.std(ddof=1) / len(values) ** 0.5}
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        return {"lds": values.mean(), "standard_error": error, "score_seconds": seconds}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
@@ -390,7 +392,9 @@ def print_cleaning(study):
     """Prints test accuracies, and what is gained over doing nothing, seed by seed."""
     start = by_seed(study, {"labels": "corrupted"})
     print("\n| labels | ranked by | top | test accuracy | gain, points | seeds |\n|---|---|---|---|---|---|")
-    for kind in cleaning_kinds():
+    names = "labels", "by", "fraction"
+    rows = [{name: row[name] for name in names if name in row} for row in study.found({"study": "cleaning"})]
+    for kind in map(json.loads, dict.fromkeys(map(json.dumps, rows))):
         found = {seed: accuracy for seed, accuracy in by_seed(study, kind).items() if seed in start}
         if found:
             top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
@@ -408,6 +412,8 @@ def retraining_jobs(study):
 
 def study_retraining(study):
     """Predicts the networks of random halves."""
+    if study.args.halves < 2:
+        raise pipeline.UserError(f"argument --halves: {study.args.halves} networks have no order to predict: give 50")
     study.complete(retraining_jobs(study), study.retraining)
 
 
@@ -417,7 +423,7 @@ def print_retraining(study):
     for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
-        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {row['seconds']:.0f} |")
+        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {row['score_seconds']:.0f} |")
 
 
 def factors_jobs(study):
