@@ -760,6 +760,13 @@ class InfluenceDataset(torch.utils.data.Dataset):
         return normalize(self.data.images[indices]), self.data.labels[indices], self.uniforms[indices]
 
 
+def cpu_features():
+    """Returns what the processor can do, a dictionary by name; torch before 2.11 tells just what is asked for here."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
 def choose_dtype(precision, device):
     """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
 
@@ -769,7 +776,7 @@ def choose_dtype(precision, device):
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+            fast = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
     tensor_float = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -1214,7 +1221,7 @@ def environment(device):
 
     That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
     """
-    peak, name = None, torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    peak, name = None, cpu_features().get("cpu_name") or platform.machine()
     if device.type == "cuda":
         peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
     else:
