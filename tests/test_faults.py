@@ -154,7 +154,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
     os._exit(status)
 
 
-@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 5), (DETECT, 6)])
+@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 6), (DETECT, 7)])
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tmp_path, name, renamings):
     """The kill comes before each of the renamings by which results appear; what is there then is whole."""
     (tmp_path / "start").mkdir()
@@ -352,7 +352,11 @@ def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
     alone = succeed(one, name, *COMMANDS[name], *flags)
     together = torchrun(two, 2, __file__, "gpus", name, *COMMANDS[name], *flags)
     assert together.returncode == 0, together.stderr
-    said = [[line for line in out.splitlines() if " in all: " not in line] for out in (alone, together.stdout)]
+    others = (" in all: ", " CPU threads, ", "[Gloo]")  # the last is what torch 2.9 says of its processes
+    said = [
+        [line for line in out.splitlines() if not any(other in line for other in others)]
+        for out in (alone, together.stdout)
+    ]
     assert said[0] == said[1], "the first process must say what one alone says, and the other nothing"
     (expected,), (found,) = (
         [load_file(path)["all_modules"] for path in result_folder(folder).glob("scores_*/*.safetensors")]
