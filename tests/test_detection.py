@@ -21,11 +21,10 @@ CORRUPTED = np.array([True, False, True, False, True])
 def test_rankings_by_hand():
     """Image 1 is answered wrongly, image 2 less so; of the second model all signals are twice as large.
 
-    There were eight epochs. In the last two, the late ones, image 1 was in no batch: its margin in the end counts.
+    Image 0 was in the batches of both epochs, image 1 in one, and image 2 in none: its margin in the end counts.
     """
     logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.tensor([0, 0, 0])
-    margins = torch.tensor([[3.0, -2.0, 1.0]]).repeat(8, 1).half()
-    margins[6:, 1], margins[:6, 0] = torch.nan, 1.0
+    margins = torch.tensor([[2.0, torch.nan, torch.nan], [4.0, -2.0, torch.nan]]).half()
     run = SimpleNamespace(
         self_influence=lambda damping_factor: (torch.tensor([4.0, 1.0, 9.0]), "path"),
         data=pipeline.ImageData(None, labels, labels, [], [], None),
@@ -35,25 +34,17 @@ def test_rankings_by_hand():
     with mock.patch.object(detect, "compute_features", lambda run: (features, logits)):
         measured, found_logits, path = detect.measure(run, {"margins": margins}, None)
     assert path == "path" and torch.equal(found_logits, logits)
-    assert measured["late_margin"].tolist() == [3, -1, 1] and measured["vote"].tolist() == [1, 1, 1]
+    assert measured["aum"].tolist() == [3, -2, -0.5] and measured["vote"].tolist() == [1, 1, 1]
     found = detect.rank([measured])
-    assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-1.5, 2, -1]
+    assert found["self_influence"].tolist() == [4, 1, 9] and found["aum"].tolist() == [-3, 2, 0.5]
     assert found["margin"].tolist() == [-2, 1, 0.5]
-    mean, deviation = 1, (8 / 3) ** 0.5
-    assert found["margin_vote"] == pytest.approx([(mean - late) / deviation for late in (3, -1, 1)])
+    mean, deviation = 0.5 / 3, ((3**2 + 2**2 + 0.5**2) / 3 - (0.5 / 3) ** 2) ** 0.5
+    assert found["aum_vote"] == pytest.approx([(mean - aum) / deviation for aum in (3, -2, -0.5)])
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
     mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
     assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in ("self_influence", "aum", "margin", "loss"))
-    assert mean["margin_vote"] == pytest.approx(found["margin_vote"], abs=1e-6)
-
-
-def test_an_image_in_no_batch_is_ranked_by_its_margin_in_the_end():
-    margins, final = (
-        torch.tensor([[1.0, torch.nan, 4.0], [3.0, torch.nan, torch.nan]]).half(),
-        torch.tensor([7.0, 5, 6]),
-    )
-    assert detect.mean_margin(margins, final).tolist() == [2, 5, 4]
+    assert mean["aum_vote"] == pytest.approx(found["aum_vote"], abs=1e-6)
 
 
 def test_the_neighbours_vote_by_hand(monkeypatch):

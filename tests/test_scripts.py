@@ -110,7 +110,7 @@ def test_detect_suspects_csv(detected):
     header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
     assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
-    scores = [float(row["margin_vote"]) for row in rows]
+    scores = [float(row["aum_vote"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     (path,) = result_folder(detected[0]).glob("scores_self*/self_scores.safetensors")
     saved = load_file(path)["all_modules"]

@@ -42,7 +42,7 @@ def test_several_models_give_the_mean_of_their_scores(folder):
 
 
 def test_a_detection_takes_the_mean_over_several_models(folder):
-    """Every signal, image by image, is the mean of those of the single models; margin_vote standardises such means."""
+    """Every signal, image by image, is the mean of those of the single models; aum_vote standardises such means."""
     tables = []
     for dirs in (BOTH, ("--checkpoint_dir", "checkpoints"), ("--checkpoint_dir", "other")):
         out = succeed(folder, DETECT, *DATA, *CORRUPTED, *DIAGONAL, *dirs)

@@ -44,7 +44,7 @@ SIMILAR = {
 }
 FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("margin_vote", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
+RANKINGS = ("aum_vote", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
@@ -373,7 +373,7 @@ def cleaning_kinds():
     for fraction in FRACTIONS:
         for by in RANKINGS:
             yield {"labels": "left out", "by": by, "fraction": fraction}
-        for by in ("margin_vote", "aum", "self_influence"):
+        for by in ("aum_vote", "aum", "self_influence"):
             yield {"labels": "put right", "by": by, "fraction": fraction}
 
 
