@@ -35,11 +35,6 @@ class Ranking(NamedTuple):
     suspicion: Callable
 
 
-def standardise(values):
-    """Returns values [N] with a mean of zero and a standard deviation of one, or zeros where all are equal."""
-    return (values - values.mean()) / (values.std() or 1)
-
-
 RANKINGS = {
     "self_influence": Ranking("self-influence", "#0b5394", "-", True, lambda found: found["self_influence"]),
     "aum": Ranking("area under the margin", "#d55e00", "--", False, lambda found: -found["aum"]),
@@ -120,6 +115,11 @@ def neighbours_vote(features, labels, num_classes):
         counts = features.new_zeros(len(rows), num_classes).scatter_add_(1, votes, features.new_ones(votes.shape))
         found.append(pipeline.margin(counts / count, labels[rows], torch.amax))
     return torch.cat(found)
+
+
+def standardise(values):
+    """Returns values [N] with a mean of zero and a standard deviation of one, or zeros where all are equal."""
+    return (values - values.mean()) / (values.std() or 1)
 
 
 def rank(measured):

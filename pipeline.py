@@ -153,7 +153,7 @@ def shared_parser(description, corrupt_default):
 
 
 def influence_parser(description, corrupt_default, factor_examples):
-    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share, with defaults of two."""
+    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share. Two defaults differ."""
     parser = shared_parser(description, corrupt_default)
     flag = parser.add_argument
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
@@ -362,7 +362,7 @@ def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
 
 
 def ten_largest(counts):
-    """Returns the ten largest of a Counter as text, and how many others there are."""
+    """Returns the ten largest of a Counter as text, how many others there are, and the least of them."""
     parts = [f"{name} {count}" for name, count in counts.most_common()]
     return ", ".join(parts if len(parts) <= 10 else [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"])
 
@@ -372,12 +372,13 @@ def same_form(name):
     return unicodedata.normalize("NFC", str(name))
 
 
-def list_samples(folder, talks):
+def list_samples(folder, verbose):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden files and folders and those of systems are passed over, the folders by name if it `talks`; any other file
-    that is no image is an error when it is read. What is linked to twice is walked once. Raises UserError where there
-    are not two classes or more, each with a file in it, where two have one name, or a folder cannot be listed.
+    Hidden files and folders and those of systems are passed over, and the names of such folders printed if `verbose`;
+    any other file that is no image is an error when it is read. What is linked to twice is walked once. Raises
+    UserError where there are not two classes or more, each with a file in it, where two have one name, or a folder
+    cannot be listed.
     """
 
     def refuse(error):
@@ -407,7 +408,7 @@ def list_samples(folder, talks):
         class_names.append(same_form(name))
     if len(class_names) < 2:
         raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}")
-    if passed_over and talks:
+    if passed_over and verbose:
         print(f"Passed over in {folder}: {', '.join(sorted(passed_over))}")
     return samples, class_names
 
@@ -419,10 +420,10 @@ def split_samples(dataset_dir, split):
     of its name decides about a file, so that others may come and go and most of the held out ones remain. Raises
     UserError where the classes differ, or nothing can be held out.
     """
-    talks, test_dir = split == "train" and is_main_process(), dataset_dir / "test"
-    samples, class_names = list_samples(dataset_dir / "train", talks)
+    verbose, test_dir = split == "train" and is_main_process(), dataset_dir / "test"
+    samples, class_names = list_samples(dataset_dir / "train", verbose)
     if test_dir.exists():
-        test_samples, test_names = list_samples(test_dir, talks)
+        test_samples, test_names = list_samples(test_dir, verbose)
         for place, lacking in ((test_dir, {*class_names} - {*test_names}), ("train", {*test_names} - {*class_names})):
             if lacking:
                 lacks = f"{dataset_dir / place} lacks the classes {', '.join(sorted(lacking))}"
@@ -438,7 +439,7 @@ def split_samples(dataset_dir, split):
         held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
     if not held_out:
         raise UserError(f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more")
-    if talks:
+    if verbose:
         print(f"There is no {dataset_dir}/test: {len(held_out)} images, a tenth of each class, are held out for it")
     return [sample for sample in samples if (sample in held_out) == (split == "test")], class_names
 
@@ -761,7 +762,7 @@ class InfluenceDataset(torch.utils.data.Dataset):
 
 
 def cpu_features():
-    """Returns what the processor can do, a dictionary by name; torch before 2.11 tells just what is asked for here."""
+    """Returns what the processor can do, a dictionary by name; an older torch tells just what is needed here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
@@ -869,10 +870,10 @@ def squares(gradient, dtype):
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices round their inputs, not their sums: to bfloat16 on a CPU, to TF32 on CUDA."""
+    """Lets products of float32 matrices round their inputs, not their sums, to bfloat16 on a CPU, and never on CUDA."""
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if enabled else ("ieee", "ieee")
+    cpu.fp32_precision, cuda.fp32_precision = "bf16" if enabled else "ieee", "ieee"
     try:
         yield
     finally:
@@ -1022,9 +1023,8 @@ class InfluenceRun:
             self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
         weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
         fingerprint, versions = sha256(*weights, data.digest), [version("torch"), version("kronfluence")]
-        code = (
-            inspect.getsource(sys.modules[__name__]).partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
-        )
+        source = inspect.getsource(sys.modules[__name__])  # factors and scores depend on these sections of it
+        code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
         self.depends_on = [fingerprint, strategy, str(dtype), seed, factor_examples, code, *versions]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)

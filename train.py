@@ -43,11 +43,11 @@ def parse_arguments():
 # ---- What was decided about suspects -------------------------------------------------------------
 
 
-def read_rows(flag, path, columns):
-    """Yields (place, row) of a csv file with a header: `<flag> <path>, line 2` and a dictionary of its cells.
+def read_rows(path):
+    """Yields (place, row) of a csv file of corrections: `--corrections <path>, line 2` and a dictionary of its cells.
 
     Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
-    any are passed over. Raises UserError where the file cannot be read or lacks one of `columns`.
+    any are passed over. Raises UserError where the file cannot be read or has no column `new_label`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -57,13 +57,11 @@ def read_rows(flag, path, columns):
         first = text.partition("\n")[0]
         reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        for name in columns:
-            if name not in reader.fieldnames:
-                raise pipeline.UserError(
-                    f"{flag} {path}: its first line must name the column {name!r}, but is {first!r}"
-                )
+        if "new_label" not in reader.fieldnames:
+            header = f"its first line must name the column 'new_label', but is {first!r}"
+            raise pipeline.UserError(f"--corrections {path}: {header}")
         for row in reader:
-            place = f"{flag} {path}, line {reader.line_num}"
+            place = f"--corrections {path}, line {reader.line_num}"
             if None in row or None in row.values():
                 cells = "has another number of cells than the first line"
                 raise pipeline.UserError(f"{place}: {cells}; where the last is empty, put another column behind it")
@@ -71,7 +69,7 @@ def read_rows(flag, path, columns):
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
         reason = pipeline.first_line(error)
-        raise pipeline.UserError(f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})") from error
+        raise pipeline.UserError(f"--corrections {path} cannot be read as a csv file in UTF-8 ({reason})") from error
 
 
 class ExampleFinder:
@@ -83,14 +81,13 @@ class ExampleFinder:
     """
 
     def __init__(self, data, test, dataset_dir, csv_path):
+        def below(path):
+            return Path(os.path.relpath(path, dataset_dir)).as_posix()
+
         self.data, self.folders, self.places = data, ("", Path(csv_path).parent, dataset_dir), {}
-        places = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
-        for spelling in (
-            os.path.abspath,
-            os.path.realpath,
-            lambda path: Path(os.path.relpath(path, dataset_dir)).as_posix(),
-        ):
-            for path, index in places:
+        images = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
+        for spelling in (os.path.abspath, os.path.realpath, below):
+            for path, index in images:
                 if path:
                     self.places.setdefault(pipeline.same_form(spelling(path)), index)
 
@@ -110,10 +107,8 @@ class ExampleFinder:
             spellings = map(pipeline.same_form, [*self.spellings(path), *self.spellings(path.strip())])
             known = next((spelling for spelling in spellings if spelling in self.places), None)
             if known is None or (found := self.places[known]) is None:
-                reason = (
-                    f"is not among the {len(data)} training images" if known is None else "is held out for the test"
-                )
-                raise pipeline.UserError(f"{place}: {path} {reason}")
+                where = "held out for the test" if known else f"not among the {len(data)} training images"
+                raise pipeline.UserError(f"{place}: {path} is {where}")
         elif any(data.paths):
             raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
         elif not index:
@@ -145,7 +140,7 @@ def read_corrections(path, data, test, dataset_dir):
     where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
     """
     find_example, decided, changes = ExampleFinder(data, test, dataset_dir, path), {}, Counter()
-    for place, row in read_rows("--corrections", path, ("new_label",)):
+    for place, row in read_rows(path):
         index, name = find_example(place, row), row["new_label"]
         label = find_class(name, data.class_names)
         if name.strip() and label is None:
