@@ -5,7 +5,6 @@ negative one that it would lower them (harmful).
 """
 
 import argparse
-import csv
 
 import torch
 from safetensors.torch import save_file
@@ -66,20 +65,18 @@ def strongest(scores, count):
 def write_top_influences(path, scores, queries, data):
     """Writes the most helpful and the most harmful images of each query, as the score's sign says, to a csv file."""
 
-    def example(data, position):
-        return data.indices[position].item(), data.paths[position], data.class_names[data.labels[position]]
+    def examples(data):
+        names = [data.class_names[label] for label in data.labels.tolist()]
+        return list(zip(data.indices.tolist(), data.paths, names, strict=True))
 
-    tops = list(zip(("helpful", "harmful"), (1, -1), strongest(scores, NUM_LISTED), strict=True))
-    with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for query in range(len(queries)):
-            for direction, sign, indices in tops:
-                for rank, train in enumerate(indices[query].tolist(), start=1):
-                    score = scores[query, train].item()
-                    if sign * score <= 0:
-                        break
-                    writer.writerow([*example(queries, query), direction, rank, *example(data, train), score])
+    trained_on, rows = examples(data), []
+    tops = [(scores.gather(1, indices).tolist(), indices.tolist()) for indices in strongest(scores, NUM_LISTED)]
+    for query, example in enumerate(examples(queries)):
+        for direction, sign, (values, indices) in zip(("helpful", "harmful"), (1, -1), tops, strict=True):
+            for rank, (score, train) in enumerate(zip(values[query], indices[query], strict=True), start=1):
+                if sign * score > 0:
+                    rows.append([*example, direction, rank, *trained_on[train], score])
+    pipeline.write_table(path, COLUMNS, rows)
 
 
 def plot_top_influences(path, scores, queries, data, strategy):

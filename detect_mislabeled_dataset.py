@@ -194,15 +194,12 @@ def require_unedited(path):
 
 def write_suspects(path, data, order, scores, predicted):
     """Writes every training image to a csv file, in the given order. scores: arrays [N] by ranking."""
-    names, is_corrupted = data.class_names, data.is_corrupted.int().tolist()
-    with pipeline.atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for place, position in enumerate(order.tolist(), start=1):
-            classes = [names[label[position]] for label in (data.labels, predicted)]
-            example = [data.indices[position].item(), data.paths[position], *classes]
-            values = [scores[name][position] for name in RANKINGS]
-            writer.writerow([place, *example, *values, is_corrupted[position]])
+    names, paths = np.array(data.class_names, object), np.array(data.paths, object)
+    examples = [data.indices.numpy(), paths, names[data.labels.numpy()], names[predicted.numpy()]]
+    examples, is_corrupted = [column[order].tolist() for column in examples], data.is_corrupted.numpy()[order]
+    rankings = [scores[name][order] for name in RANKINGS]  # float32, of which few digits are written
+    rows = zip(range(1, len(data) + 1), *examples, *rankings, is_corrupted.astype(int).tolist(), strict=True)
+    pipeline.write_table(path, COLUMNS, rows)
 
 
 def plot_suspects(path, data, order, scores, predicted, by):

@@ -5,6 +5,7 @@ command line ► files ► images and labels ► label corruption ► checkpoint
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import hashlib
 import inspect
@@ -109,10 +110,15 @@ def first_line(error):
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def number(kind, description, allowed):
-    """Returns an argparse type: `kind(text)` where `allowed` holds of it, else an error that asks for `description`."""
+def number(kind, description, allowed, word=None):
+    """Returns an argparse type: `kind(text)` where `allowed` holds of it, else an error that asks for `description`.
+
+    Where there is a `word` that stands for no number, that is None.
+    """
 
     def parse(text):
+        if text == word:
+            return None
         with contextlib.suppress(ValueError):
             if allowed(value := kind(text)):
                 return value
@@ -124,17 +130,9 @@ def number(kind, description, allowed):
 positive_int = number(int, "a whole number of at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
 whole_number = number(int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32)
 non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+damping = number(float, "a number of at least 0, or 'heuristic'", lambda value: 0 <= value < math.inf, "heuristic")
+some_or_all = number(int, "a whole number of at least 1, or 'all'", lambda value: 1 <= value < 2**31, "all")
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
-
-
-def number_or(word, kind, least):
-    """Returns an argparse type: None for `word`, else a number of at least `least`."""
-    description, limit = f"a number of at least {least}, or '{word}'", 2**31 if kind is int else math.inf
-    return number(
-        lambda text: None if text == word else kind(text),
-        description,
-        lambda value: value is None or least <= value < limit,
-    )
 
 
 def shared_parser(description, corrupt_default):
@@ -157,8 +155,8 @@ def influence_parser(description, corrupt_default, factor_examples):
     parser = shared_parser(description, corrupt_default)
     flag = parser.add_argument
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
-    eigenvalues = {"type": number_or("heuristic", float, 0), "default": "heuristic", "metavar": "X"}
-    part = {"type": number_or("all", int, 1), "default": factor_examples, "metavar": "N"}
+    eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
+    part = {"type": some_or_all, "default": factor_examples, "metavar": "N"}
     flag("--checkpoint_dir", **several, help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})")
     flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="the curvature (default: %(default)s)")
@@ -196,15 +194,12 @@ def unusable_gpu():
     there = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if torch.cuda.is_available() or not there:
         return ""
-    if torch.version.cuda is None:
-        return "torch was built without CUDA, so that it cannot use the NVIDIA GPU: install a build for CUDA"
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU: unset it"
+    reason = "it finds none"
     try:
         torch.cuda.init()
-    except Exception as error:  # torch's own words, such as of a driver that is too old
-        return f"torch cannot use the NVIDIA GPU ({first_line(error)})"
-    return "torch finds no NVIDIA GPU that it can use"
+    except Exception as error:  # in torch's own words
+        reason = first_line(error).rstrip(".")
+    return f"torch cannot use the NVIDIA GPU ({reason}): install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
 
 
 def print_machine(device, dtype):
@@ -1253,6 +1248,12 @@ def print_paths(rounded, paths):
     print(f"{rounded['total']:.1f} s in all: " + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES))
     for path in paths:
         print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
+
+
+def write_table(path, columns, rows):
+    """Writes rows under the names of their columns to a csv file, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
 
 
 @contextlib.contextmanager

@@ -201,33 +201,16 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
 # ---- Where it computes ---------------------------------------------------------------------------
 
 
-REASONS = {
-    "built without CUDA": ({"torch.version.cuda": None}, {}, "torch was built without CUDA"),
-    "hidden": (
-        {"torch.version.cuda": "13.0"},
-        {"CUDA_VISIBLE_DEVICES": ""},
-        "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU",
-    ),
-    "old driver": ({"torch.version.cuda": "13.0"}, {}, "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old"),
-}
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys, reason):
+def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys):
     def init():
         raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nUpdate it")
 
-    patches, environment, words = REASONS[reason]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.init", init)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for name, value in patches.items():
-        monkeypatch.setattr(name, value)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     pipeline.print_machine(torch.device("cpu"), torch.float32)
     first, second = capsys.readouterr().out.splitlines()
+    words = "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old (found version 11040)): install torch for"
     assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
     with pytest.raises(pipeline.UserError, match=re.escape(words)):
         pipeline.choose_device("cuda", several_processes=False)
