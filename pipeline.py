@@ -140,10 +140,12 @@ def shared_parser(description, corrupt_default):
     parser = OneLineParser(description=description, allow_abbrev=False)
     flag, datasets = parser.add_argument, ("cifar10", "imagefolder", "synthetic")
     wrong = {"type": corrupt_fraction, "default": corrupt_default, "metavar": "FRACTION"}
+    labels = parser.add_mutually_exclusive_group().add_argument
     flag("--dataset", choices=datasets, default="cifar10", help="which images (default: %(default)s)")
     flag("--dataset_dir", default="./data", help="class folders lie in its train/ and test/ (default: %(default)s)")
     flag("--output_dir", default="./influence_results", help="gets the results (default: %(default)s)")
-    flag("--corrupt_percentage", **wrong, help="fraction of wrong labels; 0 means none (default: %(default)s)")
+    labels("--corrupt_percentage", **wrong, help="fraction of wrong labels; 0 means none (default: %(default)s)")
+    labels("--noisy_labels", metavar="CSV", help="train on the labels in its columns path or index, and label")
     flag("--num_train_examples", type=positive_int, metavar="N", help="use N training images, the same in every script")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bfloat16 where that is fast")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one")
@@ -261,8 +263,9 @@ class ImageData:
     """Labelled images in memory.
 
     images: uint8 [N, 3, 32, 32]; labels: int64 [N], those to train on; true_labels: int64 [N], without the ones made
-    wrong on purpose; class_names: one per class; paths: one per image, empty where images have no files of their own;
-    indices: int64 [N] on the CPU, each one's place among those loaded, by which the tables call it.
+    wrong on purpose or given by --noisy_labels; class_names: one per class; paths: one per image, empty where images
+    have no files of their own; indices: int64 [N] on the CPU, each one's place among those loaded, by which the tables
+    call it; numbers: int64 [N] on the CPU, its place in the whole data set.
     """
 
     images: Tensor
@@ -271,13 +274,14 @@ class ImageData:
     class_names: list
     paths: list
     indices: Tensor
+    numbers: Tensor
 
     def __len__(self):
         return len(self.labels)
 
     @property
     def is_corrupted(self):
-        """Which labels were made wrong on purpose, bool [N]."""
+        """Which labels are not the true ones, bool [N]."""
         return self.labels != self.true_labels
 
     @cached_property
@@ -287,7 +291,8 @@ class ImageData:
 
     def take(self, indices):
         """Returns the examples at `indices`, an int64 tensor [M], in that order."""
-        tensors = {name: getattr(self, name)[indices] for name in ("images", "labels", "true_labels", "indices")}
+        names = "images", "labels", "true_labels", "indices", "numbers"
+        tensors = {name: getattr(self, name)[indices] for name in names}
         return replace(self, **tensors, paths=[self.paths[i] for i in indices.tolist()])
 
     def without(self, indices):
@@ -310,9 +315,9 @@ def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
     What is decoded from class folders is kept in `cache_dir`, if there is one. Raises UserError where they cannot be
     found or read, or where there are fewer.
     """
-    images, labels, class_names, paths = LOADERS[dataset](dataset_dir, split, num_examples, cache_dir)
+    images, labels, class_names, paths, numbers = LOADERS[dataset](dataset_dir, split, num_examples, cache_dir)
     channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-    return ImageData(channels_first, labels, labels, list(class_names), list(paths), torch.arange(len(labels)))
+    return ImageData(channels_first, labels, labels, list(class_names), list(paths), torch.arange(len(labels)), numbers)
 
 
 def draw_examples(total, num_examples):
@@ -327,7 +332,7 @@ def draw_examples(total, num_examples):
 def load_cifar10(dataset_dir, split, num_examples, cache_dir):
     """Loads CIFAR-10 through torchvision, which checks its files, and downloads it once where it is missing.
 
-    Like the other loaders it returns images, uint8 [N, 32, 32, 3], labels, names of the classes, and paths.
+    Like the other loaders it returns images, uint8 [N, 32, 32, 3], labels, names of the classes, paths, and numbers.
     """
     try:
         from torchvision.datasets import CIFAR10  # fails beside a torch that was built for other hardware
@@ -342,7 +347,7 @@ def load_cifar10(dataset_dir, split, num_examples, cache_dir):
         reason = f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it ({first_line(error)})"
         raise UserError(f"{reason}: give --dataset_dir, or --dataset imagefolder or synthetic") from error
     chosen = draw_examples(len(found.data), num_examples)
-    return found.data[chosen.numpy()], torch.tensor(found.targets)[chosen], found.classes, [""] * len(chosen)
+    return found.data[chosen.numpy()], torch.tensor(found.targets)[chosen], found.classes, [""] * len(chosen), chosen
 
 
 def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
@@ -352,8 +357,9 @@ def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
         counts = Counter(class_names[label] for _, label in samples)
         print(f"{len(class_names)} classes in {dataset_dir}: {ten_largest(counts)}")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
-    paths, labels = zip(*(samples[i] for i in order[draw_examples(len(order), num_examples)]), strict=True)
-    return read_images(paths, split, cache_dir), torch.tensor(labels), class_names, paths
+    chosen = order[draw_examples(len(order), num_examples)]
+    paths, labels = zip(*(samples[i] for i in chosen), strict=True)
+    return read_images(paths, split, cache_dir), torch.tensor(labels), class_names, paths, chosen
 
 
 def ten_largest(counts):
@@ -509,7 +515,7 @@ def load_digits(dataset_dir, split, num_examples, cache_dir):
     """Draws digits in random colours, places, sizes and rotations; each is the same whichever others are drawn."""
     chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
     images, labels = zip(*(draw_digit((*SYNTHETIC_SEEDS[split], index)) for index in chosen.tolist()), strict=True)
-    return np.stack(images), torch.tensor(labels), map(str, range(10)), [""] * len(chosen)
+    return np.stack(images), torch.tensor(labels), map(str, range(10)), [""] * len(chosen), chosen
 
 
 def draw_digit(seed):
@@ -552,15 +558,16 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
     return corrupted, corrupted != labels
 
 
-def training_examples(clean, fraction, cleaning=None):
+def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
     """Returns the ImageData to train on, of `clean`, the images as they were loaded.
 
-    A `fraction` of the labels, as of `--corrupt_percentage`, is made wrong. Then the `new_labels` of a `cleaning`, a
-    dictionary by index among the loaded images, are put in, and its `excluded` indices left out. What a person says of
-    a label that was not made wrong counts as true.
+    Their labels are `noisy_labels`, int64 [N], or else a `fraction` of them, as of `--corrupt_percentage`, is made
+    wrong. Then the `new_labels` of a `cleaning`, a dictionary by index among the loaded images, are put in, and its
+    `excluded` indices left out. What a person says of a label that was not wrong counts as true.
     """
-    labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
-    data = replace(clean, labels=labels)
+    if noisy_labels is None:
+        noisy_labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+    data = replace(clean, labels=noisy_labels)
     if cleaning is None:
         return data
     labels = data.labels.clone()
@@ -573,13 +580,21 @@ def training_examples(clean, fraction, cleaning=None):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, cleaned=False):
+def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
     """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
 
-    A `cleaned` one was trained on what a person decided about them.
+    A `noisy` one was trained on labels from a file, a `cleaned` one on what a person decided about them.
     """
-    name = f"model_corrupt_{fraction}" if fraction else "model"
+    name = "model_noisy" if noisy else f"model_corrupt_{fraction}" if fraction else "model"
     return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
+
+
+def file_digest(path):
+    """Returns the SHA-256 of the file of `--noisy_labels`, None where there is none. Raises UserError if unreadable."""
+    try:
+        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--noisy_labels {path} cannot be read ({error.strerror}): name another file") from error
 
 
 def save_checkpoint(path, model, metadata):
@@ -604,7 +619,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"margins", "data_sha256"}:
+        if not metadata.keys() >= {"margins", "given_labels"}:
             raise ValueError("written by an earlier train.py")
         model = construct_resnet9(len(metadata["class_names"]))
         model.load_state_dict(checkpoint["weights"])
@@ -616,17 +631,18 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
-def load_trained(path, device, clean, fraction):
+def load_trained(path, device, clean, fraction, labels_file=None):
     """Loads a checkpoint of a training on `clean`, the images as they were loaded, with a `fraction` of wrong labels.
 
-    Prints which one it is. Returns model, metadata, and the ImageData that it was trained on. Raises UserError where
-    that was another one.
+    Or with those of a `labels_file`, of `--noisy_labels`. Prints which one it is. Returns model, metadata, and the
+    ImageData that it was trained on. Raises UserError where that was another one.
     """
     model, metadata = load_checkpoint(path, device)
-    same = metadata["num_loaded"] == len(clean)
-    data = training_examples(clean, fraction, metadata["cleaning"]) if same else clean
+    same = (metadata["num_loaded"], metadata["labels_sha256"]) == (len(clean), file_digest(labels_file))
+    data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"]) if same else clean
     if not same or (data.digest, data.class_names) != (metadata["data_sha256"], metadata["class_names"]):
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --corrupt_percentage {metadata['corrupt_percentage']}"
+        labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
+        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]}"
         raise UserError(f"{path} was trained on other images or labels ({was}): give its data flags, or train again")
     if is_main_process():
         wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
@@ -1172,8 +1188,11 @@ def load_runs(args, seconds):
     dtype = choose_dtype(args.precision, device)
     print_machine(device, dtype)
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
-    paths = [checkpoint_path(folder, args.corrupt_percentage, args.cleaned) for folder in args.checkpoint_dir]
-    loaded = [load_trained(path, device, clean, args.corrupt_percentage) for path in paths]
+    if args.noisy_labels is not None:
+        args.corrupt_percentage = None  # has a default in the detection
+    labels = args.corrupt_percentage, args.noisy_labels
+    paths = [checkpoint_path(path, labels[0], labels[1] is not None, args.cleaned) for path in args.checkpoint_dir]
+    loaded = [load_trained(path, device, clean, *labels) for path in paths]
     models, metadata, trained_on = zip(*loaded, strict=True)
     for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
         for path, other in zip(paths, metadata, strict=True):

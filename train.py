@@ -40,14 +40,14 @@ def parse_arguments():
     return parser.parse_args()
 
 
-# ---- What was decided about suspects -------------------------------------------------------------
+# ---- Labels and decisions in files ---------------------------------------------------------------
 
 
-def read_rows(path):
-    """Yields (place, row) of a csv file of corrections: `--corrections <path>, line 2` and a dictionary of its cells.
+def read_rows(flag, path, column):
+    """Yields (place, row) of a csv file: `<flag> <path>, line 2` and a dictionary of its cells.
 
     Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
-    any are passed over. Raises UserError where the file cannot be read or has no column `new_label`.
+    any are passed over. Raises UserError where the file cannot be read or does not have the column.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -57,11 +57,11 @@ def read_rows(path):
         first = text.partition("\n")[0]
         reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if "new_label" not in reader.fieldnames:
-            header = f"its first line must name the column 'new_label', but is {first!r}"
-            raise pipeline.UserError(f"--corrections {path}: {header}")
+        if column not in reader.fieldnames:
+            header = f"its first line must name the column '{column}', but is {first!r}"
+            raise pipeline.UserError(f"{flag} {path}: {header}")
         for row in reader:
-            place = f"--corrections {path}, line {reader.line_num}"
+            place = f"{flag} {path}, line {reader.line_num}"
             if None in row or None in row.values():
                 cells = "has another number of cells than the first line"
                 raise pipeline.UserError(f"{place}: {cells}; where the last is empty, put another column behind it")
@@ -69,22 +69,24 @@ def read_rows(path):
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
         reason = pipeline.first_line(error)
-        raise pipeline.UserError(f"--corrections {path} cannot be read as a csv file in UTF-8 ({reason})") from error
+        raise pipeline.UserError(f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})") from error
 
 
 class ExampleFinder:
-    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by `index`.
+    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by number.
 
     A path may be absolute, or relative to the working directory, to the csv file or to `--dataset_dir`, with links on
     the way. Where the file it names is gone, its last parts decide, such as `train/cat/1.png`: the data set was moved.
-    `test` are the images that no row may call.
+    `test` are the images held out; `numbers`, int64 [N], are what the column `index` holds.
     """
 
-    def __init__(self, data, test, dataset_dir, csv_path):
+    def __init__(self, data, test, dataset_dir, csv_path, numbers):
         def below(path):
             return Path(os.path.relpath(path, dataset_dir)).as_posix()
 
-        self.data, self.folders, self.places = data, ("", Path(csv_path).parent, dataset_dir), {}
+        self.data, self.folders = data, ("", Path(csv_path).parent, dataset_dir)
+        self.places, self.found = {}, set()
+        self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
         images = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
         for spelling in (os.path.abspath, os.path.realpath, below):
             for path, index in images:
@@ -100,37 +102,62 @@ class ExampleFinder:
             parts = path.replace("\\", "/").split("/")
             yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
-    def __call__(self, place, row):
-        """Returns the index of a row's image. Raises UserError where there is none, or it has another `label`."""
-        path, index, data = row.get("path", ""), row.get("index", "").strip(), self.data
+    def __call__(self, place, row, passes_over=False):
+        """Returns the index of a row's image, or None where it is none to train on, if those are passed over.
+
+        Raises UserError where the row calls no training image, or one that was called before.
+        """
+        path, number = row.get("path", ""), row.get("index", "").strip()
         if path.strip():
             spellings = map(pipeline.same_form, [*self.spellings(path), *self.spellings(path.strip())])
             known = next((spelling for spelling in spellings if spelling in self.places), None)
-            if known is None or (found := self.places[known]) is None:
-                where = "held out for the test" if known else f"not among the {len(data)} training images"
-                raise pipeline.UserError(f"{place}: {path} is {where}")
-        elif any(data.paths):
+            where = "held out for the test" if known else f"not among the {len(self.data)} training images"
+            index, problem = self.places.get(known), f"{path} is {where}"
+        elif any(self.data.paths):
             raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
-        elif not index:
+        elif not number:
             raise pipeline.UserError(f"{place}: needs an index")
-        elif not (index.isdecimal() and len(index) < 10 and int(index) < len(data)):
-            raise pipeline.UserError(f"{place}: there is no training image {index}, only 0 to {len(data) - 1}")
         else:
-            found = int(index)
-        label = data.class_names[data.labels[found]]
-        if row.get("label", "").strip() and find_class(row["label"], data.class_names) != data.labels[found]:
-            said = f"image {found} has the label {label} before any cleaning, not {row['label']}"
-            flags = "give the --corrupt_percentage and --num_train_examples of that table, or drop its column label"
-            raise pipeline.UserError(f"{place}: {said}: {flags}")
-        return found
+            problem = f"there is no training image {number:.20}, only 0 to {len(self.data) - 1}"
+            index = self.numbered.get(number.lstrip("0") or "0")
+        if index is None and not passes_over:
+            raise pipeline.UserError(f"{place}: {problem}")
+        if index in self.found:
+            raise pipeline.UserError(f"{place}: image {index} has a row before this one")
+        if index is not None:
+            self.found.add(index)
+        return index
 
 
-def find_class(name, class_names):
-    """Returns the number of the class of that name, in any Unicode form, also with blanks around it, or None."""
+def find_class(place, name, class_names):
+    """Returns the number of the class of that name, in any Unicode form, also with blanks around it."""
     for spelled in map(pipeline.same_form, (name, name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
-    return None
+    raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
+
+
+def read_noisy_labels(path, data, test, dataset_dir):
+    """Returns the labels to train on, int64 [N]: those in a csv file, where it has a row of an image.
+
+    Its columns are `label`, a class name, and `path` or `index`, the place in the whole data set. Rows of other images
+    are passed over. Prints what differs. Raises UserError, naming the line, for an unknown class or one image twice,
+    and where no row is about a training image.
+    """
+    find_example, others = ExampleFinder(data, test, dataset_dir, path, data.numbers), 0
+    labels, changes = data.labels.clone(), Counter()
+    for place, row in read_rows("--noisy_labels", path, "label"):
+        index = find_example(place, row, passes_over=True)
+        if index is None:
+            others += 1
+            continue
+        labels[index] = find_class(place, row["label"], data.class_names)
+        if labels[index] != data.labels[index]:
+            changes[f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"] += 1
+    if not (used := len(find_example.found)):
+        raise pipeline.UserError(f"--noisy_labels {path}: none of its {others} rows is about a training image")
+    print(f"{path}: {used} rows, and {others} of other images; {pipeline.ten_largest(changes) or 'none differs'}")
+    return labels
 
 
 def read_corrections(path, data, test, dataset_dir):
@@ -139,17 +166,18 @@ def read_corrections(path, data, test, dataset_dir):
     Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
     where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
     """
-    find_example, decided, changes = ExampleFinder(data, test, dataset_dir, path), {}, Counter()
-    for place, row in read_rows(path):
-        index, name = find_example(place, row), row["new_label"]
-        label = find_class(name, data.class_names)
-        if name.strip() and label is None:
-            raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(data.class_names)}")
-        if index in decided:
-            raise pipeline.UserError(f"{place}: image {index} was decided on before")
-        decided[index], old = label, data.labels[index]
-        if label is not None and label != old:
-            changes[f"{data.class_names[old]} → {data.class_names[label]}"] += 1
+    find_example, decided, changes = ExampleFinder(data, test, dataset_dir, path, data.indices), {}, Counter()
+    for place, row in read_rows("--corrections", path, "new_label"):
+        index = find_example(place, row)
+        old = data.class_names[data.labels[index]]
+        if row.get("label", "").strip() and find_class(place, row["label"], data.class_names) != data.labels[index]:
+            said = f"image {index} has the label {old} before any cleaning, not {row['label']}"
+            flags = "give the data flags of that table, or drop its column label"
+            raise pipeline.UserError(f"{place}: {said}: {flags}")
+        new = row["new_label"]
+        decided[index] = find_class(place, new, data.class_names) if new.strip() else None
+        if decided[index] not in (None, data.labels[index]):
+            changes[f"{old} → {data.class_names[decided[index]]}"] += 1
     excluded = [index for index, label in decided.items() if label is None]
     if len(excluded) > len(data) / 2:
         most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
@@ -284,7 +312,9 @@ def command(script, args, **values):
 
 def print_next_steps(args):
     """Prints the commands that use the new model."""
-    flags = {"corrupt_percentage": args.corrupt_percentage or 0, "checkpoint_dir": args.checkpoint_dir}
+    flags = {"checkpoint_dir": args.checkpoint_dir}
+    if args.noisy_labels is None:
+        flags["corrupt_percentage"] = args.corrupt_percentage or 0
     print("Find mislabeled training images, or see which ones the answers to test images come from:")
     for script in ("detect_mislabeled_dataset.py", "analyze.py"):
         print(f"  {command(script, args, **flags, cleaned=args.corrections is not None)}")
@@ -299,13 +329,17 @@ def main():
     pipeline.print_machine(device, dtype)
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
-    data, cleaning = pipeline.training_examples(clean, args.corrupt_percentage), None
+    given = cleaning = None
+    if args.noisy_labels is not None:
+        given = read_noisy_labels(args.noisy_labels, clean, test, args.dataset_dir)
+    data = pipeline.training_examples(clean, args.corrupt_percentage, given)
     if args.corrections is not None:
         cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
-        data = pipeline.training_examples(clean, args.corrupt_percentage, cleaning)
+        data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
     if args.train_batch_size > len(data):
         raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, cleaning is not None)
+    which = args.corrupt_percentage, given is not None, cleaning is not None
+    path = pipeline.checkpoint_path(args.checkpoint_dir, *which)
     pipeline.make_folder(path.parent)
     wrong = f"{data.is_corrupted.sum()} with a wrong label"
     print(f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes")
@@ -320,6 +354,8 @@ def main():
         **vars(args),
         "corrupt_percentage": args.corrupt_percentage or 0.0,
         "recipe": recipe,
+        "given_labels": given,
+        "labels_sha256": pipeline.file_digest(args.noisy_labels),
         "cleaning": cleaning,
         "class_names": data.class_names,
         "num_loaded": len(clean),

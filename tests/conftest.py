@@ -109,9 +109,8 @@ def digits(count, split="train"):
 
 def image_data(images, labels, class_names, paths=None):
     """ImageData with right labels."""
-    return pipeline.ImageData(
-        images, labels, labels, class_names, paths or [""] * len(labels), torch.arange(len(labels))
-    )
+    places = torch.arange(len(labels))
+    return pipeline.ImageData(images, labels, labels, class_names, paths or [""] * len(labels), places, places)
 
 
 def read_table(path):

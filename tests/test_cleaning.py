@@ -157,13 +157,13 @@ def test_an_image_held_out_is_said_to_be_that(written, photos, tmp_path):
         (["index,new_label", f"{'1' * 5000},cat"], "line 2: there is no training image 1111"),
         (["index,new_label", ",cat"], "line 2: needs an index"),
         (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
-        (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 was decided on before"),
+        (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 has a row before this one"),
         (["index,label", "1,cat"], "its first line must name the column 'new_label', but is 'index,label'"),
         (["index,new_label", "1"], "line 2: has another number of cells"),
         (["index,new_label", "1,cat,dog"], "line 2: has another number of cells"),
         (
-            ["index,label,new_label", "1,,cat", "2,0,cat"],
-            "line 3: image 2 has the label äpfel before any cleaning, not 0",
+            ["index,label,new_label", "1,,cat", "2,cat,cat"],
+            "line 3: image 2 has the label äpfel before any cleaning, not cat",
         ),
         (["index,new_label", "0,", "1,", "2,", "3,cat", "4,"], "leaves out 4 of the 6 images, because an empty"),
         ([], "its first line must name the column 'new_label'"),
@@ -203,7 +203,7 @@ def test_examples_after_cleaning(data):
     wrong = corrupted.is_corrupted.nonzero().squeeze(1).tolist()
     right = next(i for i in range(6) if i not in wrong)
     decided = {wrong[1]: data.labels[wrong[1]].item(), right: 2 - data.labels[right].item() // 2}
-    cleaned = pipeline.training_examples(data, 1 / 2, cleaning([wrong[0]], decided))
+    cleaned = pipeline.training_examples(data, 1 / 2, cleaning=cleaning([wrong[0]], decided))
     assert cleaned.indices.tolist() == [i for i in range(6) if i != wrong[0]]
     assert torch.equal(cleaned.images, data.images[cleaned.indices])
     assert cleaned.paths == [data.paths[i] for i in cleaned.indices]

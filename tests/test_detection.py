@@ -27,7 +27,7 @@ def test_rankings_by_hand():
     margins = torch.tensor([[2.0, torch.nan, torch.nan], [4.0, -2.0, torch.nan]]).half()
     run = SimpleNamespace(
         self_influence=lambda damping_factor: (torch.tensor([4.0, 1.0, 9.0]), "path"),
-        data=pipeline.ImageData(None, labels, labels, [], [], None),
+        data=pipeline.ImageData(None, labels, labels, [], [], None, None),
         seconds={},
     )
     features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0]]), dim=1)

@@ -139,7 +139,7 @@ def test_divergence_stops_the_training(weight_decay, batch_size):
 
 def test_checkpoint_round_trip(tmp_path):
     model = pipeline.construct_resnet9(3).eval()
-    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "cleaning": None}
+    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "given_labels": None}
     metadata |= {"margins": [0.5], "data_sha256": ""}
     pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
@@ -180,6 +180,7 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
     path = tmp_path / "model.pth"
     metadata = {"dataset": "synthetic", "corrupt_percentage": 0.0, "cleaning": None, "accuracy": {"test": 0.5}}
     metadata |= {"num_loaded": 20, "num_train": 20, "class_names": data.class_names, "margins": None}
+    metadata |= {"noisy_labels": None, "given_labels": None, "labels_sha256": None}
     pipeline.save_checkpoint(path, pipeline.construct_resnet9(10), metadata | {"data_sha256": data.digest})
 
     def load(found):
