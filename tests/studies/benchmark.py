@@ -13,6 +13,7 @@ Prints the tables on speed of README.md beside this file:
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -36,7 +37,7 @@ import train
 ROOT = Path(pipeline.__file__).parent
 WORK = ("covariance", "eigendecomposition", "lambda", "scores")
 ALL = ("--factor_examples", "all")  # as the reference has it
-RUNS = {"auto": ("--precision", "auto", *ALL), "fp32": ("--precision", "fp32", *ALL), "as a user runs it": ()}
+RUNS = {"auto": ALL, "fp32": ("--precision", "fp32", *ALL), "as-run": (), "as-run-fp32": ("--precision", "fp32")}
 
 # ---- The reference configuration -----------------------------------------------------------------
 
@@ -106,10 +107,15 @@ def reference_scores(args, data, queries, device):
         cpu=device.type == "cpu",
         output_dir=args.output_dir,
     )
-    dataset, start = TransformedImages(data), time.perf_counter()
-    analyzer.fit_all_factors("ekfac", dataset, args.reference_batch_size, factor_args=FactorArguments(strategy="ekfac"))
+    dataset, batch_size, settings = TransformedImages(data), args.reference_batch_size, FactorArguments("ekfac")
+    start = time.perf_counter()
+    analyzer.fit_covariance_matrices("ekfac", dataset, batch_size, factor_args=settings)
+    decomposition_start = time.perf_counter()
+    analyzer.perform_eigendecomposition("ekfac", settings)
+    fixed = time.perf_counter() - decomposition_start
+    analyzer.fit_lambda_matrices("ekfac", dataset, batch_size, factor_args=settings)
     if args.reference == "self":
-        analyzer.compute_self_scores("self", "ekfac", dataset, args.reference_batch_size)
+        analyzer.compute_self_scores("self", "ekfac", dataset, batch_size)
     else:
         analyzer.compute_pairwise_scores(
             "pairwise",
@@ -117,9 +123,9 @@ def reference_scores(args, data, queries, device):
             TransformedImages(queries),
             dataset,
             min(args.reference_query_batch_size, len(queries)),
-            args.reference_batch_size,
+            batch_size,
         )
-    seconds = time.perf_counter() - start
+    seconds = fixed + (time.perf_counter() - start - fixed) * args.num_train_examples / len(data)
     return {"seconds": seconds, "scores": str(next(Path(args.output_dir).rglob("*_scores.safetensors")))}
 
 
@@ -127,7 +133,8 @@ def run_reference(args):
     """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
     cache_dir = Path(args.output_dir).parent  # reading is not what is measured
-    clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, cache_dir)
+    count = args.reference_examples or args.num_train_examples
+    clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", count, cache_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=cache_dir)
     queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
@@ -184,6 +191,7 @@ def run_script(name, flags, checkpoint_dir, output_dir):
         "seconds": sum(phases[phase] for phase in WORK),
         "seconds_by_phase": phases,
         "seconds_to_start": wall - phases["total"] + phases["load"],
+        "start_to_exit": wall,
         "peak_memory_bytes": record["peak_memory_bytes"],
         "scores": str(next(Path(output_dir).rglob("*_scores.safetensors"))),
     }
@@ -200,7 +208,9 @@ def read_scores(path):
 
 
 def agreement(scores, reference, is_corrupted):
-    """Returns how well scores [N] or [Q, N] agree with the reference's; [N] also by what they find."""
+    """Returns how well scores [N] or [Q, N] agree with the reference's, NaN of others; [N] also by what they find."""
+    if scores.shape != reference.shape:
+        return dict.fromkeys(("relative_error", "spearman", "found_at_10_difference"), math.nan)
     rows = list(zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True))
     result = {
         "relative_error": float(np.linalg.norm(scores - reference) / np.linalg.norm(reference)),
@@ -243,6 +253,7 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
                 *(__file__, "--reference", what, *scored, *recipe, "--seed", repeat, "--output_dir", output_dir),
                 *("--checkpoint_dir", checkpoint_dir, "--reference_batch_size", args.reference_batch_size),
                 *("--reference_query_batch_size", args.reference_query_batch_size),
+                *("--reference_examples", args.reference_examples or args.num_train_examples),
             )
             figures = json.loads((output_dir / "reference.json").read_text())
             yield what, "reference", figures
@@ -250,8 +261,8 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
                 continue
             name, flags = ("detect_mislabeled_dataset.py", data_flags) if what == "self" else ("analyze.py", scored)
             expected = read_scores(figures["scores"])
-            for who, more in RUNS.items():
-                ours = run_script(name, [*flags, *more], checkpoint_dir, folder / f"{what}-{who}-{repeat}")
+            for who in args.runs:
+                ours = run_script(name, [*flags, *RUNS[who]], checkpoint_dir, folder / f"{what}-{who}-{repeat}")
                 yield what, who, ours | agreement(read_scores(ours["scores"]), expected, is_corrupted)
             shutil.rmtree(output_dir)
 
@@ -276,20 +287,21 @@ def print_scores(figures, what):
         "\n|---|---|---|---|---|---|---|---|---|"
     )
     reference = figures[what, "reference"]
-    for precision in RUNS:
-        rows = figures[what, precision]
-        theirs, ours = median(reference, "seconds"), median(rows, "seconds")
+    theirs, runs = median(reference, "seconds"), [who for who in RUNS if (what, who) in figures]
+    for who in runs:
+        rows = figures[what, who]
+        ours = median(rows, "seconds")
         difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
         print(
-            f"| {precision} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
+            f"| {who} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
             f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
             f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
         )
-    print(f"\nScript start to first useful work: {median(figures[what, 'auto'], 'seconds_to_start'):.1f} s")
-    for precision in RUNS:
-        by_phase = [row["seconds_by_phase"] for row in figures[what, precision]]
+    for who in runs:
+        by_phase = [row["seconds_by_phase"] for row in figures[what, who]]
         phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in WORK)
-        print(f"Seconds by phase, {precision}: {phases}")
+        whole, start = (median(figures[what, who], name) for name in ("start_to_exit", "seconds_to_start"))
+        print(f"{who}: {whole:.1f} s from start to exit, {start:.1f} before the first of {phases}")
 
 
 def print_training(figures):
@@ -323,8 +335,10 @@ def main():
     flag("--weight_decay", type=float, default=1e-4)
     flag("--reference_batch_size", type=int, default=128)
     flag("--reference_query_batch_size", type=int, default=200)
+    flag("--reference_examples", type=int, help="the reference takes so few images; its seconds are extrapolated")
     flag("--repeats", type=int, default=3)
     flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
+    flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="what runs beside the reference")
     flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
     hidden = {"help": argparse.SUPPRESS}
     flag("--reference", choices=("training", "self", "pairwise"), **hidden)

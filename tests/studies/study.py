@@ -1,14 +1,16 @@
 """Studies too long for a test: what finds mislabeled images, what cleaning is worth, what scores predict, and by how
 many images in the factors.
 
+    python tests/studies/study.py similar --dataset cifar10
     python tests/studies/study.py detection --dataset cifar10
     python tests/studies/study.py cleaning --dataset cifar10
     python tests/studies/study.py retraining --dataset cifar10
     python tests/studies/study.py factors --dataset cifar10
 
-`detection` trains on wrong labels of several kinds, and compares all methods and, with `--folds`, the loss of held-out
-images in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without the
-top of a ranking or with that put right. `retraining` trains on random halves, and says how well scores predict the
+`similar` writes labels of which a fifth are wrong, each by a class that looks like the right one, for `--noisy_labels`.
+`detection` trains on labels that are wrong at random, and compares all methods and, with `--folds`, the loss of images
+held out in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without
+the top of a ranking or with that put right. `retraining` trains on random halves, and says how well scores predict the
 margins of these networks: the linear datamodeling score. `factors` fits the curvature on ever fewer of the training
 images, and compares the scores with those by all of them. Every result is a line in a file; a study that was stopped
 goes on where it was, and a table of what is there, for each kind of machine, ends each run.
@@ -37,11 +39,12 @@ import detect_mislabeled_dataset as detect
 import pipeline
 import train
 
-NOISES = (("uniform", 0.1), ("similar", 0.2), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
+NOISES = (("uniform", 0.1), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
 SIMILAR = {
     **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
     **{"airplane": "ship", "ship": "airplane", "bird": "airplane", "frog": "bird"},
 }
+SIMILAR_FRACTION = 0.2
 FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
 RANKINGS = ("aum_vote", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
@@ -49,7 +52,8 @@ FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
 # Strategy, damping, and of how many networks the mean is taken.
-PREDICTIONS = [*((strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES), ("ekfac", None, 1), ("ekfac", 1e-8, 3)]
+PREDICTIONS = [*((strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES)]
+PREDICTIONS += [*(("ekfac", damping, 1) for damping in (1e-6, 1e-4, None)), *(("ekfac", 1e-8, n) for n in (3, 5, 10))]
 
 
 class Study:
@@ -129,7 +133,7 @@ class Study:
 
         Self-influence is at a damping of 1e-8, or where it says so at the heuristic one.
         """
-        data = wrong_labels(self.clean, noise, fraction, corruption_seed)
+        data = wrong_labels(self.clean, fraction, corruption_seed)
         model, margins = self.train(data, seed)
         with self.influence(data) as make_run:
             run = make_run(model)
@@ -145,7 +149,7 @@ class Study:
 
     def cross_validation(self, folds, noise, fraction, corruption_seed, seed):
         """Ranks each image by its loss on a network that was trained without its fold. Returns what that finds."""
-        data = wrong_labels(self.clean, noise, fraction, corruption_seed)
+        data = wrong_labels(self.clean, fraction, corruption_seed)
         losses = torch.zeros(len(data))
         for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
             model, _ = self.train(data.without(held_out), seed)
@@ -163,7 +167,7 @@ class Study:
 
         Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
         """
-        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+        data = wrong_labels(self.clean)
         if labels == "corrupted":
             return {"accuracy": self.detected(seed)["accuracy"]}
         if labels == "true":
@@ -181,7 +185,7 @@ class Study:
         if by == "random":
             return torch.randperm(len(self.clean), generator=torch.Generator().manual_seed(seed))
         if by == "truth":
-            data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+            data = wrong_labels(self.clean)
             return data.is_corrupted.int().argsort(descending=True, stable=True)
         self.detected(seed)
         path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
@@ -236,8 +240,11 @@ class Study:
         )
 
     def retraining(self, strategy, damping_factor, models, num_queries, halves):
-        """Scores queries by the mean of some networks. Returns the mean linear datamodeling score and its error."""
-        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+        """Scores queries by the mean of some networks.
+
+        Returns the mean linear datamodeling score, its error, and the means of every other query and of the rest.
+        """
+        data = wrong_labels(self.clean)
         queries, scores, seconds = self.test.take(torch.arange(num_queries)), 0, 0
         for seed in range(FIRST_SEED, FIRST_SEED + models):
             with self.influence(data, strategy=strategy) as make_run:
@@ -246,11 +253,12 @@ class Study:
             scores, seconds = scores + own / models, seconds + sum(run.seconds.values())
         values = self.predicted(scores, data, queries.to("cpu"))
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        return {"lds": values.mean(), "standard_error": error, "score_seconds": seconds}
+        parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
+        return {"lds": values.mean(), "lds_by_half": parts, "standard_error": error, "score_seconds": seconds}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
-        data = wrong_labels(self.clean, *NOISES[0], pipeline.CORRUPTION_SEED)
+        data = wrong_labels(self.clean)
         queries, model = self.test.take(torch.arange(num_queries)), self.model(data, FIRST_SEED)
 
         def score(examples=None, seed=FIRST_SEED):
@@ -286,19 +294,28 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
 
 
-def wrong_labels(clean, noise, fraction, seed):
-    """Returns the images with a fraction of wrong labels, ImageData.
-
-    `similar` noise gives each class one wrong label, that of SIMILAR or else of the next class.
-    """
-    names = clean.class_names
-    labels, is_corrupted = pipeline.corrupt_labels(clean.labels, fraction, len(names), seed)
-    if noise == "similar":
-        following = dict(zip(names, [*names[1:], names[0]], strict=True))
-        partners = [SIMILAR[name] if SIMILAR.get(name) in names else following[name] for name in names]
-        similar = torch.tensor([names.index(name) for name in partners])
-        labels = torch.where(is_corrupted, similar[clean.labels], clean.labels)
+def wrong_labels(clean, fraction=NOISES[0][1], seed=pipeline.CORRUPTION_SEED):
+    """Returns the images with a fraction of labels that are wrong at random, ImageData."""
+    labels, _ = pipeline.corrupt_labels(clean.labels, fraction, len(clean.class_names), seed)
     return replace(clean, labels=labels)
+
+
+def similar_labels(clean):
+    """Returns class names, [N]: a fifth of them, drawn at random, the class of SIMILAR or else the next one."""
+    names = clean.class_names
+    partners = {name: names[(place + 1) % len(names)] for place, name in enumerate(names)}
+    partners |= {name: other for name, other in SIMILAR.items() if name in names and other in names}
+    is_corrupted = wrong_labels(clean, SIMILAR_FRACTION).is_corrupted.tolist()
+    true = [names[label] for label in clean.labels]
+    return [partners[name] if wrong else name for name, wrong in zip(true, is_corrupted, strict=True)]
+
+
+def study_similar(study):
+    """Writes them for `--noisy_labels`."""
+    path, clean = study.folder / "labels.csv", study.clean
+    rows = zip(clean.numbers.tolist(), clean.paths, similar_labels(clean), strict=True)
+    pipeline.write_table(path, ("index", "path", "label"), rows)
+    print(f"wrote {path}")
 
 
 def figures(scores, is_corrupted):
@@ -341,7 +358,7 @@ def study_detection(study):
 
 def print_detection(study):
     """Prints a table for each kind of noise, the best methods first."""
-    for noise, fraction in NOISES:
+    for noise, fraction in dict.fromkeys((row["noise"], row["fraction"]) for row in study.rows if "noise" in row):
         accuracies, values = {}, {}  # by seeds: a run that was repeated with other checkpoints counts once
         for row in study.found({"noise": noise, "fraction": fraction}):
             seeds = row["corruption_seed"], row["seed"]
@@ -419,11 +436,12 @@ def study_retraining(study):
 
 def print_retraining(study):
     """Prints linear datamodeling scores; ± is the standard error over the queries."""
-    print("\n| curvature | damping | networks | LDS | seconds |\n|---|---|---|---|---|")
+    print("\n| curvature | damping | networks | LDS | by half of the queries | seconds |\n|---|---|---|---|---|---|")
     for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
-        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {row['score_seconds']:.0f} |")
+        halves = ", ".join(f"{value:.3f}" for value in row["lds_by_half"])
+        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {halves} | {row['score_seconds']:.0f} |")
 
 
 def factors_jobs(study):
@@ -452,6 +470,7 @@ def print_factors(study):
 
 
 STUDIES = {
+    "similar": (study_similar, lambda study: None),
     "detection": (study_detection, print_detection),
     "cleaning": (study_cleaning, print_cleaning),
     "retraining": (study_retraining, print_retraining),
@@ -485,7 +504,7 @@ def main():
     try:
         run(study)
     finally:
-        if not study.rows:
+        if not study.rows and args.study != "similar":
             print(f"{study.path} has no results of {study.asked}")
         for device, precision in sorted({(row["device"], row["precision"]) for row in study.rows}):
             print(f"\nMeasured on {device} in {precision}:")
