@@ -186,12 +186,11 @@ def test_a_mistake_is_named(fails, trained, tmp_path, mistake):
 
 def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
     """The tiny archive does not have the checksums of the real one, and there is no network to fetch that from."""
-    from torchvision.datasets import CIFAR10
 
     def no_network(self):
         raise OSError("no network")
 
-    monkeypatch.setattr(CIFAR10, "download", no_network)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", no_network)
     shutil.copytree(cifar_archive[0], tmp_path / "data")
     (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
     message = fails(TRAIN, "--dataset_dir", "data")

@@ -26,14 +26,12 @@ import train
 @pytest.fixture
 def tiny_cifar(cifar_archive, monkeypatch):
     """The tiny archive, with its own checksums in torchvision's class."""
-    from torchvision.datasets import CIFAR10
-
     root, checksums = cifar_archive
     batches = [[f"data_batch_{i}", checksums[f"data_batch_{i}"]] for i in range(1, 6)]
-    monkeypatch.setattr(CIFAR10, "train_list", batches)
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", batches)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.test_list", [["test_batch", checksums["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": checksums["batches.meta"]}
-    monkeypatch.setattr(CIFAR10, "meta", meta)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.meta", meta)
     return root
 
 
@@ -47,8 +45,6 @@ def test_cifar10_has_the_archives_pixels_in_order(tiny_cifar):
 
 
 def test_one_downloads_cifar10_and_the_others_wait(tmp_path, tiny_cifar, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
     downloads = []
 
     def download(self):
@@ -57,7 +53,7 @@ def test_one_downloads_cifar10_and_the_others_wait(tmp_path, tiny_cifar, monkeyp
             time.sleep(0.2)
             shutil.copytree(tiny_cifar, tmp_path, dirs_exist_ok=True)
 
-    monkeypatch.setattr(CIFAR10, "download", download)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(pipeline.load_data, ["cifar10"] * 2, [tmp_path] * 2, ["train"] * 2)
     assert downloads == ["started"] and torch.equal(first.images, second.images)
@@ -81,18 +77,10 @@ def test_images_are_resized_with_antialiasing(tmp_path):
     assert ((image > 120) & (image < 135)).all()
 
 
-def palette():
-    """An image of one colour of a palette, which is the transparent one."""
-    image = Image.new("P", (40, 40), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.info["transparency"] = 1
-    return image
-
-
 MODES = {
     "grey, 16 bits": (Image.fromarray(np.full((40, 50), 90 * 257, np.uint16)), (90, 90, 90)),
     "black and white": (Image.new("1", (40, 40), 1), (255, 255, 255)),
-    "palette with a transparent colour": (palette(), (255, 255, 255)),
+    "palette with a transparent colour": (Image.new("RGBA", (40, 40), (10, 200, 30, 0)).quantize(), (255, 255, 255)),
     "half transparent": (Image.new("RGBA", (50, 30), (255, 0, 0, 128)), (255, 127, 127)),
     "grey, half transparent": (Image.new("LA", (40, 40), (0, 128)), (127, 127, 127)),
     "tiny": (Image.new("RGB", (1, 3), (1, 2, 3)), (1, 2, 3)),
