@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import pickle
+import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -52,6 +53,14 @@ def succeed(folder, name, *flags):
     finished = run(folder, name, *flags)
     assert finished.status == 0, finished.err
     return finished.out
+
+
+def refused(folder, name, *flags):
+    """Runs a script, which must end as at a mistake of the user: status 2 and one sentence. Returns that."""
+    finished = run(folder, name, *flags)
+    assert finished.status == 2, finished.err
+    assert finished.err.startswith(f"{name}: error: ") and finished.err.count("\n") == 1
+    return finished.err
 
 
 def influence_run(folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings):
@@ -144,6 +153,12 @@ def class_folders(tmp_path_factory):
             for index in range(count):
                 Image.new("RGB", (20 + 7 * index, 40), (100 * label, 40 * index, 200)).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture
+def folders(class_folders, tmp_path):
+    """A copy of the class folders, to be spoiled."""
+    return Path(shutil.copytree(class_folders, tmp_path / "my images"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 What depends on how processes start and end runs the scripts themselves, on 24 images with diagonal curvature.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, ROOT, SCRIPTS, SYNTHETIC, TRAIN, result_folder, run, succeed
+from conftest import ANALYZE, DETECT, ROOT, SCRIPTS, SYNTHETIC, TRAIN, result_folder, succeed
 from safetensors.torch import load_file
 
 import pipeline
@@ -59,28 +58,18 @@ def finish(process):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def only_error(text):
-    """The one line on standard error that is no progress bar."""
-    (line,) = (line for line in text.splitlines() if line.strip() and "%|" not in line)
-    return line
-
-
-Reference = collections.namedtuple("Reference", "folder results")
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The folder and the results of an uninterrupted run, by script."""
-    references = {}
+    """The folder of an uninterrupted run, by script."""
+    folders = {}
     for name in SCRIPTS:
-        folder = tmp_path_factory.mktemp("reference")
+        folders[name] = tmp_path_factory.mktemp("reference")
         if name != TRAIN:
-            copy_checkpoint(references[TRAIN].folder, folder)
-        with started(folder, ROOT / name, *COMMANDS[name]) as process:
+            copy_checkpoint(folders[TRAIN], folders[name])
+        with started(folders[name], ROOT / name, *COMMANDS[name]) as process:
             finished = finish(process)
         assert finished.returncode == 0, finished.stderr
-        references[name] = Reference(folder, results(folder))
-    return references
+    return folders
 
 
 def copy_checkpoint(source, folder):
@@ -158,24 +147,24 @@ def fork_and_run(kill_at, name, flags, folder=None):
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tmp_path, name, renamings):
     """The kill comes before each of the renamings by which results appear; what is there then is whole."""
     (tmp_path / "start").mkdir()
-    copy_checkpoint(reference[TRAIN].folder, tmp_path / "start")
+    copy_checkpoint(reference[TRAIN], tmp_path / "start")
     with started(tmp_path, __file__, "kill", name, *COMMANDS[name]) as process:
         finished = finish(process)
     statuses = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("[")]
     assert statuses == [[-signal.SIGKILL, 0]] * renamings + [[0, 0]], finished.stderr
     for number in range(1, renamings + 2):
-        assert results(tmp_path / str(number)) == reference[name].results, number
+        assert results(tmp_path / str(number)) == results(reference[name]), number
     left = [path.name for path in tmp_path.glob("*/influence_results/*/*unfinished*")]
     assert len(left) == (0 if name == TRAIN else 2), "a kill in either stage leaves its unfinished folder"
 
 
-# ---- A full disk, and folders that cannot be -----------------------------------------------------
+# ---- A full disk, and two runs at once -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path, name):
     """No file can grow beyond what the smallest result needs."""
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+    copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); "
     limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -183,20 +172,9 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path,
     with started(tmp_path, "-c", limit, ROOT / name, *COMMANDS[name], environment=path) as process:
         finished = finish(process)
     assert finished.returncode == 1, finished.stderr
-    assert only_error(finished.stderr).startswith(f"{name}: error: ") and "Traceback" not in finished.stderr
+    (line,) = (line for line in finished.stderr.splitlines() if line.strip() and "%|" not in line)  # no progress bar
+    assert line.startswith(f"{name}: error: ")
     assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
-
-
-@pytest.mark.parametrize("place", ["file/x", "file", "/proc/nowhere"])
-@pytest.mark.parametrize(
-    ("name", "flag"), [(TRAIN, "--checkpoint_dir"), (ANALYZE, "--output_dir"), (DETECT, "--output_dir")]
-)
-def test_a_folder_that_cannot_be_ends_in_one_sentence_and_status_2(reference, tmp_path, name, flag, place):
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
-    (tmp_path / "file").write_text("no folder")
-    finished = run(tmp_path, name, *COMMANDS[name], flag, place)
-    assert finished.status == 2 and finished.err.startswith(f"{name}: error: {place}")
-    assert (tmp_path / "file").read_text() == "no folder" and not (tmp_path / "influence_results").exists()
 
 
 def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
@@ -207,12 +185,12 @@ def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
 
 
 def test_two_detections_at_once_both_end_with_the_right_result(reference, tmp_path):
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+    copy_checkpoint(reference[TRAIN], tmp_path)
     command = (ROOT / DETECT, *COMMANDS[DETECT])
     with started(tmp_path, *command) as one, started(tmp_path, *command) as other:
         finished = [finish(process) for process in (one, other)]
     assert [process.returncode for process in finished] == [0, 0], [process.stderr for process in finished]
-    assert results(tmp_path) == reference[DETECT].results and not list(tmp_path.rglob("*unfinished*"))
+    assert results(tmp_path) == results(reference[DETECT]) and not list(tmp_path.rglob("*unfinished*"))
 
 
 # ---- Out of memory, Ctrl-C -----------------------------------------------------------------------
@@ -249,7 +227,7 @@ def test_a_fault_of_the_program_is_not_taken_for_one_of_memory():
     ],
 )
 def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(reference, tmp_path, name, flags, moment):
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+    copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
     with started(tmp_path, ROOT / name, *COMMANDS[name], *flags) as process:
         assert any(moment in line for line in process.stderr)
@@ -260,19 +238,10 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(reference, tmp_pa
     assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
     with started(tmp_path, ROOT / name, *COMMANDS[name]) as process:
         assert finish(process).returncode == 0
-    assert results(tmp_path) == reference[name].results
+    assert results(tmp_path) == results(reference[name])
 
 
 # ---- Several processes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_several_processes_on_the_cpu_are_refused(monkeypatch, tmp_path, name):
-    for variable, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(variable, value)
-    finished = run(tmp_path, name, *COMMANDS[name])
-    assert finished.status == 2 and finished.out == "" and finished.err.startswith(f"{name}: error: WORLD_SIZE is 2")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -295,10 +264,10 @@ def torchrun(folder, processes, *command):
 
 
 def test_torchrun_with_one_process_gives_the_same_result(reference, tmp_path):
-    copy_checkpoint(reference[TRAIN].folder, tmp_path)
+    copy_checkpoint(reference[TRAIN], tmp_path)
     process = torchrun(tmp_path, 1, ROOT / DETECT, *COMMANDS[DETECT])
     assert process.returncode == 0, process.stderr
-    assert results(tmp_path) == reference[DETECT].results
+    assert results(tmp_path) == results(reference[DETECT])
 
 
 def run_as_if_on_gpus(name, *flags):
@@ -348,7 +317,7 @@ def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-        copy_checkpoint(reference[TRAIN].folder, folder)
+        copy_checkpoint(reference[TRAIN], folder)
     alone = succeed(one, name, *COMMANDS[name], *flags)
     together = torchrun(two, 2, __file__, "gpus", name, *COMMANDS[name], *flags)
     assert together.returncode == 0, together.stderr

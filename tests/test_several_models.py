@@ -5,25 +5,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, TRAIN, read_table, run, succeed
+from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, read_table, refused, succeed
 from safetensors.torch import load_file
 
 import detect_mislabeled_dataset as detect
 
-DATA = ("--dataset", "synthetic", "--num_train_examples", "40", "--device", "cpu", "--precision", "fp32")
-RECIPE = ("--train_batch_size", "8", "--num_train_epochs", "2", "--learning_rate", "0.05")
-CORRUPTED = ("--corrupt_percentage", "0.2")
-DIAGONAL = ("--factor_strategy", "diagonal")
-QUERIES = ("--num_query_examples", "4")
-BOTH = ("--checkpoint_dir", "checkpoints", "other")
+DATA = (*SYNTHETIC, "--num_train_examples", "40", "--precision", "fp32")
+TRAINING = (TRAIN, *DATA, "--train_batch_size", "8", "--num_train_epochs", "2", "--learning_rate", "0.05")
+ANALYSIS = (ANALYZE, *DATA, "--factor_strategy", "diagonal", "--num_query_examples", "4")
+DETECTION = (DETECT, *DATA, "--factor_strategy", "diagonal")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a model and another seed's."""
     root = tmp_path_factory.mktemp("retraining")
-    succeed(root, TRAIN, *DATA, *RECIPE, *CORRUPTED)
-    succeed(root, TRAIN, *DATA, *RECIPE, *CORRUPTED, "--seed", 7, "--checkpoint_dir", "other")
+    succeed(root, *TRAINING)
+    succeed(root, *TRAINING, "--seed", 7, "--checkpoint_dir", "other")
     return root
 
 
@@ -31,10 +29,10 @@ def folder(tmp_path_factory):
 
 
 def test_several_models_give_the_mean_of_their_scores(folder):
-    succeed(folder, ANALYZE, *DATA, *CORRUPTED, *QUERIES, *DIAGONAL, *BOTH)
-    (results,) = folder.glob("influence_results/model_corrupt_0.2_mean_of_2-*")
+    succeed(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", "other")
+    (results,) = folder.glob("influence_results/model_corrupt_0.1_mean_of_2-*")
     mean = load_file(results / "pairwise_diagonal.safetensors")["all_modules"]
-    paths = folder.glob("influence_results/model_corrupt_0.2-*/scores_pairwise_diagonal*/pairwise_scores.safetensors")
+    paths = folder.glob("influence_results/model_corrupt_0.1-*/scores_pairwise_diagonal*/pairwise_scores.safetensors")
     single = [load_file(path)["all_modules"] for path in paths]
     assert len(single) == 2 and not torch.equal(*single)
     assert torch.allclose(mean, (single[0] + single[1]) / 2)
@@ -44,8 +42,8 @@ def test_several_models_give_the_mean_of_their_scores(folder):
 def test_a_detection_takes_the_mean_over_several_models(folder):
     """Every signal, image by image, is the mean of those of the single models; aum_vote standardises such means."""
     tables = []
-    for dirs in (BOTH, ("--checkpoint_dir", "checkpoints"), ("--checkpoint_dir", "other")):
-        out = succeed(folder, DETECT, *DATA, *CORRUPTED, *DIAGONAL, *dirs)
+    for dirs in (("checkpoints", "other"), ("checkpoints",), ("other",)):
+        out = succeed(folder, *DETECTION, "--checkpoint_dir", *dirs)
         path = next(line.split()[1] for line in out.splitlines() if line.endswith("suspects_diagonal.csv"))
         tables.append(sorted(read_table(folder / path)[1], key=lambda row: int(row["index"])))
     for name in set(detect.RANKINGS) - {detect.DEFAULT}:
@@ -57,29 +55,22 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
 # ---- Models that do not belong together ----------------------------------------------------------
 
 
-def refused(folder, *flags):
-    """Runs an analysis in the folder, which must be refused. Returns the sentence."""
-    finished = run(folder, ANALYZE, *DATA, *CORRUPTED, *QUERIES, *flags)
-    assert finished.status == 2 and finished.err.count("\n") == 1
-    return finished.err
-
-
 def test_models_of_another_recipe_are_refused(folder, tmp_path):
-    succeed(folder, TRAIN, *DATA, *RECIPE, *CORRUPTED, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
-    assert "differ in their recipe" in refused(folder, "--checkpoint_dir", "checkpoints", tmp_path)
+    succeed(folder, *TRAINING, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
+    assert "differ in their recipe" in refused(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path)
 
 
 def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
     """Neither in the same folder by another name, nor in a copy."""
     shutil.copytree(folder / "checkpoints", tmp_path / "copy")
     for other in (folder / "checkpoints", tmp_path / "copy"):
-        assert "the same model" in refused(folder, *DIAGONAL, "--checkpoint_dir", "checkpoints", other)
+        assert "the same model" in refused(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", other)
 
 
 def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):
     for index in (3, 4):
         (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},\n")
-        flags = ("--corrections", tmp_path / "decided.csv", "--checkpoint_dir", str(index))
-        succeed(tmp_path, TRAIN, *DATA, *RECIPE, *CORRUPTED, *flags)
-    assert "differ in their training images or labels" in refused(tmp_path, "--cleaned", "--checkpoint_dir", "3", "4")
+        succeed(tmp_path, *TRAINING, "--corrections", "decided.csv", "--checkpoint_dir", index)
+    sentence = refused(tmp_path, *ANALYSIS, "--cleaned", "--checkpoint_dir", "3", "4")
+    assert "differ in their training images or labels" in sentence
     assert not list(tmp_path.glob("influence_results/model*"))

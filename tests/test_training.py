@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ import train
 
 
 def test_resnet9_parameter_count():
-    """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
+    """Eight convolutions, their batch-norms, and the linear layer, added up by hand."""
     convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
     batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
     parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9(10).parameters())
-    assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
+    assert parameters == convolutions + batch_norms + 128 * 10
 
 
 def test_logits_stay_float32_under_autocast():
@@ -58,22 +59,18 @@ def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
     assert 0 < is_corrupted[order[0]].sum() < 30
 
 
+def train_epochs(model, data, **changed):
+    """Trains for one epoch in batches of twenty, or as `changed` says. Returns the margins by epoch."""
+    recipe = {"train_batch_size": 20, "learning_rate": 0.1, "weight_decay": 1e-4, "num_train_epochs": 1, "seed": 5}
+    return train.train(model, data, dtype=torch.float32, **recipe | changed)
+
+
 def test_training_is_deterministic_and_follows_its_seed():
-    data = digits(40)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(0)
         model = pipeline.construct_resnet9(10)
-        train.train(
-            model,
-            data,
-            train_batch_size=20,
-            learning_rate=0.1,
-            weight_decay=1e-4,
-            num_train_epochs=1,
-            seed=seed,
-            dtype=torch.float32,
-        )
+        train_epochs(model, digits(40), seed=seed)
         results.append(model.head.weight.detach())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
@@ -90,12 +87,6 @@ class GrowingLogits(nn.Module):
         return torch.tensor([self.step, 0.0, 0.0]).expand(len(images), 3) + self.weight
 
 
-def train_growing_logits(data, num_epochs):
-    """The margins by epoch of a training of GrowingLogits in batches of two."""
-    recipe = {"train_batch_size": 2, "learning_rate": 1e-9, "weight_decay": 0.0, "seed": 5, "dtype": torch.float32}
-    return train.train(GrowingLogits(), data, num_train_epochs=num_epochs, **recipe)
-
-
 def test_margins_are_kept_by_epoch():
     """Two epochs of two batches: an example sees step 1 or 2, then step 3 or 4; the margins follow by hand."""
     data = digits(4)
@@ -105,13 +96,14 @@ def test_margins_are_kept_by_epoch():
     for epoch in range(2):
         order, _, _ = train.epoch_batches(4, 2, generator)
         steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
-    found = train_growing_logits(data, num_epochs=2)
+    found = train_epochs(GrowingLogits(), data, train_batch_size=2, num_train_epochs=2)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert found.dtype == torch.float16 and torch.equal(found.float(), sign * steps)
 
 
 def test_an_image_in_no_batch_has_no_margin(capsys):
-    (found,) = train_growing_logits(replace(digits(3), labels=torch.tensor([0, 0, 0])), num_epochs=1)
+    data = replace(digits(3), labels=torch.tensor([0, 0, 0]))
+    (found,) = train_epochs(GrowingLogits(), data, train_batch_size=2)
     assert found[~found.isnan()].tolist() == [1, 1]
     assert "1 images were in no batch" in capsys.readouterr().out
 
@@ -120,18 +112,9 @@ def test_an_image_in_no_batch_has_no_margin(capsys):
     ("weight_decay", "batch_size"), [(1.0, 20), (1e20, 40)], ids=["loss", "weights of the last step"]
 )
 def test_divergence_stops_the_training(weight_decay, batch_size):
-    data = digits(40)
+    diverging = {"learning_rate": 1e30, "weight_decay": weight_decay, "train_batch_size": batch_size}
     with pytest.raises(pipeline.NumericalError, match="epoch 1: lower --learning_rate"):
-        train.train(
-            pipeline.construct_resnet9(10),
-            data,
-            train_batch_size=batch_size,
-            learning_rate=1e30,
-            weight_decay=weight_decay,
-            num_train_epochs=1,
-            seed=0,
-            dtype=torch.float32,
-        )
+        train_epochs(pipeline.construct_resnet9(10), digits(40), **diverging)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -149,30 +132,19 @@ def test_checkpoint_round_trip(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pth"]
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "model.pth"
-    pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": ["a", "b"]})
-    before = path.read_bytes()
-    with pytest.raises(Exception, match=r"pickle|lambda|local"):
-        pipeline.save_checkpoint(path, pipeline.construct_resnet9(2), {"class_names": lambda: None})
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
 class WritesAFile:
     """Unpickling this would create a file."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, ("executed", "w")
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path):
-    torch.save({"weights": {}, "metadata": WritesAFile(tmp_path / "executed")}, tmp_path / "model.pth")
+def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": {}, "metadata": WritesAFile()}, "model.pth")
     with pytest.raises(pipeline.UserError, match="not a whole checkpoint"):
-        pipeline.load_checkpoint(tmp_path / "model.pth")
-    assert not (tmp_path / "executed").exists()
+        pipeline.load_checkpoint("model.pth")
+    assert not Path("executed").exists()
 
 
 def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tmp_path):
