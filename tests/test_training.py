@@ -14,11 +14,11 @@ import train
 
 
 def test_resnet9_parameter_count():
-    """Eight convolutions, their batch-norms, and the linear layer, added up by hand."""
+    """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
     convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
     batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
     parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9(10).parameters())
-    assert parameters == convolutions + batch_norms + 128 * 10
+    assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
 
 
 def test_logits_stay_float32_under_autocast():
@@ -173,10 +173,10 @@ def test_the_same_data_is_accepted_and_other_labels_images_or_classes_are_not(tm
 # ---- Where it computes ---------------------------------------------------------------------------
 
 
-REASONS = {  # the CUDA that torch was built for, the GPUs that it may see, and what is said
-    "built without CUDA": (None, "0", "torch was built without CUDA"),
-    "hidden": ("13.0", "", "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU"),
-    "old driver": ("13.0", "0", "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old"),
+REASONS = {  # the CUDA that torch was built for, variables of the environment, and what is said
+    "built without CUDA": (None, {}, "torch was built without CUDA"),
+    "hidden": ("13.0", {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES hides the NVIDIA GPU"),
+    "old driver": ("13.0", {}, "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old"),
 }
 
 
@@ -185,12 +185,14 @@ def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys, reason):
     def init():
         raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nUpdate it")
 
-    cuda, visible, words = REASONS[reason]
+    cuda, environment, words = REASONS[reason]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.init", init)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr("torch.version.cuda", cuda)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     pipeline.print_machine(torch.device("cpu"), torch.float32)
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
