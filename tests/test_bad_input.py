@@ -42,7 +42,7 @@ VALUES = {
         ("--device", "cuda"),
         ("--seed", "-1"),
         ("--seed", str(2**32)),  # torch would draw as by 0
-        ("--num_train", "10"),
+        ("--corrupt", "0.1"),  # no abbreviations
         ("--eval_batch_size", "many"),
         ("--learning_rate", "0"),
         ("--learning_rate", "inf"),

@@ -25,9 +25,6 @@ def folder(tmp_path_factory):
     return root
 
 
-# ---- The mean over several models ---------------------------------------------------------------
-
-
 def test_several_models_give_the_mean_of_their_scores(folder):
     succeed(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", "other")
     (results,) = folder.glob("influence_results/model_corrupt_0.1_mean_of_2-*")
@@ -50,9 +47,6 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
         mean, *single = ([float(row[name]) for row in table] for table in tables)
         assert mean == pytest.approx(np.mean(single, 0).tolist(), rel=1e-5, abs=1e-6)
         assert single[0] != single[1]
-
-
-# ---- Models that do not belong together ----------------------------------------------------------
 
 
 def test_models_of_another_recipe_are_refused(folder, tmp_path):
