@@ -69,6 +69,8 @@ VALUES = {
         ("--damping_factor", "some"),
         ("--factor_examples", "0"),
         ("--method", "combined"),
+        ("--num_review", "-1"),
+        ("--explain", "all"),
         ("--device", "cuda"),
     ],
     ANALYZE: [
