@@ -1,12 +1,20 @@
 """Ranks the training images so that mislabeled ones come first.
 
 A mislabeled image is one the network has to memorise: the margin of its label grows late in the training, its nearest
-neighbours have another label, and in the end it has a large influence on its own loss. The script writes the ranking
-and a contact sheet of its top. Where labels were corrupted on purpose, it also says how many each ranking finds.
+neighbours have another label, and in the end it has a large influence on its own loss. The script writes the ranking,
+a contact sheet of its top, and a page in which a person decides about the suspects. Where labels were corrupted on
+purpose, it also says how many each ranking finds.
 """
 
+import base64
 import csv
+import hashlib
+import io
+import json
+import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +64,10 @@ def parse_arguments():
     parser = pipeline.influence_parser(__doc__.splitlines()[0], corrupt_default=0.1, factor_examples=1000)
     meanings = "; ".join(f"{name}: {ranking.caption}" for name, ranking in RANKINGS.items())
     parser.add_argument("--method", choices=RANKINGS, default=DEFAULT, help=f"{meanings} (default: %(default)s)")
+    count = {"type": pipeline.whole_number, "metavar": "N"}
+    explained = "say of N suspects which images speak for and against their label (default: none)"
+    parser.add_argument("--num_review", **count, default=500, help="suspects on the page (default: %(default)s)")
+    parser.add_argument("--explain", **count, default=0, help=explained)
     return parser.parse_args()
 
 
@@ -259,13 +271,117 @@ def print_rankings(results, method):
     print(f"Inspecting 10 % of the training set finds {at_10:.1f} % of the mislabeled images (20 %: {at_20:.1f} %).")
 
 
-def print_next_steps(args, metadata, suspects_csv):
+def print_next_steps(args, metadata, page_html):
     """Prints the command that trains as before, but with what the user decided about the suspects."""
     same = metadata["recipe"] | {name: metadata[name] for name in ("seed", "precision", "device")}
     same |= {"corrupt_percentage": args.corrupt_percentage or None, "checkpoint_dir": args.checkpoint_dir[0]}
-    print(f"Look at {suspects_csv.with_suffix('.png')}, then train with what you decide, in a csv file of the columns")
-    print("path (or index) and new_label (empty: leave it out):")
+    if args.num_review:
+        print(f"Open {page_html} in a browser, decide, and save corrections.csv here. Then train with it:")
+    else:
+        print("Write a csv file of the columns path (or index) and new_label (empty: left out). Then train with it:")
     print(f"  {train.command('train.py', args, **same, corrections='corrections.csv')}")
+
+
+# ---- The page for review -------------------------------------------------------------------------
+
+NUM_EXPLAINING, HELD_QUERIES = 3, 1000
+
+
+def explain(runs, data, suspects, damping_factor):
+    """Returns what speaks against each suspect's label, and what for it: (rank, position, score) of images, by suspect.
+
+    suspects: positions in `data`, ImageData on the CPU. A score is the influence on the margin of the label, the mean
+    over the models; that of a suspect on itself is left out.
+    """
+    chosen, state = [suspects.tolist()], runs[0].analyzer.state
+    if state.use_distributed:  # rounding might give each process other suspects
+        torch.distributed.broadcast_object_list(chosen, device=state.device)
+    queries, explanations = data.take(torch.tensor(chosen[0])).to(runs[0].data.images.device), {}
+    scores = sum(run.pairwise_influence(queries, HELD_QUERIES, damping_factor)[0] for run in runs) / len(runs)
+    for suspect, influence in zip(chosen[0], scores, strict=True):
+        influence[suspect] = 0
+        explanations[suspect] = [
+            (place, position, influence[position].item())
+            for sign in (-1, 1)
+            for place, position in enumerate((sign * influence).argsort(descending=True)[:NUM_EXPLAINING].tolist(), 1)
+            if sign * influence[position] > 0
+        ]
+    return explanations
+
+
+def write_explanations(path, data, explanations):
+    """Writes what `explain` returns to a csv file, or removes an earlier one where nothing was asked for."""
+    if not explanations:
+        return path.unlink(missing_ok=True)
+    rows = [
+        (data.indices[suspect].item(), place, data.indices[image].item(), data.class_names[data.labels[image]], score)
+        for suspect, images in explanations.items()
+        for place, image, score in images
+    ]
+    pipeline.write_table(path, ("suspect", "rank", "image", "label", "score"), rows)
+
+
+def describe_suspects(data, shown, scores, logits, explanations, cleaned):
+    """Returns what the page says of suspects, dictionaries, and the positions of all images that it shows, in order.
+
+    shown: positions of the suspects; scores: array [N]; logits: float32 [N, num_classes].
+    """
+    tiles, cards, names = {position: tile for tile, position in enumerate(shown)}, [], data.class_names
+    second = logits.scatter(1, data.labels[:, None], -torch.inf).argmax(1)  # the first where that is not the label
+    for place, position in enumerate(shown, start=1):
+        path, index = data.paths[position], data.indices[position].item()
+        label, other, percent = data.labels[position], second[position], 100 * logits[position].softmax(0)
+        card = {"rank": place, "key": path or str(index), "name": Path(path).name or f"image {index}"}
+        card |= {"image": tiles[position], "link": {"href": Path(path).absolute().as_uri()} if path else {}}
+        card |= {"label": names[label], "suggested": names[other], "was": "" if cleaned else names[label], "why": []}
+        card["facts"] = [f"given, {percent[label]:.1f} %", f"suggested, {percent[other]:.1f} %"]
+        card["facts"].append(f"score {scores[position]:.3g}")
+        for _, image, score in explanations.get(position, ()):
+            tile, side = tiles.setdefault(image, len(tiles)), "for" if score > 0 else "against"
+            card["why"].append((tile, side, names[data.labels[image]]))
+        cards.append(card)
+    return cards, list(tiles)
+
+
+def draw_tiles(images):
+    """Returns images, uint8 [N, 3, 32, 32], in the rows of one square picture, as the URI of a JPEG."""
+    from PIL import Image
+
+    side, size = math.ceil(len(images) ** 0.5), pipeline.IMAGE_SIZE
+    tiles = np.zeros((side * side, size, size, 3), np.uint8)
+    tiles[: len(images)] = images.permute(0, 2, 3, 1).numpy()
+    picture = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
+    Image.fromarray(picture).save(content := io.BytesIO(), "JPEG", quality=95, subsampling=0)  # a third of a PNG
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def build_page(title, hint, images, facts):
+    """Returns PAGE with what it tells. Names stay data: no `<` is left, and only the page's own code may run."""
+    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+    for kind, code in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
+        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+    parts = {"policy": policy, "title": title, "hint": hint, "tiles": draw_tiles(images)}
+    parts["data"] = json.dumps(facts).replace("<", r"\u003c")
+    return re.sub(r"{{(\w+)}}", lambda marker: parts[marker[1]], PAGE)
+
+
+def write_page(path, data, order, scores, logits, explanations, *, num_review, by, cleaned):
+    """Writes the page of the first `num_review` suspects, or removes an earlier one where there are to be none.
+
+    The browser keeps what is decided under the hash of the ranking, so that no other ranking meets it.
+    """
+    if not num_review:
+        return path.unlink(missing_ok=True)
+    cards, shown = describe_suspects(data, order[:num_review].tolist(), scores, logits, explanations, cleaned)
+    names, fingerprint = data.class_names, pipeline.sha256(data.digest, *map(torch.from_numpy, (order, scores)))
+    keys = names if all(re.fullmatch("[0-9]", name) for name in names) else "1234567890"
+    digits = [(key, name if key == name else f"{key} {name}") for key, name in zip(keys, names, strict=False)]
+    facts = {"fingerprint": fingerprint, "column": "path" if any(data.paths) else "index", "classes": names}
+    facts |= {"digits": digits if len(names) <= 10 else [], "cards": cards}
+    title = f"The {len(cards)} most suspicious of {len(data):,} training images by {by}."
+    hint = "The labels are those after cleaning: load your earlier corrections.csv first." if cleaned else ""
+    with pipeline.atomic_path(path) as temporary:
+        temporary.write_text(build_page(title, hint, data.images[shown], facts), encoding="utf-8")
 
 
 def main():
@@ -275,25 +391,30 @@ def main():
     with pipeline.timed(seconds, "load"):
         runs, metadata, data = pipeline.load_runs(args, seconds)
         folder = pipeline.result_folder(runs)
-        suspects_csv, suspects_png = (folder / f"suspects_{strategy}.{suffix}" for suffix in ("csv", "png"))
+        suspects_csv, page_html, suspects_png = (folder / f"suspects_{strategy}{s}" for s in (".csv", ".html", ".png"))
         curve_png, record_json = folder / f"detection_curve_{strategy}.png", folder / f"detection_{strategy}.json"
+        explanations_csv = folder / f"explanations_{strategy}.csv"
         require_unedited(suspects_csv)
 
     found = [measure(run, described, args.damping_factor) for run, described in zip(runs, metadata, strict=True)]
+    measured, logits, score_paths = zip(*found, strict=True)
+    scores, predicted = rank(measured), sum(logits).argmax(1)
+    order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
+    explanations = explain(runs, data, order[: args.explain], args.damping_factor) if args.explain else {}
     if not pipeline.is_main_process():
         return
 
     with pipeline.timed(seconds, "report"):
-        measured, logits, score_paths = zip(*found, strict=True)
-        scores, predicted = rank(measured), sum(logits).argmax(1)
-        order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
         write_suspects(suspects_csv, data, order, scores, predicted)
+        write_explanations(explanations_csv, data, explanations)
         truth = is_corrupted.any() and not is_corrupted.all()
         results = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()} if truth else {}
         fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
         record = record_json, args, fields, runs[0].data.images.device, seconds
         pipeline.write_record(*record)  # before the pictures, so that nothing is lost where one fails
         by = RANKINGS[method].caption + f" ({strategy})" * RANKINGS[method].uses_curvature
+        about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
+        write_page(page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about)
         plot_suspects(suspects_png, data, order, scores[method], predicted, by)
         curve_png.unlink(missing_ok=True)
         if truth:
@@ -302,10 +423,165 @@ def main():
         else:
             print("No labels are known to be wrong, so there is no truth to compare with: look at the suspects.")
 
-    paths = [*score_paths, suspects_csv, suspects_png, *([curve_png] if truth else []), record_json]
+    tables, pictures = [suspects_csv, explanations_csv], [page_html, suspects_png, curve_png]
+    paths = [*score_paths, *filter(Path.exists, tables + pictures), record_json]
     pipeline.print_paths(pipeline.write_record(*record), paths)
-    if not args.cleaned:
-        print_next_steps(args, metadata[0], suspects_csv)
+    print_next_steps(args, metadata[0], page_html)
+
+
+# ---- What the page is made of --------------------------------------------------------------------
+
+PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Suspects</title>
+<meta http-equiv="Content-Security-Policy" content="{{policy}}"><meta name="viewport" content="width=device-width">
+<style>
+body { margin: 0; font: 15px/1.3 system-ui, sans-serif; color: #1a1a1a; background: #f1f1ee; }
+header, nav, main, article > div:not(:empty) { padding: 8px; }
+nav { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #999; }
+header, nav, label, .buttons { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; }
+button, select, label, input { box-sizing: border-box; min-height: 40px; max-width: 100%; font: inherit; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 12px; }
+article { align-self: start; scroll-margin: 150px 0 30px; background: #fff; border: 3px solid var(--state, #ccc); }
+article:focus-within { outline: 4px solid #111; }
+h2 { margin: 0; padding: 2px 8px 4px; background: var(--state, #ccc); font-size: 17px; }
+.kept { --state: #7fb0e8; } .changed { --state: #5fc27e; } .left { --state: #f08a80; }
+canvas { display: block; width: 128px; height: 128px; image-rendering: pixelated; }
+.facts, .why { display: grid; grid-template-columns: 128px 1fr; gap: 8px; overflow-wrap: anywhere; }
+.facts b, .facts a { display: block; max-height: 40px; overflow: hidden; unicode-bidi: isolate; }
+.facts a { min-height: 40px; align-content: center; }
+.why { grid-template-columns: repeat(3, minmax(0, 1fr)); font-size: 13px; }
+.why canvas { width: 64px; height: 64px; }
+.against { grid-row: 1; color: #b2182b; } .for { grid-row: 2; color: #0b5394; }
+.buttons > * { flex: auto; padding: 0 2px; }
+#done, #other { flex: 1; min-width: 60px; max-width: 200px; }
+@media (max-width: 700px) { #keys, #digits { display: none; } }
+</style>
+<header><b>{{title}}</b> {{hint}}
+    <i id="keys">Enter accepts the suggestion, k keeps the label, x leaves the image out, c is for others, u undoes.</i>
+    <select id="filter"><option value="">every class and pair (given → suggested)</select>
+    <label><input type="checkbox" id="undecided">undecided only</label></header>
+<nav><progress id="done"></progress><span id="counts"></span><button value="u">Undo</button>
+    <button value="save">Save file</button><button value="load">Load file</button>
+    <input id="other" list="classes" placeholder="another class"><span id="digits"></span> <b id="notice"></b></nav>
+<main id="cards"></main><datalist id="classes"></datalist><input id="file" type="file" accept=".csv" hidden>
+<img id="sprite" alt="" hidden src="{{tiles}}"><script type="application/json" id="data">{{data}}</script>
+<script>
+const byId = (id) => document.getElementById(id), say = (text) => byId("notice").replaceChildren(text);
+const { fingerprint, column, classes, digits, cards } = JSON.parse(byId("data").textContent);
+const earlier = []; // what undo goes back to
+let storage = {}, current = cards[0], rows; // [label, new_label] by path or index; an empty new_label: left out
+const names = ({ label, suggested }) => [label, `${label} → ${suggested}`];
+const inView = (card) => ["", ...names(card)].includes(byId("filter").value)
+    && !(byId("undecided").checked && rows.has(card.key));
+
+function show(newRows, next) { // and go on to the next card that is undecided
+    const counts = { undecided: 0, kept: 0, changed: 0, "left out": 0 };
+    if (newRows !== rows && !next) earlier.push([rows, current]);
+    rows = newRows;
+    storage[fingerprint] = JSON.stringify([...rows]);
+    for (const card of cards) {
+        const choice = rows.get(card.key)?.[1] ?? null;
+        const state = choice === null ? "undecided" : choice === card.label ? "kept" : choice ? "changed" : "left out";
+        card.element.firstChild.textContent = `${card.rank}. ${state === "changed" ? `→ ${choice}` : state}`;
+        Object.assign(card.element, { className: state, hidden: !inView(card) });
+        counts[state] += 1;
+    }
+    const { undecided, changed, "left out": left } = counts, decided = cards.length - undecided;
+    byId("counts").textContent = `${decided} of ${cards.length} decided, ${changed} changed, ${left} left out`;
+    byId("done").value = decided / cards.length;
+    const inTurn = [...cards.slice(cards.indexOf(current)), ...cards].filter(inView);
+    go(next ?? inTurn.find(({ key }) => !rows.has(key)) ?? inTurn[0] ?? current);
+}
+function go(card) {
+    current = card;
+    card.element.focus({ preventScroll: true });
+    card.element.scrollIntoView({ block: "nearest" });
+}
+const decide = (choice) => inView(current) && show(new Map(rows).set(current.key, [current.was, choice]));
+function save() {
+    const changed = [...rows].filter(([, [label, newLabel]]) => !label || label !== newLabel);
+    const table = [[column, "label", "new_label"], ...changed.map(([key, labels]) => [key, ...labels])];
+    const quote = (cell) => (/[",;\s]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
+    const file = new Blob(table.map((cells) => `${cells.map(quote)}\n`));
+    make("a", { href: URL.createObjectURL(file), download: "corrections.csv" }).click();
+}
+function load(text) {
+    const mark = text.match(/[,;\t]/) ?? ",", cell = RegExp(`${mark}(?:"((?:[^"]|"")*)"|([^${mark}]*))`, "g");
+    const read = (line) => [...`${mark}${line}`.matchAll(cell)].map(([, a, b]) => b ?? a.replaceAll('""', '"'));
+    const [header, ...lines] = (text.replace(/\r|^[,;\t]+$/gm, "").match(/("([^"]|"")*"|[^"\n])+/g) ?? [""]).map(read);
+    const places = [column, "label", "new_label"].map((name) => header.indexOf(name)), loaded = new Map(rows);
+    for (const [key, label = "", newLabel] of lines.map((cells) => places.map((place) => cells[place]))) {
+        const known = cards.find((card) => card.key === key)?.was || label;
+        const fits = key && ["", ...classes].includes(newLabel) && ["", known].includes(label);
+        if (!fits) return say(`Nothing was loaded, because a row does not fit: ${key}, ${label}, ${newLabel}`);
+        loaded.set(key, [known, newLabel]);
+    }
+    show(loaded);
+    say(`Loaded ${lines.length} rows.`);
+}
+
+function make(tag, properties, ...children) {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children);
+    return element;
+}
+function picture(tile) {
+    const canvas = make("canvas", { width: 32, height: 32 }), sprite = byId("sprite"), row = sprite.naturalWidth / 32;
+    canvas.getContext("2d").drawImage(sprite, -32 * (tile % row), -32 * Math.floor(tile / row));
+    return canvas;
+}
+function build({ key, image, name, link, facts, label, suggested, why }) {
+    const buttons = Object.entries({ a: "Accept", k: "Keep", x: "Leave out", c: "Other…" });
+    const file = make("a", { title: key, target: "_blank", ...link }, name);
+    const texts = make("div", {}, facts[0], make("b", {}, label), facts[1], make("b", {}, suggested), facts[2], file);
+    return make("article", { tabIndex: -1 }, make("h2"),
+        make("div", { className: "facts" }, picture(image), texts),
+        make("div", { className: "why" }, ...why.map(([tile, side, name]) =>
+            make("div", { className: side }, picture(tile), `${side}: ${name}`))),
+        make("div", { className: "buttons" }, ...buttons.map(([value, text]) => make("button", { value }, text))));
+}
+
+const move = (step, shown = cards.filter(inView)) => go(shown[shown.indexOf(current) + step] ?? current);
+const columns = () => getComputedStyle(byId("cards")).gridTemplateColumns.split(" ").length;
+const undo = () => show(...(earlier.pop() ?? [rows]));
+const accept = () => decide(current.suggested);
+const keys = {
+    enter: accept, a: accept, k: () => decide(current.label), x: () => decide(""), c: () => byId("other").focus(),
+    u: undo, "ctrl+z": undo, save, load: () => byId("file").click(), escape: () => go(current),
+    arrowleft: () => move(-1), arrowright: () => move(1), arrowup: () => move(-columns()),
+    arrowdown: () => move(columns()),
+};
+document.addEventListener("keydown", (event) => {
+    const elsewhere = event.target.matches(event.key === "Enter" ? "button, a, select, #other" : "select, #other");
+    const action = keys[(event.ctrlKey || event.metaKey ? "ctrl+" : "") + event.key.toLowerCase()];
+    if (!action || event.altKey || (elsewhere && event.key !== "Escape")) return;
+    event.preventDefault();
+    if (!event.repeat || event.key.startsWith("Arrow")) action();
+});
+document.addEventListener("click", ({ target }) => {
+    if (target.matches("select, input, label")) return;
+    go(cards.find(({ element }) => element.contains(target)) ?? current);
+    if (target.matches("button")) keys[target.value]();
+});
+document.querySelector("header").addEventListener("change", () => show(rows));
+byId("file").addEventListener("click", ({ target }) => { target.value = ""; });
+byId("file").addEventListener("change", async ({ target }) => load(await target.files[0].text()));
+byId("other").addEventListener("change", ({ target }) => {
+    classes.includes(target.value) ? decide(target.value) : say(`There is no class “${target.value}”.`);
+    target.value = "";
+});
+addEventListener("load", () => {
+    const options = (texts) => texts.map((text) => make("option", { value: text }, text));
+    byId("cards").append(...cards.map((card) => card.element = build(card)));
+    byId("classes").append(...options(classes));
+    byId("filter").append(...options([...new Set(cards.flatMap(names))].sort()));
+    digits.forEach(([digit], place) => { keys[digit] = () => decide(classes[place]); });
+    byId("digits").append(...digits.map(([digit, text]) => make("button", { value: digit }, text)));
+    try { storage = localStorage; } catch { say("This browser keeps nothing: save before you close the page."); }
+    rows = new Map(JSON.parse(storage[fingerprint] ?? "[]"));
+    show(rows);
+});
+</script>
+"""
 
 
 if __name__ == "__main__":

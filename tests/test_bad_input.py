@@ -55,6 +55,8 @@ VALUES = {
         ("--damping_factor", "nan"),
         ("--factor_examples", "0"),
         ("--method", "combined"),
+        ("--num_review", "-1"),
+        ("--explain", "all"),
     ],
     ANALYZE: [
         ("--num_query_examples", "0"),

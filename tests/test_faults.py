@@ -143,7 +143,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
     os._exit(status)
 
 
-@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 6), (DETECT, 7)])
+@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 6), (DETECT, 8)])
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tmp_path, name, renamings):
     """The kill comes before each of the renamings by which results appear; what is there then is whole."""
     (tmp_path / "start").mkdir()

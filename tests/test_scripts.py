@@ -87,8 +87,8 @@ def test_detect_prints_table_sentence_and_paths(detected):
     assert [line.split()[0] for line in lines[start + 1 : start + 7]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    names = ("suspects_ekfac.csv", "suspects_ekfac.png", "detection_curve_ekfac.png", "detection_ekfac.json")
-    assert {path.name for path in written} == set(names)
+    names = ("suspects_ekfac.csv", "suspects_ekfac.html", "suspects_ekfac.png", "detection_curve_ekfac.png")
+    assert {path.name for path in written} == {*names, "detection_ekfac.json"}
     (scores,) = [folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")]
     assert scores.name == "self_scores.safetensors" and all(path.is_file() for path in [*written, scores])
 
