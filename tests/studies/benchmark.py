@@ -241,9 +241,9 @@ def product_speed(device, dtype, size=2048, repeats=10):
 def measure(args, data_flags, recipe, is_corrupted, folder):
     """Runs everything `args.repeats` times, reference and scripts in turn. Yields (what, who, figures)."""
     scored = [*data_flags, "--num_query_examples", args.num_query_examples]
-    checkpoint_dir = folder / "checkpoints-auto-0"
+    checkpoint_dir = folder / f"checkpoints-{args.precision}-0"
     for repeat in range(args.repeats if args.parts else 0):
-        needed = () if checkpoint_dir.exists() else ("auto",)
+        needed = () if checkpoint_dir.exists() else (args.precision,)
         for precision in ("auto", "fp32") if "training" in args.parts else needed:
             target = folder / f"checkpoints-{precision}-{repeat}"
             yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
@@ -336,6 +336,7 @@ def main():
     flag("--reference_batch_size", type=int, default=128)
     flag("--reference_query_batch_size", type=int, default=200)
     flag("--reference_examples", type=int, help="the reference takes so few images; its seconds are extrapolated")
+    flag("--precision", choices=("auto", "fp32"), default="auto", help="of the training of the model that is scored")
     flag("--repeats", type=int, default=3)
     flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
     flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="what runs beside the reference")
