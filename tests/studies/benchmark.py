@@ -356,7 +356,8 @@ def main():
     data_flags = flags("dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage")
     recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
     device = pipeline.choose_device(args.device, several_processes=False)
-    speeds = {str(dtype): product_speed(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = {torch.float32, pipeline.choose_dtype(args.precision, device)}
+    speeds = {str(dtype): product_speed(device, dtype) for dtype in dtypes}
     machine = pipeline.environment(device) | {"product_speed": speeds}
     figures, scaled = {}, {}
     with tempfile.TemporaryDirectory() as folder:
