@@ -164,6 +164,13 @@ def test_names_do_nothing_and_nothing_is_requested(browser, folder, tmp_path):
     assert urls and all(url.startswith(("file:///", "data:")) for url in urls)
 
 
+def test_no_name_ends_the_data_of_the_page():
+    names = ["</script><script>alert(1)</script>", "{{data}}<!--<script>"]
+    page = detect.build_page("title", "", digits(1).images, {"classes": names})
+    told = page.partition('id="data">')[2].partition("</script>")[0]
+    assert json.loads(told) == {"classes": names} and "<" not in told and "alert" not in page.replace(told, "")
+
+
 def test_explanations_are_the_influence_on_the_same_images_in_the_test(folder, tmp_path):
     """Those of all images, since fewer are there than asked for, and each without its influence on itself."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
