@@ -477,7 +477,7 @@ function show(newRows, next) { // and go on to the next card that is undecided
     const counts = { undecided: 0, kept: 0, changed: 0, "left out": 0 };
     if (newRows !== rows && !next) earlier.push([rows, current]);
     rows = newRows;
-    storage[fingerprint] = JSON.stringify([...rows]);
+    try { storage[fingerprint] = JSON.stringify([...rows]); } catch { say("The browser keeps no more: save."); }
     for (const card of cards) {
         const choice = rows.get(card.key)?.[1] ?? null;
         const state = choice === null ? "undecided" : choice === card.label ? "kept" : choice ? "changed" : "left out";
@@ -516,7 +516,7 @@ function load(text) {
         loaded.set(key, [known, newLabel]);
     }
     show(loaded);
-    say(`Loaded ${lines.length} rows.`);
+    say(`Loaded ${lines.length} rows; ${cards.filter(({ key }) => rows.has(key)).length} cards are decided.`);
 }
 
 function make(tag, properties, ...children) {

@@ -145,7 +145,7 @@ def shared_parser(description, corrupt_default):
     flag("--dataset_dir", default="./data", help="class folders lie in its train/ and test/ (default: %(default)s)")
     flag("--output_dir", default="./influence_results", help="gets the results (default: %(default)s)")
     labels("--corrupt_percentage", **wrong, help="fraction of wrong labels; 0 means none (default: %(default)s)")
-    labels("--noisy_labels", metavar="CSV", help="train on the labels in its columns path or index, and label")
+    labels("--noisy_labels", metavar="CSV", help="labels to train on, by path or by index in the whole data set")
     flag("--num_train_examples", type=positive_int, metavar="N", help="use N training images, the same in every script")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bfloat16 where that is fast")
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one")
@@ -642,7 +642,7 @@ def load_trained(path, device, clean, fraction, labels_file=None):
     data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"]) if same else clean
     if not same or (data.digest, data.class_names) != (metadata["data_sha256"], metadata["class_names"]):
         labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]}"
+        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
         raise UserError(f"{path} was trained on other images or labels ({was}): give its data flags, or train again")
     if is_main_process():
         wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]

@@ -103,7 +103,7 @@ class ExampleFinder:
             yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
     def __call__(self, place, row, passes_over=False):
-        """Returns the index of a row's image, or None where it is none to train on, if those are passed over.
+        """Returns the index of a row's image, or None where it is another image, if those are passed over.
 
         Raises UserError where the row calls no training image, or one that was called before.
         """
@@ -115,8 +115,8 @@ class ExampleFinder:
             index, problem = self.places.get(known), f"{path} is {where}"
         elif any(self.data.paths):
             raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
-        elif not number:
-            raise pipeline.UserError(f"{place}: needs an index")
+        elif not number or (passes_over and not number.isdecimal()):  # such as 1.0
+            raise pipeline.UserError(f"{place}: needs an index, a whole number from 0 on")
         else:
             problem = f"there is no training image {number:.20}, only 0 to {len(self.data) - 1}"
             index = self.numbered.get(number.lstrip("0") or "0")
@@ -330,6 +330,7 @@ def main():
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
     given = cleaning = None
+    labels_sha256 = pipeline.file_digest(args.noisy_labels)
     if args.noisy_labels is not None:
         given = read_noisy_labels(args.noisy_labels, clean, test, args.dataset_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage, given)
@@ -355,7 +356,7 @@ def main():
         "corrupt_percentage": args.corrupt_percentage or 0.0,
         "recipe": recipe,
         "given_labels": given,
-        "labels_sha256": pipeline.file_digest(args.noisy_labels),
+        "labels_sha256": labels_sha256,
         "cleaning": cleaning,
         "class_names": data.class_names,
         "num_loaded": len(clean),

@@ -349,6 +349,8 @@ def main():
     args = parser.parse_args()
     if args.reference:
         return run_reference(args)
+    if args.reference_examples and args.parts != ["self"]:  # the gradients of queries do not grow with the images
+        raise pipeline.UserError("argument --reference_examples: give --parts self")
 
     def flags(*names):
         return [text for name in names for text in (f"--{name}", getattr(args, name))]

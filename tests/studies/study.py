@@ -52,8 +52,9 @@ FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
 # Strategy, damping, and of how many networks the mean is taken.
-PREDICTIONS = [*((strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES)]
-PREDICTIONS += [*(("ekfac", damping, 1) for damping in (1e-6, 1e-4, None)), *(("ekfac", 1e-8, n) for n in (3, 5, 10))]
+PREDICTIONS = [(strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES]
+PREDICTIONS += [("ekfac", 1e-6, 1), ("ekfac", 1e-4, 1), ("ekfac", None, 1)]
+PREDICTIONS += [("ekfac", 1e-8, models) for models in (3, 5, 10)]
 
 
 class Study:
@@ -310,8 +311,8 @@ def similar_labels(clean):
     return [partners[name] if wrong else name for name, wrong in zip(true, is_corrupted, strict=True)]
 
 
-def study_similar(study):
-    """Writes them for `--noisy_labels`."""
+def write_similar_labels(study):
+    """Writes these labels for `--noisy_labels`."""
     path, clean = study.folder / "labels.csv", study.clean
     rows = zip(clean.numbers.tolist(), clean.paths, similar_labels(clean), strict=True)
     pipeline.write_table(path, ("index", "path", "label"), rows)
@@ -440,7 +441,7 @@ def print_retraining(study):
     for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
-        halves = ", ".join(f"{value:.3f}" for value in row["lds_by_half"])
+        halves = ", ".join(f"{value:.3f}" for value in row.get("lds_by_half", ()))
         print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {halves} | {row['score_seconds']:.0f} |")
 
 
@@ -470,7 +471,6 @@ def print_factors(study):
 
 
 STUDIES = {
-    "similar": (study_similar, lambda study: None),
     "detection": (study_detection, print_detection),
     "cleaning": (study_cleaning, print_cleaning),
     "retraining": (study_retraining, print_retraining),
@@ -482,7 +482,7 @@ def main():
     """Parses, runs what is not there yet, prints."""
     parser = pipeline.OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("study", choices=STUDIES)
+    flag("study", choices=("similar", *STUDIES))
     flag("--dataset", default="synthetic")
     flag("--dataset_dir", default="./data")
     flag("--num_train_examples", type=pipeline.positive_int, help="default: all")
@@ -500,11 +500,13 @@ def main():
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
     study = Study(args)
+    if args.study == "similar":
+        return write_similar_labels(study)
     run, print_table = STUDIES[args.study]
     try:
         run(study)
     finally:
-        if not study.rows and args.study != "similar":
+        if not study.rows:
             print(f"{study.path} has no results of {study.asked}")
         for device, precision in sorted({(row["device"], row["precision"]) for row in study.rows}):
             print(f"\nMeasured on {device} in {precision}:")
