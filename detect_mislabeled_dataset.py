@@ -516,7 +516,7 @@ function load(text) {
         loaded.set(key, [known, newLabel]);
     }
     show(loaded);
-    say(`Loaded ${lines.length} rows; ${cards.filter(({ key }) => rows.has(key)).length} cards are decided.`);
+    say(`Loaded ${lines.length} rows; decided cards: ${cards.filter(({ key }) => rows.has(key)).length}.`);
 }
 
 function make(tag, properties, ...children) {
