@@ -1190,9 +1190,9 @@ def load_runs(args, seconds):
     clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     if args.noisy_labels is not None:
         args.corrupt_percentage = None  # has a default in the detection
-    labels = args.corrupt_percentage, args.noisy_labels
-    paths = [checkpoint_path(path, labels[0], labels[1] is not None, args.cleaned) for path in args.checkpoint_dir]
-    loaded = [load_trained(path, device, clean, *labels) for path in paths]
+    which = {"fraction": args.corrupt_percentage, "noisy": args.noisy_labels is not None, "cleaned": args.cleaned}
+    paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
+    loaded = [load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels) for path in paths]
     models, metadata, trained_on = zip(*loaded, strict=True)
     for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
         for path, other in zip(paths, metadata, strict=True):

@@ -320,15 +320,13 @@ def print_next_steps(args):
         print(f"  {command(script, args, **flags, cleaned=args.corrections is not None)}")
 
 
-def main():
-    """Parses, loads, trains, evaluates, saves."""
-    args = parse_arguments()
-    start = time.perf_counter()
-    device = pipeline.choose_device(args.device, several_processes=False)
-    dtype = pipeline.choose_dtype(args.precision, device)
-    pipeline.print_machine(device, dtype)
+def load_examples(args):
+    """Returns the training images, with the labels to train on, the test images, and what metadata says of the labels.
+
+    Both are ImageData on the CPU.
+    """
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
-    test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir).to(device)
+    test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
     given = cleaning = None
     labels_sha256 = pipeline.file_digest(args.noisy_labels)
     if args.noisy_labels is not None:
@@ -337,15 +335,27 @@ def main():
     if args.corrections is not None:
         cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
         data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
+    labels = {"given_labels": given, "labels_sha256": labels_sha256, "cleaning": cleaning}
+    return data, test, labels | {"num_loaded": len(clean)}
+
+
+def main():
+    """Parses, loads, trains, evaluates, saves."""
+    args = parse_arguments()
+    start = time.perf_counter()
+    device = pipeline.choose_device(args.device, several_processes=False)
+    dtype = pipeline.choose_dtype(args.precision, device)
+    pipeline.print_machine(device, dtype)
+    data, test, labels = load_examples(args)
     if args.train_batch_size > len(data):
         raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")
-    which = args.corrupt_percentage, given is not None, cleaning is not None
-    path = pipeline.checkpoint_path(args.checkpoint_dir, *which)
+    which = {"noisy": args.noisy_labels is not None, "cleaned": args.corrections is not None}
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, **which)
     pipeline.make_folder(path.parent)
     wrong = f"{data.is_corrupted.sum()} with a wrong label"
     print(f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes")
 
-    data = data.to(device)
+    data, test = data.to(device), test.to(device)
     torch.manual_seed(args.seed)
     model = pipeline.construct_resnet9(len(data.class_names)).to(device)
     recipe, train_start = {name: getattr(args, name) for name in RECIPE}, time.perf_counter()
@@ -355,11 +365,8 @@ def main():
         **vars(args),
         "corrupt_percentage": args.corrupt_percentage or 0.0,
         "recipe": recipe,
-        "given_labels": given,
-        "labels_sha256": labels_sha256,
-        "cleaning": cleaning,
+        **labels,
         "class_names": data.class_names,
-        "num_loaded": len(clean),
         "num_train": len(data),
         "data_sha256": data.digest,
         "margins": margins,
