@@ -632,10 +632,10 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_trained(path, device, clean, fraction, labels_file=None):
-    """Loads a checkpoint of a training on `clean`, the images as they were loaded, with a `fraction` of wrong labels.
+    """Loads a checkpoint of a training on `clean`, the images as they were loaded.
 
-    Or with those of a `labels_file`, of `--noisy_labels`. Prints which one it is. Returns model, metadata, and the
-    ImageData that it was trained on. Raises UserError where that was another one.
+    It had a `fraction` of wrong labels, or those in the `labels_file` of `--noisy_labels`. Prints which one it is.
+    Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
     """
     model, metadata = load_checkpoint(path, device)
     same = (metadata["num_loaded"], metadata["labels_sha256"]) == (len(clean), file_digest(labels_file))

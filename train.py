@@ -321,21 +321,17 @@ def print_next_steps(args):
 
 
 def load_examples(args):
-    """Returns the training images, with the labels to train on, the test images, and what metadata says of the labels.
-
-    Both are ImageData on the CPU.
-    """
+    """Returns training and test images, ImageData on the CPU, and what the checkpoint keeps about labels, a dict."""
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
     given = cleaning = None
-    labels_sha256 = pipeline.file_digest(args.noisy_labels)
     if args.noisy_labels is not None:
         given = read_noisy_labels(args.noisy_labels, clean, test, args.dataset_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage, given)
     if args.corrections is not None:
         cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
         data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
-    labels = {"given_labels": given, "labels_sha256": labels_sha256, "cleaning": cleaning}
+    labels = {"given_labels": given, "labels_sha256": pipeline.file_digest(args.noisy_labels), "cleaning": cleaning}
     return data, test, labels | {"num_loaded": len(clean)}
 
 

@@ -312,7 +312,7 @@ def similar_labels(clean):
 
 
 def write_similar_labels(study):
-    """Writes these labels for `--noisy_labels`."""
+    """Writes the labels of `similar_labels` to a csv file for `--noisy_labels`."""
     path, clean = study.folder / "labels.csv", study.clean
     rows = zip(clean.numbers.tolist(), clean.paths, similar_labels(clean), strict=True)
     pipeline.write_table(path, ("index", "path", "label"), rows)
