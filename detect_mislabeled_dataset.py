@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import pipeline
-import train
 
 NUM_PICTURED = 100
 # Chosen among 50,000 images, and tried among 500; see tests/studies/README.md.
@@ -279,7 +278,7 @@ def print_next_steps(args, metadata, page_html):
         print(f"Open {page_html} in a browser, decide, and save corrections.csv here. Then train with it:")
     else:
         print("Write a csv file of the columns path (or index) and new_label (empty: left out). Then train with it:")
-    print(f"  {train.command('train.py', args, **same, corrections='corrections.csv')}")
+    print(f"  {pipeline.command('train.py', args, **same, corrections='corrections.csv')}")
 
 
 # ---- The page for review -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import stat
 import sys
@@ -167,6 +168,21 @@ def influence_parser(description, corrupt_default, factor_examples):
     flag("--damping_factor", **eigenvalues, help="added to each eigenvalue (default: 0.1 x the layer's mean one)")
     flag("--seed", type=whole_number, default=1004, help="of the Fisher matrix's pseudo-labels (default: %(default)s)")
     return parser
+
+
+def command(script, args, **values):
+    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
+
+    Defaults are left out, and flags whose value is None or False.
+    """
+    defaults = vars(shared_parser("", corrupt_default=None).parse_args([]))
+    flags = {name: getattr(args, name) for name in defaults} | values
+    defaults["checkpoint_dir"] = CHECKPOINT_DIR
+    words = ["python", script]
+    for name, value in flags.items():
+        if value is not None and value is not False and value != defaults.get(name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def is_main_process():
@@ -710,15 +726,6 @@ def construct_resnet9(num_classes=10):
     return ResNet9(num_classes).to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def compute_logits(model, images, batch_size, dtype):
-    """Returns the logits, float32 [N, num_classes], of uint8 images [N, 3, 32, 32], without augmentation."""
-    model.eval()
-    batches = tqdm(images.split(batch_size), "Evaluating", leave=False)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model(normalize(batch)) for batch in batches])
-
-
 def margin(logits, labels, of_others=torch.logsumexp):
     """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
 
@@ -873,7 +880,7 @@ def symmetric_product(rows):
 
 
 def squares(gradient, dtype):
-    """Yields the squares of gradients [B, O, I] in `dtype`, on a CPU in parts that stay in its cache."""
+    """Yields the squares of gradients [B, O, I] in `dtype`, on a CPU in parts that stay in its cache: saves a fifth."""
     part = len(gradient) if gradient.is_cuda else max(1, CACHED_ELEMENTS // gradient[0].numel())
     for gradients in gradient.split(part):
         yield gradients.to(dtype).square()

@@ -7,7 +7,6 @@ zero. `python train.py --help` lists the flags; their defaults are the recipe fo
 import csv
 import io
 import os
-import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -278,6 +277,15 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
     return margins.cpu()
 
 
+@torch.no_grad()
+def compute_logits(model, images, batch_size, dtype):
+    """Returns the logits, float32 [N, num_classes], of uint8 images [N, 3, 32, 32], without augmentation."""
+    model.eval()
+    batches = tqdm(images.split(batch_size), "Evaluating", leave=False)
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model(pipeline.normalize(batch)) for batch in batches])
+
+
 def evaluate(logits, labels):
     """Returns mean cross-entropy and accuracy of logits [N, num_classes] against labels [N]."""
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
@@ -285,7 +293,7 @@ def evaluate(logits, labels):
 
 def print_accuracies(model, data, test, batch_size, dtype):
     """Prints and returns the accuracies, from 0 to 1, by name, on training images, ImageData, and on test images."""
-    logits, of_test = (pipeline.compute_logits(model, part.images, batch_size, dtype) for part in (data, test))
+    logits, of_test = (compute_logits(model, part.images, batch_size, dtype) for part in (data, test))
     results = {"train": evaluate(logits, data.labels)}
     if data.is_corrupted.any():
         results["train, true labels"] = evaluate(logits, data.true_labels)
@@ -295,21 +303,6 @@ def print_accuracies(model, data, test, batch_size, dtype):
     return {name: accuracy for name, (_, accuracy) in results.items()}
 
 
-def command(script, args, **values):
-    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
-
-    Defaults are left out, and flags whose value is None or False.
-    """
-    defaults = vars(pipeline.shared_parser("", corrupt_default=None).parse_args([]))
-    flags = {name: getattr(args, name) for name in defaults} | values
-    defaults["checkpoint_dir"] = pipeline.CHECKPOINT_DIR
-    words = ["python", script]
-    for name, value in flags.items():
-        if value is not None and value is not False and value != defaults.get(name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
 def print_next_steps(args):
     """Prints the commands that use the new model."""
     flags = {"checkpoint_dir": args.checkpoint_dir}
@@ -317,7 +310,7 @@ def print_next_steps(args):
         flags["corrupt_percentage"] = args.corrupt_percentage or 0
     print("Find mislabeled training images, or see which ones the answers to test images come from:")
     for script in ("detect_mislabeled_dataset.py", "analyze.py"):
-        print(f"  {command(script, args, **flags, cleaned=args.corrections is not None)}")
+        print(f"  {pipeline.command(script, args, **flags, cleaned=args.corrections is not None)}")
 
 
 def load_examples(args):

@@ -292,7 +292,7 @@ def test_the_printed_commands_train_as_before(monkeypatch, capsys):
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
-    text = train.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
+    text = pipeline.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
     words = ["--dataset_dir", "my $images", "--num_train_examples", "7", "--cleaned", "--seed", "3"]
     assert shlex.split(text) == ["python", "x.py", *words]
 

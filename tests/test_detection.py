@@ -12,6 +12,7 @@ from conftest import digits
 
 import detect_mislabeled_dataset as detect
 import pipeline
+import train
 
 # Ranked by score: clean, corrupted, corrupted, clean, corrupted.
 SCORES = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
@@ -68,8 +69,8 @@ def test_features_are_those_of_an_image_and_of_its_mirror_image():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     features, logits = detect.compute_features(run)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    flipped = pipeline.compute_logits(model, data.images.flip(3), 5, torch.float32)
-    assert torch.allclose(logits, pipeline.compute_logits(model, data.images, 5, torch.float32), atol=1e-6)
+    flipped = train.compute_logits(model, data.images.flip(3), 5, torch.float32)
+    assert torch.allclose(logits, train.compute_logits(model, data.images, 5, torch.float32), atol=1e-6)
     together = 0.2 * features @ model.head.weight.T  # the last layer is linear: in proportion to the sum of the logits
     assert F.cosine_similarity(together, logits + flipped).min() > 1 - 1e-5
     assert torch.allclose(features.norm(dim=1), torch.ones(5))

@@ -88,7 +88,7 @@ def reference_training(args, data, test, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     speed = steps * args.train_batch_size / (time.perf_counter() - start)
-    logits = pipeline.compute_logits(model, test.images.to(device), 1000, torch.float32).cpu()
+    logits = train.compute_logits(model, test.images.to(device), 1000, torch.float32).cpu()
     return {"images_per_second": speed, "accuracy": train.evaluate(logits, test.labels)[1]}
 
 

@@ -112,7 +112,7 @@ class Study:
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
-        return pipeline.compute_logits(model, data.images.to(self.device), 1024, self.dtype).cpu()
+        return train.compute_logits(model, data.images.to(self.device), 1024, self.dtype).cpu()
 
     def accuracy(self, model):
         """Returns the accuracy on the test images, from 0 to 1."""
