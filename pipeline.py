@@ -136,11 +136,11 @@ some_or_all = number(int, "a whole number of at least 1, or 'all'", lambda value
 corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
 
 
-def shared_parser(description, corrupt_default):
+def shared_parser(description):
     """Returns a parser with the flags that all scripts have."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     flag, datasets = parser.add_argument, ("cifar10", "imagefolder", "synthetic")
-    wrong = {"type": corrupt_fraction, "default": corrupt_default, "metavar": "FRACTION"}
+    wrong = {"type": corrupt_fraction, "metavar": "FRACTION"}
     labels = parser.add_mutually_exclusive_group().add_argument
     flag("--dataset", choices=datasets, default="cifar10", help="which images (default: %(default)s)")
     flag("--dataset_dir", default="./data", help="class folders lie in its train/ and test/ (default: %(default)s)")
@@ -153,19 +153,20 @@ def shared_parser(description, corrupt_default):
     return parser
 
 
-def influence_parser(description, corrupt_default, factor_examples):
-    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share. Two defaults differ."""
-    parser = shared_parser(description, corrupt_default)
+def influence_parser(description):
+    """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share."""
+    parser = shared_parser(description)
     flag = parser.add_argument
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
     eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
-    part = {"type": some_or_all, "default": factor_examples, "metavar": "N"}
+    part = {"type": some_or_all, "default": "all", "metavar": "N"}
     flag("--checkpoint_dir", **several, help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})")
     flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
     flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="the curvature (default: %(default)s)")
     flag("--factor_examples", **part, help="fit the curvature on N random images, or on all (default: %(default)s)")
     flag("--train_batch_size", type=positive_int, metavar="N", help="images per step (default: 64, on CUDA 1024)")
-    flag("--damping_factor", **eigenvalues, help="added to each eigenvalue (default: 0.1 x the layer's mean one)")
+    rule = "added to each eigenvalue; heuristic: 0.1 x the layer's mean one (default: %(default)s)"
+    flag("--damping_factor", **eigenvalues, help=rule)
     flag("--seed", type=whole_number, default=1004, help="of the Fisher matrix's pseudo-labels (default: %(default)s)")
     return parser
 
@@ -175,7 +176,7 @@ def command(script, args, **values):
 
     Defaults are left out, and flags whose value is None or False.
     """
-    defaults = vars(shared_parser("", corrupt_default=None).parse_args([]))
+    defaults = vars(shared_parser("").parse_args([]))
     flags = {name: getattr(args, name) for name in defaults} | values
     defaults["checkpoint_dir"] = CHECKPOINT_DIR
     words = ["python", script]

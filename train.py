@@ -25,7 +25,7 @@ def parse_arguments():
     """Reads the command line."""
     positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
     positive_int, seed = pipeline.positive_int, pipeline.whole_number
-    parser = pipeline.shared_parser(__doc__.splitlines()[0], corrupt_default=None)
+    parser = pipeline.shared_parser(__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="folder (default: %(default)s)")
     recipe = parser.add_argument_group("recipe").add_argument
     recipe("--train_batch_size", type=positive_int, default=512, help="images per step (default: %(default)s)")

@@ -178,7 +178,7 @@ def test_explanations_are_the_influence_on_the_same_images_in_the_test(folder, t
     assert "/explanations_diagonal.csv\n" in succeed(tmp_path, *DETECTION, *diagonal, "--explain", 100)
     shutil.rmtree(tmp_path / "photos/test")
     shutil.copytree(tmp_path / "photos/train", tmp_path / "photos/test")  # images of both are in one order
-    succeed(tmp_path, ANALYZE, *DATA, *diagonal)
+    succeed(tmp_path, ANALYZE, *DATA, *diagonal, "--damping_factor", "heuristic")
     results = result_folder(tmp_path, "model-")
     path = max(results.glob("scores_pairwise_diagonal*"), key=lambda path: path.stat().st_mtime)
     influence = load_file(path / "pairwise_scores.safetensors")["all_modules"].fill_diagonal_(0)

@@ -53,7 +53,7 @@ FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts ha
 HALVES_SEED = 18
 # Strategy, damping, and of how many networks the mean is taken.
 PREDICTIONS = [(strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES]
-PREDICTIONS += [("ekfac", 1e-6, 1), ("ekfac", 1e-4, 1), ("ekfac", None, 1)]
+PREDICTIONS += [("ekfac", damping, 1) for damping in (1e-6, 1e-5, 1e-4, None)]
 PREDICTIONS += [("ekfac", 1e-8, models) for models in (3, 5, 10)]
 
 
