@@ -33,7 +33,7 @@ def number_list(text):
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0])
-    parser.set_defaults(damping_factor=1e-6)  # predicts retraining best
+    parser.set_defaults(damping_factor=1e-6)  # of thousands of images it predicts retraining best
     number, flag = pipeline.positive_int, parser.add_argument
     which = parser.add_mutually_exclusive_group().add_argument
     which("--num_query_examples", type=number, metavar="N", help=f"first N test images (default: {DEFAULT_QUERIES})")
