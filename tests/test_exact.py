@@ -285,21 +285,6 @@ def test_unmodified_kronfluence_agrees_with_the_dense_computation(tmp_path, monk
     assert relative_error(self_influence, dense_self(exact, strategy, None)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "not rotated"])
-@pytest.mark.parametrize("positions", [1, 3, 4, 20], ids=lambda count: f"{count} positions")
-def test_rotated_gradient_is_its_definition(positions, rotated):
-    """Q_G^T (sum_t g_t a_t^T) Q_A; with 4 outputs, patches are rotated below 4 positions, gradients from 4 on."""
-    generator = torch.Generator().manual_seed(positions)
-    a, g, q_a, q_g = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in [(2, positions, 6), (2, positions, 4), (6, 6), (4, 4)]
-    )
-    result = pipeline.rotated_gradient(a, g, *((q_a, q_g) if rotated else (None, None)))
-    for a_one, g_one, result_one in zip(a, g, result, strict=True):
-        gradient = sum(torch.outer(g_t, a_t) for a_t, g_t in zip(a_one, g_one, strict=True))
-        assert relative_error(result_one, q_g.T @ gradient @ q_a if rotated else gradient) < 1e-12
-
-
 # --------------------------------------------------------------------------------------------------
 # The claim: EKFAC is the closest of the four to the exact matrix
 #

@@ -187,12 +187,3 @@ def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys):
     assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
     with pytest.raises(pipeline.UserError, match=re.escape(words)):
         pipeline.choose_device("cuda", several_processes=False)
-
-
-def test_a_machine_without_a_gpu_says_where_it_computes(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(pipeline, "unusable_gpu", lambda: "")
-    pipeline.print_machine(torch.device("cpu"), torch.bfloat16)
-    assert capsys.readouterr().out == f"{torch.get_num_threads()} CPU threads, bfloat16\n"
-    with pytest.raises(pipeline.UserError, match="there is no NVIDIA GPU here"):
-        pipeline.choose_device("cuda", several_processes=False)
