@@ -48,15 +48,6 @@ def test_rankings_by_hand():
     assert mean["aum_vote"] == pytest.approx(found["aum_vote"], abs=1e-6)
 
 
-def test_the_vote_counts_less_among_few_images():
-    """By 0.75 from 15,000 images on, and by a fifth of that among a fifth of them."""
-    for count, share in ((300, 0.015), (3000, 0.15), (15_000, 0.75), (60_000, 0.75)):
-        aum, vote = np.resize([-1.0, 1.0], count), np.resize([2.0, 2.0, -2.0, -2.0], count)
-        signals = dict.fromkeys(("self_influence", "loss", "margin"), aum)
-        found = detect.rank([signals | {"aum": 3 + 5 * aum, "vote": 1 + vote}])["aum_vote"]
-        assert found == pytest.approx(-aum - share * vote / 2)
-
-
 def test_the_neighbours_vote_by_hand(monkeypatch):
     """Eight directions and their labels; of the four nearest of each the shares are counted by an independent loop."""
     monkeypatch.setattr(detect, "NEIGHBOURS_OF_50_000", 4 * (50_000 / 8) ** 0.5)
