@@ -25,14 +25,14 @@ from tqdm import tqdm
 import pipeline
 
 NUM_PICTURED = 100
-# Chosen among 50,000 images, and tried among 500; see tests/studies/README.md.
-VOTE_SHARE, NEIGHBOURS_OF_50_000 = 0.75, 300
+# Chosen among 500 to 50,000 images; see tests/studies/README.md. The more the network answers, the more the vote says.
+VOTE_POWER, NEIGHBOURS_OF_50_000 = 3, 300
 
 
 class Ranking(NamedTuple):
     """What suspects can be ranked by: what pictures call it, colour and line of its curve, and the signal.
 
-    suspicion: function of a dictionary of float arrays [N], as of `measure`; highest for the most suspicious.
+    suspicion: function of what `measure` returns; an array [N], highest for the most suspicious.
     """
 
     caption: str
@@ -49,9 +49,9 @@ RANKINGS = {
     "margin": Ranking("margin", "#cc79a7", "-.", False, lambda found: -found["margin"]),
     "vote": Ranking("neighbours' vote", "#009e73", "--", False, lambda found: -found["vote"]),
     "aum_vote": Ranking(
-        f"area under the margin + {VOTE_SHARE} neighbours' vote",
+        "area under the margin + weighted neighbours' vote",
         *("#7b3294", "-", False),
-        lambda found: -standardise(found["aum"]) - VOTE_SHARE * standardise(found["vote"]),
+        lambda found: -standardise(found["aum"]) - found["accuracy"] ** VOTE_POWER * standardise(found["vote"]),
     ),
 }
 DEFAULT = "aum_vote"
@@ -75,11 +75,11 @@ def parse_arguments():
 
 
 def measure(run, metadata, damping_factor):
-    """Returns what rankings are made of, float32 arrays [N] by name; logits, [N, num_classes]; and the scores' file.
+    """Returns what rankings are made of, a dictionary; logits, float32 [N, num_classes]; and the scores' file.
 
-    These are the self-influence of each training image, its area under the margin, its loss and margin by the finished
-    network, and its neighbours' vote. The area is the mean over the epochs of the margin in the training batch, or of
-    images that were in none the margin in the end.
+    It has float32 arrays [N]: the self-influence of each training image, its area under the margin, its loss and margin
+    by the finished network, and its neighbours' vote. The area is the mean over the epochs of the margin in the
+    training batch, or of images that were in none the margin in the end. `accuracy` is that on the test images, 0 to 1.
     """
     self_influence, path = run.self_influence(damping_factor)
     with pipeline.timed(run.seconds, "report"):
@@ -93,7 +93,8 @@ def measure(run, metadata, damping_factor):
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "vote": neighbours_vote(features, labels, logits.shape[1]),
         }
-        return {name: values.cpu().numpy() for name, values in found.items()}, logits.cpu(), path
+        found = {name: values.cpu().numpy() for name, values in found.items()}
+        return found | {"accuracy": metadata["accuracy"]["test"]}, logits.cpu(), path
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def standardise(values):
 def rank(measured):
     """Returns what each ranking orders the images by, the most suspicious highest: float arrays [N] by name.
 
-    measured: dictionaries as of `measure`, one a model, of which the mean is taken.
+    measured: dictionaries of `measure`, one a model, of which the mean is taken.
     """
     mean = {name: sum(found[name] for found in measured) / len(measured) for name in measured[0]}
     return {name: ranking.suspicion(mean) for name, ranking in RANKINGS.items()}

@@ -33,7 +33,7 @@ def test_rankings_by_hand():
     )
     features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0]]), dim=1)
     with mock.patch.object(detect, "compute_features", lambda run: (features, logits)):
-        measured, found_logits, path = detect.measure(run, {"margins": margins}, None)
+        measured, found_logits, path = detect.measure(run, {"margins": margins, "accuracy": {"test": 0.4}}, None)
     assert path == "path" and torch.equal(found_logits, logits)
     assert measured["aum"].tolist() == [3, -2, -0.5] and measured["vote"].tolist() == [1, 1, 1]
     found = detect.rank([measured])
@@ -46,6 +46,9 @@ def test_rankings_by_hand():
     mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
     assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in ("self_influence", "aum", "margin", "loss"))
     assert mean["aum_vote"] == pytest.approx(found["aum_vote"], abs=1e-6)
+    other = measured | {"vote": np.array([1.0, -1.0, 0.0]), "accuracy": 0.6}  # mean 0.5: a vote counts an eighth
+    expected = found["aum_vote"] - [1.5**0.5 / 8, -(1.5**0.5) / 8, 0]
+    assert detect.rank([measured, other])["aum_vote"] == pytest.approx(expected)
 
 
 def test_the_neighbours_vote_by_hand(monkeypatch):

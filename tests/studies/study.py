@@ -136,13 +136,14 @@ class Study:
         """
         data = wrong_labels(self.clean, fraction, corruption_seed)
         model, margins = self.train(data, seed)
+        accuracy = self.accuracy(model)
         with self.influence(data) as make_run:
             run = make_run(model)
-            measured, _, _ = detect.measure(run, {"margins": margins}, 1e-8)
+            measured, _, _ = detect.measure(run, {"margins": margins, "accuracy": {"test": accuracy}}, 1e-8)
             heuristic, _ = run.self_influence(None)
             scores = detect.rank([measured]) | {"self_influence, heuristic": heuristic.numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
-        return {"accuracy": self.accuracy(model), "methods": figures(scores, data.is_corrupted.numpy())}
+        return {"accuracy": accuracy, "methods": figures(scores, data.is_corrupted.numpy())}
 
     def scores_path(self, *job):
         """Returns the file with the scores of a run of `detection`."""
