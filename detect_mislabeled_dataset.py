@@ -25,14 +25,14 @@ from tqdm import tqdm
 import pipeline
 
 NUM_PICTURED = 100
-# Chosen among 500 to 50,000 images; see tests/studies/README.md. The more the network answers, the more the vote says.
+# Chosen among 500 to 50,000 images; see tests/studies/README.md. The vote is weighted by accuracy to this power.
 VOTE_POWER, NEIGHBOURS_OF_50_000 = 3, 300
 
 
 class Ranking(NamedTuple):
     """What suspects can be ranked by: what pictures call it, colour and line of its curve, and the signal.
 
-    suspicion: function of what `measure` returns; an array [N], highest for the most suspicious.
+    suspicion: function of the dictionary that `measure` returns; an array [N], highest for the most suspicious.
     """
 
     caption: str
