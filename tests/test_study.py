@@ -111,12 +111,16 @@ def test_halves_follow_their_number_and_nothing_else(monkeypatch):
     assert found[0]["margins"].tolist() == [-2, 0]
 
 
-def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch):
+def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
+    """A network is scored once, for all means that it is part of, and the mean's seconds are those of its networks."""
     rows = [("identity", 1e-8, 1), ("identity", 1e-8, 2)]
     monkeypatch.setattr(study, "PREDICTIONS", rows)
     output, found = run("retraining", "--halves", "3")
     assert [row["models"] for row in found] == [1, 2]
     assert all(-1 <= row["lds"] <= 1 and row["halves"] == 3 and row["num_queries"] == 3 for row in found)
+    kept = [dict(np.load(path)) for path in tmp_path.glob("pairwise-*.npz")]
+    assert [each["scores"].shape for each in kept] == [(3, 40)] * 2
+    assert found[1]["score_seconds"] == pytest.approx(sum(each["seconds"] for each in kept))
     assert f"| identity | 1e-08 | 2 | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
     assert run("retraining", "--halves", "3")[1] == found
 

@@ -54,7 +54,7 @@ HALVES_SEED = 18
 # Strategy, damping, and of how many networks the mean is taken.
 PREDICTIONS = [(strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES]
 PREDICTIONS += [("ekfac", damping, 1) for damping in (1e-6, 1e-5, 1e-4, None)]
-PREDICTIONS += [("ekfac", 1e-8, models) for models in (3, 5, 10)]
+PREDICTIONS += [("ekfac", 1e-6, models) for models in (3, 5, 10)]
 
 
 class Study:
@@ -241,21 +241,28 @@ class Study:
             scores, *(np.stack(part) for part in zip(*map(dict.values, found), strict=True))
         )
 
+    def pairwise(self, data, queries, strategy, damping_factor, seed):
+        """Scores queries by the network of a seed. Returns the scores, float32 [num_query, num_train], and seconds."""
+        with self.influence(data, strategy=strategy) as make_run:
+            run = make_run(self.model(data, seed))
+            scores, _ = run.pairwise_influence(queries, 1000, damping_factor)
+        return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
+
     def retraining(self, strategy, damping_factor, models, num_queries, halves):
         """Scores queries by the mean of some networks.
 
         Returns the mean linear datamodeling score, its error, and the means of every other query and of the rest.
         """
-        data = wrong_labels(self.clean)
-        queries, scores, seconds = self.test.take(torch.arange(num_queries)), 0, 0
+        data, queries, found = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)), []
         for seed in range(FIRST_SEED, FIRST_SEED + models):
-            with self.influence(data, strategy=strategy) as make_run:
-                run = make_run(self.model(data, seed))
-                own, _ = run.pairwise_influence(queries, 1000, damping_factor)
-            scores, seconds = scores + own / models, seconds + sum(run.seconds.values())
+            compute = partial(self.pairwise, data, queries, strategy, damping_factor, seed)
+            settings = data.digest, queries.digest, strategy, damping_factor, seed
+            found.append(self.kept("pairwise", compute, *settings))
+        scores = torch.from_numpy(np.mean([each["scores"] for each in found], axis=0))
         values = self.predicted(scores, data, queries.to("cpu"))
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
         parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
+        seconds = float(sum(each["seconds"] for each in found))
         return {"lds": values.mean(), "lds_by_half": parts, "standard_error": error, "score_seconds": seconds}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
