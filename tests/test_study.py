@@ -113,16 +113,34 @@ def test_halves_follow_their_number_and_nothing_else(monkeypatch):
 
 def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
     """A network is scored once, for all means that it is part of, and the mean's seconds are those of its networks."""
-    rows = [("identity", 1e-8, 1), ("identity", 1e-8, 2)]
+    rows = [("identity", 1e-8, 1, "all"), ("identity", 1e-8, 2, "all"), ("identity", 1e-8, 1, "halves")]
     monkeypatch.setattr(study, "PREDICTIONS", rows)
+    half_of, numbers = study.half_of, []
+    monkeypatch.setattr(study, "half_of", lambda data, number: numbers.append(number) or half_of(data, number))
     output, found = run("retraining", "--halves", "3")
-    assert [row["models"] for row in found] == [1, 2]
+    assert [(row["models"], row["trained_on"]) for row in found] == [(1, "all"), (2, "all"), (1, "halves")]
     assert all(-1 <= row["lds"] <= 1 and row["halves"] == 3 and row["num_queries"] == 3 for row in found)
+    assert sorted(numbers) == [0, 1, 2, 3]  # the last is scored and not predicted
     kept = [dict(np.load(path)) for path in tmp_path.glob("pairwise-*.npz")]
-    assert [each["scores"].shape for each in kept] == [(3, 40)] * 2
-    assert found[1]["score_seconds"] == pytest.approx(sum(each["seconds"] for each in kept))
-    assert f"| identity | 1e-08 | 2 | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
+    assert [each["scores"].shape for each in kept] == [(3, 40)] * 3
+    seconds = sum(row["score_seconds"] for row in found[1:])
+    assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
+    assert f"| identity | 1e-08 | 2 | all | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
     assert run("retraining", "--halves", "3")[1] == found
+
+
+def test_agreement_of_two_trainings_of_a_half(run, monkeypatch):
+    """The second trainings put the three halves in the same order, in the reverse one, and in a third one."""
+    margins = {False: lambda k: [k, k, k], True: lambda k: [k, -k, (0, 2, 1)[k]]}
+
+    def half(self, data, queries, number, seed=None):
+        return {"trained_on": np.ones(len(data), bool), "margins": np.array(margins[seed is not None](number))}
+
+    monkeypatch.setattr(study.Study, "half", half)
+    output, (found,) = run("agreement", "--halves", "3")
+    assert found["agreement"] == pytest.approx((1 - 1 + 0.5) / 3)
+    assert found["standard_error"] == pytest.approx(np.std([1, -1, 0.5], ddof=1) / 3**0.5)
+    assert "over 3 halves: 0.167 ± 0.601" in output
 
 
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):

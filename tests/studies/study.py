@@ -5,13 +5,15 @@ many images in the factors.
     python tests/studies/study.py detection --dataset cifar10
     python tests/studies/study.py cleaning --dataset cifar10
     python tests/studies/study.py retraining --dataset cifar10
+    python tests/studies/study.py agreement --dataset cifar10
     python tests/studies/study.py factors --dataset cifar10
 
 `similar` writes labels of which a fifth are wrong, each by a class that looks like the right one, for `--noisy_labels`.
 `detection` trains on labels that are wrong at random, and compares all methods and, with `--folds`, the loss of images
 held out in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without
 the top of a ranking or with that put right. `retraining` trains on random halves, and says how well scores predict the
-margins of these networks: the linear datamodeling score. `factors` fits the curvature on ever fewer of the training
+margins of these networks: the linear datamodeling score. `agreement` trains the halves once more: what one training
+cannot say of another, no score predicts. `factors` fits the curvature on ever fewer of the training
 images, and compares the scores with those by all of them. Every result is a line in a file; a study that was stopped
 goes on where it was, and a table of what is there, for each kind of machine, ends each run.
 """
@@ -51,10 +53,11 @@ RANKINGS = ("aum_vote", "aum", "self_influence", "loss", "random")  # and, of ju
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
-# Strategy, damping, and of how many networks the mean is taken.
-PREDICTIONS = [(strategy, 1e-8, 1) for strategy in pipeline.STRATEGIES]
-PREDICTIONS += [("ekfac", damping, 1) for damping in (1e-6, 1e-5, 1e-4, None)]
-PREDICTIONS += [("ekfac", 1e-6, models) for models in (3, 5, 10)]
+# Strategy, damping, of how many networks the mean is taken, and on what these were trained.
+PREDICTIONS = [(strategy, 1e-8, 1, "all") for strategy in pipeline.STRATEGIES]
+PREDICTIONS += [("ekfac", damping, 1, "all") for damping in (1e-6, 1e-5, 1e-4, None)]
+PREDICTIONS += [("ekfac", 1e-6, models, "all") for models in (3, 5, 10)]
+PREDICTIONS += [("ekfac", 1e-6, models, "halves") for models in (1, 3, 5, 10)]
 
 
 class Study:
@@ -225,12 +228,10 @@ class Study:
         model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
         return model.eval()
 
-    def half(self, data, queries, number):
+    def half(self, data, queries, number, seed=None):
         """Trains on a random half of the images. Returns which, bool [N], and its margins on queries, [num_query]."""
-        order = np.random.default_rng((HALVES_SEED, number)).permutation(len(data))
-        chosen = np.zeros(len(data), bool)
-        chosen[order[: round(len(data) / 2)]] = True
-        model, _ = self.train(data.take(torch.from_numpy(chosen.nonzero()[0])), number)
+        half, chosen = half_of(data, number)
+        model, _ = self.train(half, number if seed is None else seed)
         return {"trained_on": chosen, "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy()}
 
     def predicted(self, scores, data, queries):
@@ -242,19 +243,24 @@ class Study:
         )
 
     def pairwise(self, data, queries, strategy, damping_factor, seed):
-        """Scores queries by the network of a seed. Returns the scores, float32 [num_query, num_train], and seconds."""
+        """Scores queries by the network of a seed, or below FIRST_SEED of the half of that number.
+
+        Returns the scores, float32 [num_query, num_train], and seconds. Factors and scores are of all images.
+        """
+        model = self.model(data if seed >= FIRST_SEED else half_of(data, seed)[0], seed)
         with self.influence(data, strategy=strategy) as make_run:
-            run = make_run(self.model(data, seed))
+            run = make_run(model)
             scores, _ = run.pairwise_influence(queries, 1000, damping_factor)
         return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
 
-    def retraining(self, strategy, damping_factor, models, num_queries, halves):
-        """Scores queries by the mean of some networks.
+    def retraining(self, strategy, damping_factor, models, trained_on, num_queries, halves):
+        """Scores queries by the mean of some networks, of all images or of halves that are not predicted.
 
         Returns the mean linear datamodeling score, its error, and the means of every other query and of the rest.
         """
         data, queries, found = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)), []
-        for seed in range(FIRST_SEED, FIRST_SEED + models):
+        first = FIRST_SEED if trained_on == "all" else halves
+        for seed in range(first, first + models):
             compute = partial(self.pairwise, data, queries, strategy, damping_factor, seed)
             settings = data.digest, queries.digest, strategy, damping_factor, seed
             found.append(self.kept("pairwise", compute, *settings))
@@ -264,6 +270,21 @@ class Study:
         parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
         seconds = float(sum(each["seconds"] for each in found))
         return {"lds": values.mean(), "lds_by_half": parts, "standard_error": error, "score_seconds": seconds}
+
+    def agreement(self, num_queries, halves):
+        """Trains on each half again, by another seed.
+
+        Returns the mean over queries of Spearman's correlation, over halves, of the margins of the two, and its error.
+        """
+        data, queries = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)).to("cpu")
+        first, again = [], []
+        for k in tqdm(range(halves), "Halves", leave=False):
+            key = data.digest, queries.digest, k
+            first.append(self.kept("half", partial(self.half, data, queries, k), *key)["margins"])
+            seed = FIRST_SEED + k
+            again.append(self.kept("half", partial(self.half, data, queries, k, seed), *key, seed)["margins"])
+        values = np.array([spearman(*pair) for pair in zip(np.stack(first).T, np.stack(again).T, strict=True)])
+        return {"agreement": values.mean(), "standard_error": values.std(ddof=1) / len(values) ** 0.5}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
@@ -301,6 +322,14 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
     norms = np.sqrt((predicted**2).sum(0) * (measured**2).sum(0))
     return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+def half_of(data, number):
+    """Returns a random half of the images, ImageData, and which these are, bool [N]."""
+    order = np.random.default_rng((HALVES_SEED, number)).permutation(len(data))
+    chosen = np.zeros(len(data), bool)
+    chosen[order[: round(len(data) / 2)]] = True
+    return data.take(torch.from_numpy(chosen.nonzero()[0])), chosen
 
 
 def wrong_labels(clean, fraction=NOISES[0][1], seed=pipeline.CORRUPTION_SEED):
@@ -429,36 +458,63 @@ def print_cleaning(study):
             print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
 
 
+def sizes(study):
+    """Returns how many queries and retrained halves there are."""
+    return {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
+
+
+def several_halves(study):
+    """Raises UserError where there are too few halves to be put in order."""
+    if study.args.halves < 2:
+        raise pipeline.UserError(f"argument --halves: {study.args.halves} networks have no order to predict: give 50")
+
+
 def retraining_jobs(study):
     """Returns the jobs: strategies, dampings, and means over several networks."""
-    names = "strategy", "damping_factor", "models"
-    sizes = {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
-    return [{"study": "retraining", **dict(zip(names, row, strict=True)), **sizes} for row in PREDICTIONS]
+    names = "strategy", "damping_factor", "models", "trained_on"
+    return [{"study": "retraining", **dict(zip(names, row, strict=True)), **sizes(study)} for row in PREDICTIONS]
 
 
 def study_retraining(study):
     """Predicts the networks of random halves."""
-    if study.args.halves < 2:
-        raise pipeline.UserError(f"argument --halves: {study.args.halves} networks have no order to predict: give 50")
+    several_halves(study)
     study.complete(retraining_jobs(study), study.retraining)
 
 
 def print_retraining(study):
     """Prints linear datamodeling scores; ± is the standard error over the queries."""
-    print("\n| curvature | damping | networks | LDS | by half of the queries | seconds |\n|---|---|---|---|---|---|")
+    print("\n| curvature | damping | networks | of | LDS | by half of the queries | seconds |\n" + 7 * "|---" + "|")
     for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
         halves = ", ".join(f"{value:.3f}" for value in row.get("lds_by_half", ()))
-        print(f"| {row['strategy']} | {damping} | {row['models']} | {lds} | {halves} | {row['score_seconds']:.0f} |")
+        models = f"{row['models']} | {row['trained_on']}"
+        print(f"| {row['strategy']} | {damping} | {models} | {lds} | {halves} | {row['score_seconds']:.0f} |")
+
+
+def agreement_jobs(study):
+    """Returns the one job."""
+    return [{"study": "agreement", **sizes(study)}]
+
+
+def study_agreement(study):
+    """Trains halves twice."""
+    several_halves(study)
+    study.complete(agreement_jobs(study), study.agreement)
+
+
+def print_agreement(study):
+    """Prints how well margins agree; ± is the standard error over the queries."""
+    for row in chain.from_iterable(map(study.found, agreement_jobs(study))):
+        found = f"{row['agreement']:.3f} ± {row['standard_error']:.3f}"
+        print(f"Spearman's correlation of two trainings over {row['halves']} halves: {found}")
 
 
 def factors_jobs(study):
     """Returns the jobs: factors of ever fewer images, and with other pseudo-labels on all of them."""
     settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
     settings += [(examples, FIRST_SEED) for examples in FACTOR_EXAMPLES if examples < len(study.clean)]
-    sizes = {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
-    return [{"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes} for n, seed in settings]
+    return [{"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes(study)} for n, seed in settings]
 
 
 def study_factors(study):
@@ -482,6 +538,7 @@ STUDIES = {
     "detection": (study_detection, print_detection),
     "cleaning": (study_cleaning, print_cleaning),
     "retraining": (study_retraining, print_retraining),
+    "agreement": (study_agreement, print_agreement),
     "factors": (study_factors, print_factors),
 }
 
