@@ -1,5 +1,5 @@
-"""Studies too long for a test: what finds mislabeled images, what cleaning is worth, what scores predict, and by how
-many images in the factors.
+"""Studies too long for a test: what finds mislabeled images, what cleaning is worth, whether scores predict retraining,
+and how many images the factors need.
 
     python tests/studies/study.py similar --dataset cifar10
     python tests/studies/study.py detection --dataset cifar10
@@ -26,7 +26,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +88,12 @@ class Study:
                 temporary.write_text("".join(lines))
         self.rows = [row for row in map(json.loads, lines) if settings.items() <= row.items()]
 
-    def complete(self, jobs, compute):
-        """Writes and keeps a row for each job, a dictionary, that `compute(**job)` has still to compute."""
+    def complete(self, jobs):
+        """Writes and keeps a row for each job, a dictionary, that the method its `study` names has still to compute."""
         for job in jobs:
             if not self.found(job):
                 start = time.perf_counter()
-                found = compute(**{name: value for name, value in job.items() if name != "study"})
+                found = getattr(self, job["study"])(**{name: value for name, value in job.items() if name != "study"})
                 row = job | found | {"seconds": time.perf_counter() - start} | self.asked
                 row |= {"environment": pipeline.environment(self.device)}
                 with self.path.open("a") as file:
@@ -168,7 +168,7 @@ class Study:
     # ----------------------------------------------------------------------------------------------
 
     def cleaning(self, labels, seed, by=None, fraction=None):
-        """Trains on the true labels, or on corrupted ones after something was done about them. Returns the accuracy.
+        """Returns the accuracy of a training on the true labels, on corrupted ones, or on what was cleaned of these.
 
         Of the top `fraction` of the ranking by `by`, the images are left out, or the wrong labels are put right.
         """
@@ -202,7 +202,7 @@ class Study:
     def detected(self, seed):
         """Returns the row of the detection among the labels that the cleaning starts from."""
         job = {"study": "detection", **noisy_run(*NOISES[0], pipeline.CORRUPTION_SEED, seed)}
-        self.complete([job], self.detection)
+        self.complete([job])
         return self.found(job)[0]
 
     # ----------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ class Study:
             found.append(self.kept("pairwise", compute, *settings))
         scores = torch.from_numpy(np.mean([each["scores"] for each in found], axis=0))
         values = self.predicted(scores, data, queries.to("cpu"))
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
         parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
         seconds = float(sum(each["seconds"] for each in found))
-        return {"lds": values.mean(), "lds_by_half": parts, "standard_error": error, "score_seconds": seconds}
+        result = {"lds": values.mean(), "lds_by_half": parts, "standard_error": standard_error(values)}
+        return result | {"score_seconds": seconds}
 
     def agreement(self, num_queries, halves):
         """Trains on each half again, by another seed.
@@ -284,7 +284,7 @@ class Study:
             seed = FIRST_SEED + k
             again.append(self.kept("half", partial(self.half, data, queries, k, seed), *key, seed)["margins"])
         values = np.array([spearman(*pair) for pair in zip(np.stack(first).T, np.stack(again).T, strict=True)])
-        return {"agreement": values.mean(), "standard_error": values.std(ddof=1) / len(values) ** 0.5}
+        return {"agreement": values.mean(), "standard_error": standard_error(values)}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
@@ -318,10 +318,13 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     0 where one of them is the same for all networks.
     """
     predicted = trained_on.astype(float) @ scores.double().numpy().T  # (M, num_query)
-    predicted, measured = (np.apply_along_axis(detect.ranks, 0, values) for values in (predicted, margins))
-    predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
-    norms = np.sqrt((predicted**2).sum(0) * (measured**2).sum(0))
-    return np.divide((predicted * measured).sum(0), norms, out=np.zeros_like(norms), where=norms > 0)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num([spearman(*pair) for pair in zip(predicted.T, margins.T, strict=True)])
+
+
+def standard_error(values):
+    """Returns the standard error of the mean of values [N], zero of a single one."""
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def half_of(data, number):
@@ -379,19 +382,15 @@ def noisy_run(noise, fraction, corruption_seed, seed):
     return {"noise": noise, "fraction": fraction, "corruption_seed": corruption_seed, "seed": seed}
 
 
-def study_detection(study):
-    """Compares the methods: seeds of training and corruption, kinds of noise."""
+def detection_jobs(study):
+    """Yields the jobs: amounts of noise, seeds of corruption and training, and the same for cross-validations."""
     args = study.args
     for noise, fraction in NOISES[: args.num_noises]:
-        runs = [
-            noisy_run(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s)
-            for c in range(args.corruption_seeds)
-            for s in range(args.seeds)
-        ]
-        study.complete([{"study": "detection", **run} for run in runs], study.detection)
+        seeds = product(range(args.corruption_seeds), range(args.seeds))
+        runs = [noisy_run(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s) for c, s in seeds]
+        yield from ({"study": "detection", **run} for run in runs)
         for folds in args.folds:
-            jobs = [{"study": "cross_validation", "folds": folds, **run} for run in runs]
-            study.complete(jobs, study.cross_validation)
+            yield from ({"study": "cross_validation", "folds": folds, **run} for run in runs)
 
 
 def print_detection(study):
@@ -432,10 +431,10 @@ def cleaning_kinds():
             yield {"labels": "put right", "by": by, "fraction": fraction}
 
 
-def study_cleaning(study):
-    """Trains after nothing or something was done about a tenth of wrong labels."""
+def cleaning_jobs(study):
+    """Yields the jobs: what is done about a tenth of wrong labels, by seed of the training."""
     for seed in range(FIRST_SEED, FIRST_SEED + study.args.seeds):
-        study.complete([{"study": "cleaning", **kind, "seed": seed} for kind in cleaning_kinds()], study.cleaning)
+        yield from ({"study": "cleaning", **kind, "seed": seed} for kind in cleaning_kinds())
 
 
 def by_seed(study, kind):
@@ -463,22 +462,10 @@ def sizes(study):
     return {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
 
 
-def several_halves(study):
-    """Raises UserError where there are too few halves to be put in order."""
-    if study.args.halves < 2:
-        raise pipeline.UserError(f"argument --halves: {study.args.halves} networks have no order to predict: give 50")
-
-
 def retraining_jobs(study):
     """Returns the jobs: strategies, dampings, and means over several networks."""
     names = "strategy", "damping_factor", "models", "trained_on"
     return [{"study": "retraining", **dict(zip(names, row, strict=True)), **sizes(study)} for row in PREDICTIONS]
-
-
-def study_retraining(study):
-    """Predicts the networks of random halves."""
-    several_halves(study)
-    study.complete(retraining_jobs(study), study.retraining)
 
 
 def print_retraining(study):
@@ -497,12 +484,6 @@ def agreement_jobs(study):
     return [{"study": "agreement", **sizes(study)}]
 
 
-def study_agreement(study):
-    """Trains halves twice."""
-    several_halves(study)
-    study.complete(agreement_jobs(study), study.agreement)
-
-
 def print_agreement(study):
     """Prints how well margins agree; ± is the standard error over the queries."""
     for row in chain.from_iterable(map(study.found, agreement_jobs(study))):
@@ -515,11 +496,6 @@ def factors_jobs(study):
     settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
     settings += [(examples, FIRST_SEED) for examples in FACTOR_EXAMPLES if examples < len(study.clean)]
     return [{"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes(study)} for n, seed in settings]
-
-
-def study_factors(study):
-    """Fits factors on all and on fewer images."""
-    study.complete(factors_jobs(study), study.factors)
 
 
 def print_factors(study):
@@ -535,11 +511,11 @@ def print_factors(study):
 
 
 STUDIES = {
-    "detection": (study_detection, print_detection),
-    "cleaning": (study_cleaning, print_cleaning),
-    "retraining": (study_retraining, print_retraining),
-    "agreement": (study_agreement, print_agreement),
-    "factors": (study_factors, print_factors),
+    "detection": (detection_jobs, print_detection),
+    "cleaning": (cleaning_jobs, print_cleaning),
+    "retraining": (retraining_jobs, print_retraining),
+    "agreement": (agreement_jobs, print_agreement),
+    "factors": (factors_jobs, print_factors),
 }
 
 
@@ -548,7 +524,7 @@ def main():
     parser = pipeline.OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("study", choices=("similar", *STUDIES))
-    flag("--dataset", default="synthetic")
+    flag("--dataset", choices=pipeline.LOADERS, default="synthetic")
     flag("--dataset_dir", default="./data")
     flag("--num_train_examples", type=pipeline.positive_int, help="default: all")
     flag("--num_query_examples", type=pipeline.positive_int, default=200)
@@ -564,12 +540,14 @@ def main():
     flag("--halves", type=pipeline.whole_number, default=50, help="networks to predict; 0 leaves them out of factors")
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
+    if args.study in ("retraining", "agreement") and args.halves < 2:
+        raise pipeline.UserError(f"argument --halves: {args.halves} networks have no order to predict: give 50")
     study = Study(args)
     if args.study == "similar":
         return write_similar_labels(study)
-    run, print_table = STUDIES[args.study]
+    jobs, print_table = STUDIES[args.study]
     try:
-        run(study)
+        study.complete(jobs(study))
     finally:
         if not study.rows:
             print(f"{study.path} has no results of {study.asked}")
