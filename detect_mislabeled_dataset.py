@@ -38,19 +38,17 @@ class Ranking(NamedTuple):
     caption: str
     colour: str
     line: str
-    uses_curvature: bool
     suspicion: Callable
 
 
 RANKINGS = {
-    "self_influence": Ranking("self-influence", "#0b5394", "-", True, lambda found: found["self_influence"]),
-    "aum": Ranking("area under the margin", "#d55e00", "--", False, lambda found: -found["aum"]),
-    "loss": Ranking("loss", "#e69f00", ":", False, lambda found: found["loss"]),
-    "margin": Ranking("margin", "#cc79a7", "-.", False, lambda found: -found["margin"]),
-    "vote": Ranking("neighbours' vote", "#009e73", "--", False, lambda found: -found["vote"]),
+    "self_influence": Ranking("self-influence", "#0b5394", "-", lambda found: found["self_influence"]),
+    "aum": Ranking("area under the margin", "#d55e00", "--", lambda found: -found["aum"]),
+    "loss": Ranking("loss", "#e69f00", ":", lambda found: found["loss"]),
+    "margin": Ranking("margin", "#cc79a7", "-.", lambda found: -found["margin"]),
+    "vote": Ranking("neighbours' vote", "#009e73", "--", lambda found: -found["vote"]),
     "aum_vote": Ranking(
-        "area under the margin + weighted neighbours' vote",
-        *("#7b3294", "-", False),
+        *("area under the margin + weighted neighbours' vote", "#7b3294", "-"),
         lambda found: -standardise(found["aum"]) - found["accuracy"] ** VOTE_POWER * standardise(found["vote"]),
     ),
 }
@@ -291,8 +289,8 @@ NUM_EXPLAINING, HELD_QUERIES = 3, 1000
 def explain(runs, data, suspects, damping_factor):
     """Returns what speaks against each suspect's label, and what for it: (rank, position, score) of images, by suspect.
 
-    suspects: positions in `data`, ImageData on the CPU. A score is the influence on the margin of the label, the mean
-    over the models; that of a suspect on itself is left out.
+    suspects: positions in `data`, ImageData on the CPU. A score is the influence on the log-odds of the label, the
+    mean over the models; that of a suspect on itself is left out.
     """
     chosen, state = [suspects.tolist()], runs[0].analyzer.state
     if state.use_distributed:  # rounding might give each process other suspects
@@ -413,7 +411,7 @@ def main():
         fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
         record = record_json, args, fields, runs[0].data.images.device, seconds
         pipeline.write_record(*record)  # before the pictures, so that nothing is lost where one fails
-        by = RANKINGS[method].caption + f" ({strategy})" * RANKINGS[method].uses_curvature
+        by = RANKINGS[method].caption + f" ({strategy})" * (method == "self_influence")
         about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
         write_page(page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about)
         plot_suspects(suspects_png, data, order, scores[method], predicted, by)
