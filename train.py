@@ -9,6 +9,7 @@ import io
 import os
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ class ExampleFinder:
         """
         path, number = row.get("path", ""), row.get("index", "").strip()
         if path.strip():
-            spellings = map(pipeline.same_form, [*self.spellings(path), *self.spellings(path.strip())])
+            spellings = map(pipeline.same_form, chain(self.spellings(path), self.spellings(path.strip())))
             known = next((spelling for spelling in spellings if spelling in self.places), None)
             where = "held out for the test" if known else f"not among the {len(self.data)} training images"
             index, problem = self.places.get(known), f"{path} is {where}"
