@@ -139,10 +139,10 @@ corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)
 def shared_parser(description):
     """Returns a parser with the flags that all scripts have."""
     parser = OneLineParser(description=description, allow_abbrev=False)
-    flag, datasets = parser.add_argument, ("cifar10", "imagefolder", "synthetic")
+    flag = parser.add_argument
     wrong = {"type": corrupt_fraction, "metavar": "FRACTION"}
     labels = parser.add_mutually_exclusive_group().add_argument
-    flag("--dataset", choices=datasets, default="cifar10", help="which images (default: %(default)s)")
+    flag("--dataset", choices=LOADERS, default="cifar10", help="which images (default: %(default)s)")
     flag("--dataset_dir", default="./data", help="class folders lie in its train/ and test/ (default: %(default)s)")
     flag("--output_dir", default="./influence_results", help="gets the results (default: %(default)s)")
     labels("--corrupt_percentage", **wrong, help="fraction of wrong labels; 0 means none (default: %(default)s)")
@@ -319,7 +319,7 @@ class ImageData:
         return self.take(kept.nonzero().squeeze(1))
 
     def to(self, device):
-        """Returns the same data with its tensors on `device`, and with its digest, which takes long to compute."""
+        """Returns the same with images and labels on `device`, and with its digest, which takes long to compute."""
         tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "true_labels")}
         moved = replace(self, **tensors)
         vars(moved)["digest"] = self.digest
@@ -407,7 +407,7 @@ def list_samples(folder, verbose):
 
     if not folder.is_dir():
         raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there")
-    tops = {path.name for path in folder.iterdir() if path.is_dir()}
+    tops = set(next(os.walk(folder, onerror=refuse))[1])
     samples, class_names, walked, passed_over = [], [], set(), tops - set(made_by_people(tops))
     for name in made_by_people(tops):
         found = []
@@ -442,7 +442,7 @@ def split_samples(dataset_dir, split):
     samples, class_names = list_samples(dataset_dir / "train", verbose)
     if test_dir.exists():
         test_samples, test_names = list_samples(test_dir, verbose)
-        for place, lacking in ((test_dir, {*class_names} - {*test_names}), ("train", {*test_names} - {*class_names})):
+        for place, lacking in (("test", {*class_names} - {*test_names}), ("train", {*test_names} - {*class_names})):
             if lacking:
                 lacks = f"{dataset_dir / place} lacks the classes {', '.join(sorted(lacking))}"
                 raise UserError(f"{lacks}: add them, or remove {test_dir}, and a tenth of train is held out for it")
@@ -1104,7 +1104,8 @@ class InfluenceRun:
                 for layer, tensor in load_file(path).items():
                     if not tensor.isfinite().all():
                         where = f"in the phase '{phase}' ({path.stem} of {layer})"
-                        raise NumericalError(f"NaN or infinity {where}: train with a lower --learning_rate")
+                        remedy = "raise --damping_factor, or train with a lower --learning_rate"
+                        raise NumericalError(f"NaN or infinity {where}: {remedy}")
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
@@ -1176,7 +1177,7 @@ class InfluenceRun:
 
 def is_whole(folder):
     """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
-    for path in sorted(folder.glob("*")):
+    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):  # a person may add others
         try:
             load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
         except (SafetensorError, ValueError):

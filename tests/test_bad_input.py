@@ -128,26 +128,27 @@ SPOILED = {  # what is done to the folders, and what must be named
     "a link to nothing": (lambda root: (root / "train" / "cat" / "9.png").symlink_to("gone.png"), "cat/9.png"),
     "a name that is not UTF-8": (a_name_in_latin_1, r"cat/\udce4.png' cannot be read"),
     "nothing to hold out": (one_image_per_class_and_no_test, "2 images or more"),
-    "a class missing in test": (lambda root: shutil.rmtree(root / "test" / "cat"), "test lacks the classes cat"),
-    "a class missing in train": (lambda root: shutil.rmtree(root / "train" / "cat"), "train lacks the classes cat"),
+    "a class missing in test": (lambda root: shutil.rmtree(root / "test/cat"), ": my images/test lacks the classes"),
+    "a class missing in train": (lambda root: shutil.rmtree(root / "train/cat"), ": my images/train lacks"),
     "a pipe": (lambda root: os.mkfifo(root / "train" / "cat" / "pipe.png"), "cannot be read (no regular file)"),
     "no folder": (shutil.rmtree, "my images"),
 }
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_spoiled_image_folder_is_named(fails, folders, how):
+def test_a_spoiled_image_folder_is_named(fails, folders, how, monkeypatch):
     spoil, named = SPOILED[how]
     spoil(folders)
-    assert named in fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    monkeypatch.chdir(folders.parent)
+    assert named in fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders.name, "--train_batch_size", 4)
 
 
 def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
-    """Such a one inside a class; a hidden one is passed over like all that is hidden."""
-    scandir = os.scandir
+    """Such a one inside a class, or of classes; a hidden one is passed over like all that is hidden."""
+    scandir, closed = os.scandir, ["2019"]
 
     def scan(path):
-        if os.fspath(path).endswith("2019"):
+        if os.fspath(path).endswith(tuple(closed)):
             raise PermissionError(13, "Permission denied", os.fspath(path))
         return scandir(path)
 
@@ -155,8 +156,10 @@ def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
     (folders / "train" / "cat" / ".hidden" / "2019").mkdir(parents=True)
     pipeline.load_data("imagefolder", folders, "train")
     (folders / "train" / "cat" / "2019").mkdir()
-    message = fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
-    assert "cat/2019" in message
+    flags = TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4
+    assert "cat/2019" in fails(*flags)
+    closed[:] = ["train"]
+    assert "a folder cannot be listed" in fails(*flags)
 
 
 # ---- Values that do not fit the data, folders that are none --------------------------------------

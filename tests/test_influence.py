@@ -195,6 +195,15 @@ def test_a_truncated_file_is_named_and_its_stage_computed_anew(make_run, capsys,
     assert torch.equal(first, again) and f"{path} is damaged" in out and out.count("Reusing") == 1
 
 
+def test_what_others_put_beside_scores_stays(make_run, capsys):
+    folder = make_run().self_influence(1e-3)[1].parent
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", "notes.txt"):
+        (folder / name).write_bytes(b"\xff")
+    make_run().self_influence(1e-3)
+    assert (folder / "notes.txt").exists() and capsys.readouterr().out.count("Reusing") == 2
+
+
 @pytest.mark.parametrize(
     ("strategy", "phase", "left"), [("ekfac", "covariance", 0), ("diagonal", "lambda", 0), ("identity", "scores", 1)]
 )
