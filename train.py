@@ -53,7 +53,7 @@ def read_rows(flag, path, column):
         text = Path(path).read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it has a NUL")
-        text = text.removeprefix("sep=;\n")  # for Excel
+        text, above = text.removeprefix("sep=;\n"), text.startswith("sep=;\n")  # a line for Excel
         first = text.partition("\n")[0]
         reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
@@ -61,7 +61,7 @@ def read_rows(flag, path, column):
             header = f"its first line must name the column '{column}', but is {first!r}"
             raise pipeline.UserError(f"{flag} {path}: {header}")
         for row in reader:
-            place = f"{flag} {path}, line {reader.line_num}"
+            place = f"{flag} {path}, line {reader.line_num + above}"
             if None in row or None in row.values():
                 cells = "has another number of cells than the first line"
                 raise pipeline.UserError(f"{place}: {cells}; where the last is empty, put another column behind it")

@@ -141,6 +141,7 @@ def test_an_image_held_out_is_said_to_be_that(written, photos):
 
 MISTAKES = {  # lines of the file, and what the sentence must say
     "index": (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
+    "index below a line for Excel": (["sep=;", "index;new_label", "6;cat"], "line 3: there is no training image 6"),
     "negative index": (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
     "endless index": (["index,new_label", f"{'1' * 5000},cat"], "line 2: there is no training image 1111"),
     "neither": (["index,new_label", ",cat"], "line 2: needs an index"),
@@ -239,11 +240,6 @@ def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_re
     assert metadata["cleaning"]["excluded"] == [int(row["index"]) for row in ranked(before)[:6]]
 
 
-def test_the_first_model_is_still_there(loop, trained):
-    name = Path("checkpoints") / "model_corrupt_0.1.pth"
-    assert (loop[0] / name).read_bytes() == (trained[0] / name).read_bytes()
-
-
 def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_path):
     shutil.copytree(loop[0], tmp_path, dirs_exist_ok=True)
     (ranking,) = tmp_path.glob("influence_results/model_corrupt_0.1-*/suspects_identity.csv")
@@ -313,12 +309,14 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
 
 
 def test_a_sheet_shows_each_image_in_its_place(tmp_path):
-    """Twelve images, ten a row, are twelve patches of their colours, two of them in a second row."""
+    """Twelve images, ten a row, are twelve patches of their colours in their order, two of them in a second row."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
-    pipeline.draw_sheet(tmp_path / "s.png", images, ["text"] * 12, ["black"] * 12, 10, "title")
+    pipeline.draw_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
     pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))
     areas = [(pixels == image[0, 0, 0]).sum().item() for image in images]
     assert min(areas) > 3000 and max(areas) < 2 * min(areas)
+    places = [(pixels == image[0, 0, 0]).nonzero()[0].item() for image in images]
+    assert places == sorted(places)
 
 
 def test_no_harmful_image_is_called_helpful(tmp_path, data):
