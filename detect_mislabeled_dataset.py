@@ -367,12 +367,13 @@ def build_page(title, hint, images, facts):
 def write_page(path, data, order, scores, logits, explanations, *, num_review, by, cleaned):
     """Writes the page of the first `num_review` suspects, or removes an earlier one where there are to be none.
 
-    The browser keeps what is decided under the hash of the ranking, so that no other ranking meets it.
+    The browser keeps what is decided under the hash of ranking and paths, so that none that has others meets it.
     """
     if not num_review:
         return path.unlink(missing_ok=True)
     cards, shown = describe_suspects(data, order[:num_review].tolist(), scores, logits, explanations, cleaned)
-    names, fingerprint = data.class_names, pipeline.sha256(data.digest, *map(torch.from_numpy, (order, scores)))
+    ranking = data.digest, json.dumps(data.paths), *map(torch.from_numpy, (order, scores))
+    names, fingerprint = data.class_names, pipeline.sha256(*ranking)
     keys = names if all(re.fullmatch("[0-9]", name) for name in names) else "1234567890"
     digits = [(key, name if key == name else f"{key} {name}") for key, name in zip(keys, names, strict=False)]
     facts = {"fingerprint": fingerprint, "column": "path" if any(data.paths) else "index", "classes": names}

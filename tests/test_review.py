@@ -1,5 +1,7 @@
 """The page in which a person decides about suspects, in a real browser, and the influence that it shows."""
 
+import base64
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -164,11 +166,25 @@ def test_names_do_nothing_and_nothing_is_requested(browser, folder, tmp_path):
     assert urls and all(url.startswith(("file:///", "data:")) for url in urls)
 
 
-def test_no_name_ends_the_data_of_the_page():
-    names = ["</script><script>alert(1)</script>", "{{data}}<!--<script>"]
-    page = detect.build_page("title", "", digits(1).images, {"classes": names})
-    told = page.partition('id="data">')[2].partition("</script>")[0]
-    assert json.loads(told) == {"classes": names} and "<" not in told and "alert" not in page.replace(told, "")
+def test_a_card_has_its_image_and_the_best_class_beside_its_label_and_no_name_ends_the_data(tmp_path):
+    """Another ranking, and other paths, have another fingerprint, under which the browser keeps what is decided."""
+    names, order = ["</script><script>alert(1)</script>", "{{data}}<!--<script>", "owl"], np.array([3, 0, 4, 2, 1])
+    data = replace(digits(5), labels=torch.tensor([0, 1, 2, 0, 1]), class_names=names)
+    logits = torch.tensor([[5.0, 1, 3], [5, 1, 3], [5, 1, 3], [0, 4, 2], [2, 4, 6]])
+    about, pages = {"num_review": 5, "by": "loss", "cleaned": False}, []
+    for shown, scores in ((data, 0), (data, 1), (replace(data, paths=["a"] * 5), 0)):
+        detect.write_page(tmp_path / PAGE, shown, order, np.full(5, scores), logits, {}, **about)
+        pages.append((tmp_path / PAGE).read_text(encoding="utf-8"))
+    told = [page.partition('id="data">')[2].partition("</script>")[0] for page in pages]
+    assert "<" not in told[0] and "alert" not in pages[0].replace(told[0], "")
+    assert len({json.loads(facts)["fingerprint"] for facts in told}) == 3
+    cards = json.loads(told[0])["cards"]
+    assert [card["suggested"] for card in cards] == [names[label] for label in (1, 2, 2, 0, 0)]
+    sprite = Image.open(io.BytesIO(base64.b64decode(pages[0].partition("base64,")[2].partition('"')[0])))
+    for card, position in zip(cards, order.tolist(), strict=True):
+        row, column = divmod(card["image"], sprite.width // 32)
+        tile = np.asarray(sprite.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))).astype(int)
+        assert np.abs(tile - data.images[position].permute(1, 2, 0).numpy()).mean() < 12
 
 
 def test_explanations_are_the_influence_on_the_same_images_in_the_test(folder, tmp_path):
