@@ -174,7 +174,7 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path,
     assert finished.returncode == 1, finished.stderr
     (line,) = (line for line in finished.stderr.splitlines() if line.strip() and "%|" not in line)  # no progress bar
     assert line.startswith(f"{name}: error: ")
-    assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
+    assert results(tmp_path) == before and not [*tmp_path.rglob("*unfinished*"), *tmp_path.rglob(".*")]
 
 
 def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):

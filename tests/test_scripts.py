@@ -108,11 +108,13 @@ def test_detect_suspects_csv(detected):
     for row, label, is_corrupted in zip(rows, data.labels.tolist(), data.is_corrupted.tolist(), strict=True):
         assert row["label"] == str(label) and row["is_corrupted"] == str(int(is_corrupted))
         assert row["predicted_label"] in map(str, range(10)) and row["path"] == "" and float(row["loss"]) > 0
+        assert (row["predicted_label"] == row["label"]) == (float(row["margin"]) < 0)
 
 
 def test_detect_json_agrees_with_its_csv(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
-    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None)
+    defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
+    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults)
     fields = documented("detection_<strategy>.json")
     assert list(record) == [name for name in fields if name != "num_query"] and record["num_corrupted"] == NUM_CORRUPTED
     _, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
@@ -157,7 +159,7 @@ def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
     assert out.count("Reusing") == out.count("/factors_ekfac") == 1
     results = result_folder(folder)
     record = json.loads((results / "pairwise_ekfac.json").read_text())
-    check_record(record, num_query_examples=7, query_batch_size=3)
+    check_record(record, num_query_examples=7, query_batch_size=3, damping_factor=1e-6)
     (path,) = results.glob("scores_pairwise*/pairwise_scores.safetensors")
     scores = load_file(path)["all_modules"]
     assert scores.dtype == torch.float32 and scores.shape == (7, NUM_TRAIN)
