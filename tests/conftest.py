@@ -5,6 +5,7 @@ import csv
 import hashlib
 import importlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,6 +135,27 @@ def result_folder(folder, name="model"):
     """The one folder of results below influence_results whose name begins with `name`."""
     (found,) = (folder / "influence_results").glob(f"{name}*")
     return found
+
+
+def results(folder):
+    """What must be the same in every run, by path: all but hidden and unfinished files, times and memory."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+    return {str(path.relative_to(folder)): content(path) for path in paths if "unfinished" not in str(path)}
+
+
+def content(path):
+    """What of a file must be the same in every run."""
+    if path.suffix == ".safetensors":
+        return {name: pipeline.sha256(tensor) for name, tensor in load_file(path).items()}
+    if path.suffix == ".pth":
+        checkpoint = torch.load(path, weights_only=True)
+        tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
+        del checkpoint["metadata"]["train_seconds"], checkpoint["metadata"]["environment"]["peak_memory_bytes"]
+        return [checkpoint["metadata"], {name: pipeline.sha256(tensor) for name, tensor in tensors.items()}]
+    if path.suffix == ".json":
+        found = json.loads(path.read_text())
+        return {name: value for name, value in found.items() if name not in ("seconds", "peak_memory_bytes")}
+    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -291,12 +291,6 @@ def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_wor
     assert len(digits(3)) == 3 and len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
 
 
-@pytest.mark.parametrize("number", [1, 7, 15])
-def test_num_train_examples_draws_distinct_images_and_the_same_each_time(class_folders, number):
-    once, again = (pipeline.load_data("imagefolder", class_folders, "train", number) for _ in range(2))
-    assert once.paths == again.paths and len(set(once.paths)) == number
-
-
 def test_synthetic_digits_are_fixed_balanced_and_different():
     once, again = (pipeline.load_data("synthetic", "", "train", 500) for _ in range(2))
     assert torch.equal(once.images, again.images) and torch.equal(once.labels, again.labels)
@@ -314,6 +308,7 @@ def test_corruption_changes_exactly_the_fraction_and_always_the_label(fraction, 
     corrupted, is_corrupted = pipeline.corrupt_labels(labels, fraction, 10, seed=5)
     assert is_corrupted.sum() == count and torch.equal(corrupted != labels, is_corrupted)
     assert torch.equal(labels, torch.arange(1000) % 10)  # the argument is left alone
+    assert not fraction or not torch.equal(corrupted, pipeline.corrupt_labels(labels, fraction, 10, seed=6)[0])
 
 
 def test_corruption_is_uniform_over_the_other_classes():
@@ -322,16 +317,6 @@ def test_corruption_is_uniform_over_the_other_classes():
     others = counts[torch.arange(10) != 3].double()
     chi_squared = ((others - 5000) ** 2 / 5000).sum()
     assert chi_squared < 20.1  # the 99th percentile with 8 degrees of freedom
-
-
-def test_corruption_depends_on_its_seed_alone():
-    labels = torch.arange(1000) % 10
-    torch.manual_seed(1)
-    first, _ = pipeline.corrupt_labels(labels, 0.1, 10)
-    torch.manual_seed(2)
-    second, _ = pipeline.corrupt_labels(labels, 0.1, 10)
-    other, _ = pipeline.corrupt_labels(labels, 0.1, 10, seed=pipeline.CORRUPTION_SEED + 1)
-    assert torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_true_labels_stay_with_their_images():

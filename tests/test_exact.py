@@ -376,28 +376,16 @@ def test_ekfac_eigenvalues_are_the_diagonal_of_the_rotated_gauss_newton_block(co
         assert relative_error(found.eigenvalues, rotated.diag()) < TOLERANCE
 
 
-def test_ekfac_is_never_further_from_the_exact_block_than_kfac(comparisons):
-    """In every network and layer: no other eigenvalues in the same basis are closer, in whatever scale."""
-    for found in comparisons.values():
-        assert found.errors["ekfac"] <= found.errors["kfac"]
-        assert found.errors["ekfac"] <= found.errors["kfac times positions"]
-
-
 @pytest.mark.parametrize("layer", POSITIONS)
 def test_on_average_ekfac_is_closest_then_kfac_then_diagonal_then_identity(comparisons, layer):
-    """The mean over networks, with the T in the KFAC of convolutions (T is 1 in the linear layer)."""
-    means = mean_errors(comparisons, layer)
-    assert means["ekfac"] < means["kfac times positions"] < means["diagonal"] < means["identity"]
+    """The mean over networks, with the T in the KFAC of convolutions (T is 1 in the linear layer).
 
-
-@pytest.mark.parametrize("layer", ["strided", "padded"])
-def test_kfac_as_kronfluence_fits_it_is_too_small_in_convolutions(comparisons, layer):
-    """A known limit of the strategy `kfac`, which acts as if its damping were T times as large: see the table above.
-
-    EKFAC is free of it, since it fits the eigenvalues. Should this fail one day, kronfluence has put the T in.
+    A known limit of the strategy `kfac` is that it lacks this T, and acts as if its damping were T times as large.
+    EKFAC is free of it, since it fits the eigenvalues. Should the last line fail, kronfluence has put the T in.
     """
     means = mean_errors(comparisons, layer)
-    assert means["kfac times positions"] < means["diagonal"] < means["kfac"] < means["identity"]
+    assert means["ekfac"] < means["kfac times positions"] < means["diagonal"] < means["identity"]
+    assert layer == "linear" or means["diagonal"] < means["kfac"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,21 +489,16 @@ def agreement(title, predicted, actual):
 def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(regression):
     """A positive score is a helpful image: without it the margin falls, by about score / N.
 
-    An image takes its own curvature with it, which a first-order score leaves out: most slopes lie above 1.
+    An image takes its own curvature with it, which a first-order score leaves out: most slopes lie above 1. Dot
+    products of gradients, without the curvature, predict less.
     """
-    run = make_run(regression.folder, regression.model, regression.data, "ekfac")
-    scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
-    correlation, slope, same_sign = agreement("EKFAC", -scores / NUM_REMOVED, regression.change)
-    assert correlation > 0.95 and 0.9 < slope < 1.35 and same_sign > 0.85
-
-
-def test_curvature_predicts_better_than_dot_products(regression):
-    correlations = {}
+    found = {}
     for strategy in ("ekfac", "identity"):
         run = make_run(regression.folder, regression.model, regression.data, strategy)
         scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
-        correlations[strategy], _, _ = agreement(strategy, -scores, regression.change)
-    assert correlations["identity"] < correlations["ekfac"]
+        found[strategy] = agreement(strategy, -scores / NUM_REMOVED, regression.change)
+    correlation, slope, same_sign = found["ekfac"]
+    assert correlation > 0.95 and 0.9 < slope < 1.35 and same_sign > 0.85 and found["identity"][0] < correlation
 
 
 def test_self_influence_predicts_the_loss_of_an_image_that_was_not_trained_on(regression):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, ROOT, SCRIPTS, SYNTHETIC, TRAIN, result_folder, succeed
+from conftest import ANALYZE, DETECT, ROOT, SCRIPTS, SYNTHETIC, TRAIN, result_folder, results, succeed
 from safetensors.torch import load_file
 
 import pipeline
@@ -76,27 +76,6 @@ def copy_checkpoint(source, folder):
     """Puts the checkpoint of one folder into another."""
     (folder / CHECKPOINT).parent.mkdir()
     shutil.copy(source / CHECKPOINT, folder / CHECKPOINT)
-
-
-def results(folder):
-    """What must be the same in every run, by path: all but hidden and unfinished files, times and memory."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
-    return {str(path.relative_to(folder)): content(path) for path in paths if "unfinished" not in str(path)}
-
-
-def content(path):
-    """What of a file must be the same in every run."""
-    if path.suffix == ".safetensors":
-        return {name: pipeline.sha256(tensor) for name, tensor in load_file(path).items()}
-    if path.suffix == ".pth":
-        checkpoint = torch.load(path, weights_only=True)
-        tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
-        del checkpoint["metadata"]["train_seconds"], checkpoint["metadata"]["environment"]["peak_memory_bytes"]
-        return [checkpoint["metadata"], {name: pipeline.sha256(tensor) for name, tensor in tensors.items()}]
-    if path.suffix == ".json":
-        found = json.loads(path.read_text())
-        return {name: value for name, value in found.items() if name not in ("seconds", "peak_memory_bytes")}
-    return path.read_bytes()
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------

@@ -3,15 +3,12 @@
 The scripts run in this process, through their `main`, on 40 digits with diagonal curvature.
 """
 
-import json
 import pickle
 import shutil
 
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, TRAIN, refused, succeed
-from PIL import Image
-from safetensors.torch import load_file
+from conftest import ANALYZE, DETECT, TRAIN, refused, results, succeed
 
 import pipeline
 
@@ -38,27 +35,6 @@ def used(pretrained, tmp_path):
     return tmp_path / "used"
 
 
-def results(folder):
-    """Every score and factor of every result folder, and the tables, by path."""
-    found = {}
-    for path in folder.glob("influence_results/**/*"):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found |= {f"{name} {layer}": tensor for layer, tensor in load_file(path).items()}
-        elif path.suffix == ".csv":
-            found[name] = path.read_bytes()
-    return found
-
-
-def assert_clean_results_are_among(used, clean):
-    """Each result of the clean folder is in the used one, bit for bit."""
-    expected, found = results(clean), results(used)
-    assert expected
-    for name, value in expected.items():
-        same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
-        assert same, name
-
-
 CHANGES = {
     "retrained with another seed": (("--seed", "7"), ()),
     "other corruption": (("--corrupt_percentage", "0.2"), ("--corrupt_percentage", "0.2")),
@@ -81,7 +57,7 @@ def test_after_a_change_analyze_gives_what_a_clean_folder_gives(used, tmp_path, 
         if retrain is not None:
             succeed(folder, TRAIN, *DATA, *RECIPE, *retrain)
         succeed(folder, ANALYZE, *DATA, *QUERIES, *flags)
-    assert_clean_results_are_among(used, clean)
+    assert results(clean / "influence_results").items() <= results(used / "influence_results").items()
 
 
 @pytest.mark.parametrize(
@@ -90,32 +66,13 @@ def test_after_a_change_analyze_gives_what_a_clean_folder_gives(used, tmp_path, 
         (("--damping_factor", "1e-5"), ["factors"]),
         (("--num_query_examples", "3"), ["factors"]),
         (("--train_batch_size", "3"), ["factors", "scores"]),
-        (("--precision", "bf16"), []),
-        (("--seed", "5"), []),
     ],
-    ids=["other damping", "other queries", "other batch size", "other precision", "other pseudo-labels"],
+    ids=["other damping", "other queries", "other batch size"],
 )
 def test_what_can_be_reused_is_reused_and_says_so(used, flags, reused):
     out = succeed(used, ANALYZE, *DATA, *QUERIES, *flags)
     lines = [line for line in out.splitlines() if line.startswith("Reusing ")]
     assert [line.split("/")[-1].split("_")[0] for line in lines] == reused
-
-
-def test_one_changed_pixel_is_refused(folders, tmp_path):
-    flags = ("--dataset", "imagefolder", "--dataset_dir", folders, "--device", "cpu")
-    succeed(tmp_path, TRAIN, *flags, *RECIPE)
-    path = next((folders / "train").rglob("*.png"))
-    image = Image.open(path).resize((32, 32))
-    image.putpixel((5, 5), tuple(255 - value for value in image.getpixel((5, 5))))
-    image.save(path)
-    assert "other images or labels" in refused(tmp_path, ANALYZE, *flags, *SCORE)
-    assert not list((tmp_path / "influence_results").glob("model*"))
-
-
-def test_json_names_the_flags_of_the_run_that_wrote_it(used):
-    succeed(used, ANALYZE, *DATA, *QUERIES, "--damping_factor", "1e-5")
-    record = json.loads(next(used.glob("influence_results/*/pairwise_diagonal.json")).read_text())
-    assert record["flags"]["damping_factor"] == 1e-5
 
 
 # ---- Foreign checkpoints -------------------------------------------------------------------------
@@ -145,6 +102,6 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, what):
         else:
             metadata |= changed
         pipeline.save_checkpoint(path, model, metadata)
-    before = results(used).keys()
+    before = results(used / "influence_results")
     assert "model.pth" in refused(used, ANALYZE, *DATA, *QUERIES)
-    assert results(used).keys() == before
+    assert results(used / "influence_results") == before
