@@ -97,7 +97,7 @@ def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
 
 
 @pytest.mark.parametrize(("brightest", "bits"), [(65535, 16), (23130, 16), (4095, 12), (1000, 12), (200, 8)])
-def test_16_bits_of_grey_are_scaled_by_those_that_the_data_set_uses(tmp_path, capsys, brightest, bits):
+def test_16_bits_of_grey_are_scaled_by_those_that_its_images_use(tmp_path, capsys, brightest, bits):
     """A dark image beside a bright one stays dark, and colours stay as they are."""
     for name, value in (("bright", brightest), ("dark", brightest // 10)):
         (tmp_path / f"{name}.pgm").write_bytes(b"P5 40 40 65535\n" + np.full(1600, value, ">u2").tobytes())
