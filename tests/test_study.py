@@ -129,20 +129,6 @@ def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_p
     assert run("retraining", "--halves", "3")[1] == found
 
 
-def test_agreement_of_two_trainings_of_a_half(run, monkeypatch):
-    """The second trainings put the three halves in the same order, in the reverse one, and in a third one."""
-    margins = {False: lambda k: [k, k, k], True: lambda k: [k, -k, (0, 2, 1)[k]]}
-
-    def half(self, data, queries, number, seed=None):
-        return {"trained_on": np.ones(len(data), bool), "margins": np.array(margins[seed is not None](number))}
-
-    monkeypatch.setattr(study.Study, "half", half)
-    output, (found,) = run("agreement", "--halves", "3")
-    assert found["agreement"] == pytest.approx((1 - 1 + 0.5) / 3)
-    assert found["standard_error"] == pytest.approx(np.std([1, -1, 0.5], ddof=1) / 3**0.5)
-    assert "over 3 halves: 0.167 ± 0.601" in output
-
-
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     monkeypatch.setattr(study, "FACTOR_EXAMPLES", (50, 20))
     _, (full, other, half) = run("factors", "--halves", "2")

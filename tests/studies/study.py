@@ -5,15 +5,13 @@ and how many images the factors need.
     python tests/studies/study.py detection --dataset cifar10
     python tests/studies/study.py cleaning --dataset cifar10
     python tests/studies/study.py retraining --dataset cifar10
-    python tests/studies/study.py agreement --dataset cifar10
     python tests/studies/study.py factors --dataset cifar10
 
 `similar` writes labels of which a fifth are wrong, each by a class that looks like the right one, for `--noisy_labels`.
 `detection` trains on labels that are wrong at random, and compares all methods and, with `--folds`, the loss of images
 held out in a cross-validation. `cleaning` trains on true labels, on wrong ones, and on what is left of these without
 the top of a ranking or with that put right. `retraining` trains on random halves, and says how well scores predict the
-margins of these networks: the linear datamodeling score. `agreement` trains the halves once more: what one training
-cannot say of another, no score predicts. `factors` fits the curvature on ever fewer of the training
+margins of these networks: the linear datamodeling score. `factors` fits the curvature on ever fewer of the training
 images, and compares the scores with those by all of them. Every result is a line in a file; a study that was stopped
 goes on where it was, and a table of what is there, for each kind of machine, ends each run.
 """
@@ -228,10 +226,10 @@ class Study:
         model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
         return model.eval()
 
-    def half(self, data, queries, number, seed=None):
+    def half(self, data, queries, number):
         """Trains on a random half of the images. Returns which, bool [N], and its margins on queries, [num_query]."""
         half, chosen = half_of(data, number)
-        model, _ = self.train(half, number if seed is None else seed)
+        model, _ = self.train(half, number)
         return {"trained_on": chosen, "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy()}
 
     def predicted(self, scores, data, queries):
@@ -268,23 +266,9 @@ class Study:
         values = self.predicted(scores, data, queries.to("cpu"))
         parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
         seconds = float(sum(each["seconds"] for each in found))
-        result = {"lds": values.mean(), "lds_by_half": parts, "standard_error": standard_error(values)}
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        result = {"lds": values.mean(), "lds_by_half": parts, "standard_error": error}
         return result | {"score_seconds": seconds}
-
-    def agreement(self, num_queries, halves):
-        """Trains on each half again, by another seed.
-
-        Returns the mean over queries of Spearman's correlation, over halves, of the margins of the two, and its error.
-        """
-        data, queries = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)).to("cpu")
-        first, again = [], []
-        for k in tqdm(range(halves), "Halves", leave=False):
-            key = data.digest, queries.digest, k
-            first.append(self.kept("half", partial(self.half, data, queries, k), *key)["margins"])
-            seed = FIRST_SEED + k
-            again.append(self.kept("half", partial(self.half, data, queries, k, seed), *key, seed)["margins"])
-        values = np.array([spearman(*pair) for pair in zip(np.stack(first).T, np.stack(again).T, strict=True)])
-        return {"agreement": values.mean(), "standard_error": standard_error(values)}
 
     def factors(self, examples, pseudo_label_seed, num_queries, halves):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
@@ -320,11 +304,6 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     predicted = trained_on.astype(float) @ scores.double().numpy().T  # (M, num_query)
     with np.errstate(invalid="ignore"):
         return np.nan_to_num([spearman(*pair) for pair in zip(predicted.T, margins.T, strict=True)])
-
-
-def standard_error(values):
-    """Returns the standard error of the mean of values [N], zero of a single one."""
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def half_of(data, number):
@@ -479,18 +458,6 @@ def print_retraining(study):
         print(f"| {row['strategy']} | {damping} | {models} | {lds} | {halves} | {row['score_seconds']:.0f} |")
 
 
-def agreement_jobs(study):
-    """Returns the one job."""
-    return [{"study": "agreement", **sizes(study)}]
-
-
-def print_agreement(study):
-    """Prints how well margins agree; ± is the standard error over the queries."""
-    for row in chain.from_iterable(map(study.found, agreement_jobs(study))):
-        found = f"{row['agreement']:.3f} ± {row['standard_error']:.3f}"
-        print(f"Spearman's correlation of two trainings over {row['halves']} halves: {found}")
-
-
 def factors_jobs(study):
     """Returns the jobs: factors of ever fewer images, and with other pseudo-labels on all of them."""
     settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
@@ -514,7 +481,6 @@ STUDIES = {
     "detection": (detection_jobs, print_detection),
     "cleaning": (cleaning_jobs, print_cleaning),
     "retraining": (retraining_jobs, print_retraining),
-    "agreement": (agreement_jobs, print_agreement),
     "factors": (factors_jobs, print_factors),
 }
 
@@ -540,7 +506,7 @@ def main():
     flag("--halves", type=pipeline.whole_number, default=50, help="networks to predict; 0 leaves them out of factors")
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
-    if args.study in ("retraining", "agreement") and args.halves < 2:
+    if args.study == "retraining" and args.halves < 2:
         raise pipeline.UserError(f"argument --halves: {args.halves} networks have no order to predict: give 50")
     study = Study(args)
     if args.study == "similar":
