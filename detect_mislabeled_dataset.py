@@ -367,7 +367,7 @@ def build_page(title, hint, images, facts):
 def write_page(path, data, order, scores, logits, explanations, *, num_review, by, cleaned):
     """Writes the page of the first `num_review` suspects, or removes an earlier one where there are to be none.
 
-    The browser keeps what is decided under the hash of ranking and paths, so that none that has others meets it.
+    The browser keeps decisions under the hash of ranking and paths: a page that has others begins without them.
     """
     if not num_review:
         return path.unlink(missing_ok=True)
