@@ -1,6 +1,7 @@
 """The studies on forty digits: what they train on, what they write, and that a stopped one goes on."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,12 +104,31 @@ def test_halves_follow_their_number_and_nothing_else(monkeypatch):
         train=lambda part, seed: (part, None),
         logits=lambda part, queries: torch.tensor([[1.0, 3.0], [2.0, 2.0]]) * len(part) / 1000,
     )
-    found = [study.Study.half(fake, data, data.take(torch.arange(2)), number) for number in (0, 1, 0)]
+    found = [study.Study.half(fake, data, data.take(torch.arange(2)), number, 7) for number in (0, 1, 0)]
     first, other, again = (half["trained_on"] for half in found)
     wrong = pipeline.corrupt_labels(data.labels, 0.1, 10)[1].numpy()
     assert first.sum() == other.sum() == 1000 and np.array_equal(first, again)
     assert 445 < (first & other).sum() < 555 and 65 < (first & wrong).sum() < 135
     assert found[0]["margins"].tolist() == [-2, 0]
+
+
+def test_each_half_is_trained_again_with_another_seed(tmp_path):
+    """A training here makes the margins 10 x its seed + (0, 1, 2) for three queries; what is there is kept."""
+    made = []
+
+    def half(data, queries, number, seed):
+        made.append((number, seed))
+        return {"trained_on": np.arange(4) == number, "margins": 10 * seed + np.arange(3, dtype=np.float32)}
+
+    fake = SimpleNamespace(folder=tmp_path, asked={}, half=half)
+    fake.kept = partial(study.Study.kept, fake)
+    data = image_data(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), ["a"])
+    for trainings in (1, 2, 2):
+        chosen, margins = study.Study.retrained(fake, data, data, 2, trainings)
+        assert chosen.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]] and margins.shape == (trainings, 2, 3)
+    seeds = np.array([[0, 1], [study.FIRST_SEED, study.FIRST_SEED + 1]])
+    assert np.array_equal(margins, 10 * seeds[..., None] + np.arange(3))
+    assert made == [(0, 0), (1, 1), (0, study.FIRST_SEED), (1, study.FIRST_SEED + 1)]
 
 
 def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
@@ -127,6 +147,16 @@ def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_p
     assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
     assert f"| identity | 1e-08 | 2 | all | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
     assert run("retraining", "--halves", "3")[1] == found
+
+    # Trained twice, the mean margin is predicted.
+    seen = []
+    monkeypatch.setattr(study, "linear_datamodeling_scores", lambda *parts: seen.append(parts) or np.array([0.5, 0.7]))
+    margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
+    monkeypatch.setattr(study.Study, "retrained", lambda *sizes: (TRAINED_ON[:3], margins))
+    output, found = run("retraining", "--halves", "3", "--trainings", "2", "--num_query_examples", "2")
+    assert seen[-1][2].tolist() == [[2.5, 3], [3.5, 4.5], [4.5, 4.5]] and found[-1]["lds"] == pytest.approx(0.6)
+    assert found[-1]["agreement"] == pytest.approx((1 + 0.5) / 2)  # ranks 1 2 3 twice, and 1 3 2 beside 1 2 3
+    assert "Two trainings of a half agree by 0.750." in output
 
 
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):

@@ -226,19 +226,23 @@ class Study:
         model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
         return model.eval()
 
-    def half(self, data, queries, number):
+    def half(self, data, queries, number, seed):
         """Trains on a random half of the images. Returns which, bool [N], and its margins on queries, [num_query]."""
         half, chosen = half_of(data, number)
-        model, _ = self.train(half, number)
+        model, _ = self.train(half, seed)
         return {"trained_on": chosen, "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy()}
 
-    def predicted(self, scores, data, queries):
-        """Returns the linear datamodeling score of each query, see `linear_datamodeling_scores`."""
-        jobs = tqdm(range(self.args.halves), "Halves", leave=False)
-        found = [self.kept("half", partial(self.half, data, queries, k), data.digest, queries.digest, k) for k in jobs]
-        return linear_datamodeling_scores(
-            scores, *(np.stack(part) for part in zip(*map(dict.values, found), strict=True))
-        )
+    def retrained(self, data, queries, halves, trainings):
+        """Trains so many times on each half.
+
+        Returns which images a half has, bool [halves, N], and margins on queries, float32 [trainings, halves, Q].
+        """
+        found = []
+        for turn, number in tqdm([*product(range(trainings), range(halves))], "Halves", leave=False):
+            settings = data.digest, queries.digest, number, number + turn * FIRST_SEED
+            found.append(self.kept("half", partial(self.half, data, queries, *settings[2:]), *settings))
+        margins = np.stack([each["margins"] for each in found])
+        return np.stack([each["trained_on"] for each in found[:halves]]), margins.reshape(trainings, halves, -1)
 
     def pairwise(self, data, queries, strategy, damping_factor, seed):
         """Scores queries by the network of a seed, or below FIRST_SEED of the half of that number.
@@ -251,10 +255,11 @@ class Study:
             scores, _ = run.pairwise_influence(queries, 1000, damping_factor)
         return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
 
-    def retraining(self, strategy, damping_factor, models, trained_on, num_queries, halves):
+    def retraining(self, strategy, damping_factor, models, trained_on, num_queries, halves, trainings):
         """Scores queries by the mean of some networks, of all images or of halves that are not predicted.
 
-        Returns the mean linear datamodeling score, its error, and the means of every other query and of the rest.
+        Returns the mean linear datamodeling score, its error, the means of every other query and of the rest, and how
+        well two trainings of a half agree, by the same measure; None of a single one.
         """
         data, queries, found = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)), []
         first = FIRST_SEED if trained_on == "all" else halves
@@ -263,14 +268,16 @@ class Study:
             settings = data.digest, queries.digest, strategy, damping_factor, seed
             found.append(self.kept("pairwise", compute, *settings))
         scores = torch.from_numpy(np.mean([each["scores"] for each in found], axis=0))
-        values = self.predicted(scores, data, queries.to("cpu"))
+        chosen, margins = self.retrained(data, queries.to("cpu"), halves, trainings)
+        values = linear_datamodeling_scores(scores, chosen, margins.mean(0))
+        agreement = mean_spearman(*margins[:2].swapaxes(1, 2)) if trainings > 1 else None
         parts = [values[::2].mean(), values[1::2].mean()] if len(values) > 1 else []
         seconds = float(sum(each["seconds"] for each in found))
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
         result = {"lds": values.mean(), "lds_by_half": parts, "standard_error": error}
-        return result | {"score_seconds": seconds}
+        return result | {"agreement": agreement, "score_seconds": seconds}
 
-    def factors(self, examples, pseudo_label_seed, num_queries, halves):
+    def factors(self, examples, pseudo_label_seed, num_queries, halves, trainings):
         """Scores by factors of some images, None for all. Returns agreement with all, what it finds, seconds."""
         data = wrong_labels(self.clean)
         queries, model = self.test.take(torch.arange(num_queries)), self.model(data, FIRST_SEED)
@@ -287,10 +294,10 @@ class Study:
         own = full if first else score(examples, pseudo_label_seed)
         found = figures({"self_influence": own["self"]}, data.is_corrupted.numpy())["self_influence"]
         found |= {"factor_seconds": float(own["seconds"]), "self_spearman": spearman(own["self"], full["self"])}
-        pairs = zip(own["pairwise"], full["pairwise"], strict=True)
-        found["pairwise_spearman"] = float(np.mean([spearman(*pair) for pair in pairs]))
+        found["pairwise_spearman"] = mean_spearman(own["pairwise"], full["pairwise"])
         if halves:
-            found["lds"] = self.predicted(torch.from_numpy(own["pairwise"]), data, queries.to("cpu")).mean()
+            chosen, margins = self.retrained(data, queries.to("cpu"), halves, trainings)
+            found["lds"] = linear_datamodeling_scores(torch.from_numpy(own["pairwise"]), chosen, margins.mean(0)).mean()
         return found
 
 
@@ -304,6 +311,11 @@ def linear_datamodeling_scores(scores, trained_on, margins):
     predicted = trained_on.astype(float) @ scores.double().numpy().T  # (M, num_query)
     with np.errstate(invalid="ignore"):
         return np.nan_to_num([spearman(*pair) for pair in zip(predicted.T, margins.T, strict=True)])
+
+
+def mean_spearman(first, second):
+    """Returns the mean, over the rows of two arrays [M, N], of Spearman's correlation."""
+    return float(np.mean([spearman(*pair) for pair in zip(first, second, strict=True)]))
 
 
 def half_of(data, number):
@@ -437,8 +449,9 @@ def print_cleaning(study):
 
 
 def sizes(study):
-    """Returns how many queries and retrained halves there are."""
-    return {"num_queries": min(study.args.num_query_examples, len(study.test)), "halves": study.args.halves}
+    """Returns how many queries and retrained halves there are, and how often each of these is trained."""
+    queries = min(study.args.num_query_examples, len(study.test))
+    return {"num_queries": queries, "halves": study.args.halves, "trainings": study.args.trainings}
 
 
 def retraining_jobs(study):
@@ -449,13 +462,16 @@ def retraining_jobs(study):
 
 def print_retraining(study):
     """Prints linear datamodeling scores; ± is the standard error over the queries."""
+    rows = [*chain.from_iterable(map(study.found, retraining_jobs(study)))]
     print("\n| curvature | damping | networks | of | LDS | by half of the queries | seconds |\n" + 7 * "|---" + "|")
-    for row in chain.from_iterable(map(study.found, retraining_jobs(study))):
+    for row in rows:
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
         halves = ", ".join(f"{value:.3f}" for value in row.get("lds_by_half", ()))
         models = f"{row['models']} | {row['trained_on']}"
         print(f"| {row['strategy']} | {damping} | {models} | {lds} | {halves} | {row['score_seconds']:.0f} |")
+    if rows and rows[0].get("agreement"):
+        print(f"Two trainings of a half agree by {rows[0]['agreement']:.3f}.")
 
 
 def factors_jobs(study):
@@ -504,6 +520,7 @@ def main():
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     flag("--folds", type=folds, nargs="*", default=[], help="of a cross-validation, such as 2 5")
     flag("--halves", type=pipeline.whole_number, default=50, help="networks to predict; 0 leaves them out of factors")
+    flag("--trainings", type=pipeline.positive_int, default=1, help="of each half; its mean margin is predicted")
     flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
     args = parser.parse_args()
     if args.study == "retraining" and args.halves < 2:
