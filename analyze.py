@@ -33,7 +33,7 @@ def number_list(text):
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0])
-    parser.set_defaults(damping_factor=1e-6)  # of thousands of images it predicts retraining best
+    parser.set_defaults(damping_factor=1e-6)  # with thousands of images it predicts retraining better than heuristic
     number, flag = pipeline.positive_int, parser.add_argument
     which = parser.add_mutually_exclusive_group().add_argument
     which("--num_query_examples", type=number, metavar="N", help=f"first N test images (default: {DEFAULT_QUERIES})")
@@ -118,7 +118,7 @@ def main():
             scores = sum(own for own, _ in found) / len(runs)
             scores_path = folder / f"pairwise_{strategy}.safetensors"
             with pipeline.atomic_path(scores_path) as temporary:
-                save_file({"all_modules": scores}, temporary)
+                save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
         top_csv, top_png = (folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png"))
         write_top_influences(top_csv, scores, queries, data)
         record_json, fields = folder / f"pairwise_{strategy}.json", {"num_train": len(data), "num_query": len(queries)}
