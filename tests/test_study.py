@@ -146,7 +146,7 @@ def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_p
     seconds = sum(row["score_seconds"] for row in found[1:])
     assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
     assert f"| identity | 1e-08 | 2 | all | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |" in output
-    assert run("retraining", "--halves", "3")[1] == found
+    assert run("retraining", "--halves", "3")[1] == run("retraining", "--halves", "4", "--seeds", "0")[1] == found
 
     # Trained twice, the mean margin is predicted.
     seen = []
