@@ -258,7 +258,7 @@ class Study:
         """Scores queries by the mean of some networks, of all images or of halves that are not predicted.
 
         Returns the mean linear datamodeling score, its error, the means of every other query and of the rest, and how
-        well two trainings of a half agree, by the same measure; None of a single one.
+        well two trainings of a half agree, by Spearman's correlation over the halves; None of a single one.
         """
         data, queries, found = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)), []
         first = FIRST_SEED if trained_on == "all" else halves
