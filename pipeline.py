@@ -1109,13 +1109,7 @@ class InfluenceRun:
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
-        args = FactorArguments(
-            strategy=self.strategy,
-            covariance_max_examples=None,
-            lambda_max_examples=None,
-            activation_covariance_dtype=self.precision.sums,
-            per_sample_gradient_dtype=self.precision.products,
-        )
+        args = FactorArguments(strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None)
 
         def compute(name, batch_size):
             with self.phase("covariance", name):
@@ -1129,9 +1123,8 @@ class InfluenceRun:
 
     def score_arguments(self, damping_factor, **settings):
         """Returns kronfluence's ScoreArguments; the identity has nothing to damp."""
-        dtypes = {"per_sample_gradient_dtype": self.precision.products, "precondition_dtype": self.precision.sums}
         damping_factor = 0.0 if self.strategy == "identity" else damping_factor
-        return ScoreArguments(damping_factor=damping_factor, **dtypes, **settings)
+        return ScoreArguments(damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings)
 
     def self_influence(self, damping_factor):
         """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.

@@ -265,11 +265,10 @@ def test_self_influence_equals_the_dense_computation(exact, fitted, strategy, da
 def test_unmodified_kronfluence_agrees_with_the_dense_computation(tmp_path, monkeypatch, exact, strategy):
     """A second opinion on the reference: kronfluence's own modules, all of whose dtypes are set to float64."""
     monkeypatch.setattr(pipeline, "install_trackers", lambda *_: None)
-    factor_dtypes = dict.fromkeys(
-        ("activation_covariance_dtype", "gradient_covariance_dtype", "lambda_dtype"), torch.float64
-    )
-    monkeypatch.setattr(pipeline, "FactorArguments", partial(pipeline.FactorArguments, **factor_dtypes))
-    monkeypatch.setattr(pipeline, "ScoreArguments", partial(pipeline.ScoreArguments, score_dtype=torch.float64))
+    names = ("activation_covariance_dtype", "gradient_covariance_dtype", "per_sample_gradient_dtype", "lambda_dtype")
+    dtypes = dict.fromkeys(names, torch.float64), dict.fromkeys(("score_dtype", names[2]), torch.float64)
+    for name, settings in zip(("FactorArguments", "ScoreArguments"), dtypes, strict=True):
+        monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), **settings))
     run = make_run(tmp_path, exact.model, exact.data, strategy)
     pairwise, _ = run.pairwise_influence(exact.queries, QUERY_BATCH_SIZE, None)
     self_influence, _ = run.self_influence(None)
