@@ -1122,7 +1122,7 @@ class InfluenceRun:
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments; the identity has nothing to damp."""
+        """Returns kronfluence's ScoreArguments; the identity has nothing to damp. Other dtypes our trackers know."""
         damping_factor = 0.0 if self.strategy == "identity" else damping_factor
         return ScoreArguments(damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings)
 

@@ -176,7 +176,7 @@ def dense_damped(strategy, layer, damping):
 
 
 def dense_scores(exact, strategy, damping, of="query"):
-    """Returns the exact scores, [Q, N], of queries or of training images: the sum over layers of q^T H^-1 g."""
+    """Returns the exact scores [Q, N] of images, "query" or "train": the sum over layers of q^T H^-1 g."""
     return sum(
         getattr(layer, of) @ torch.linalg.solve(dense_damped(strategy, layer, damping), layer.train.T)
         for layer in exact.layers.values()
@@ -254,10 +254,10 @@ def test_self_influence_equals_the_dense_computation(exact, fitted, strategy, da
 def test_unmodified_kronfluence_agrees_with_the_dense_computation(tmp_path, monkeypatch, exact, strategy):
     """A second opinion on the reference: kronfluence's own modules, all of whose dtypes are set to float64."""
     monkeypatch.setattr(pipeline, "install_trackers", lambda *_: None)
-    names = ("activation_covariance_dtype", "gradient_covariance_dtype", "per_sample_gradient_dtype", "lambda_dtype")
-    dtypes = dict.fromkeys(names, torch.float64), dict.fromkeys(("score_dtype", names[2]), torch.float64)
-    for name, settings in zip(("FactorArguments", "ScoreArguments"), dtypes, strict=True):
-        monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), **settings))
+    in_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+    for name, kinds in (("FactorArguments", in_factors), ("ScoreArguments", ("per_sample_gradient", "score"))):
+        dtypes = {f"{kind}_dtype": torch.float64 for kind in kinds}
+        monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), **dtypes))
     run = make_run(tmp_path, exact.model, exact.data, strategy)
     pairwise, _ = run.pairwise_influence(exact.queries, QUERY_BATCH_SIZE, None)
     self_influence, _ = run.self_influence(None)
