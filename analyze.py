@@ -13,7 +13,17 @@ import pipeline
 
 DEFAULT_QUERIES = 2000
 NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
-COLUMNS = ("query", "query_path", "query_label", "direction", "rank", "train", "train_path", "train_label", "score")
+COLUMNS = (
+    "query",
+    "query_path",
+    "query_label",
+    "direction",
+    "rank",
+    "train",
+    "train_path",
+    "train_label",
+    "score",
+)
 NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
 HELPFUL, HARMFUL = "#0b5394", "firebrick"
 
@@ -25,7 +35,9 @@ def number_list(text):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**7):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 3,17,40-59")
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a list of numbers such as 3,17,40-59"
+            )
         numbers += range(int(first), int(last) + 1)
     return list(dict.fromkeys(numbers))
 
@@ -33,21 +45,43 @@ def number_list(text):
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__.splitlines()[0])
-    parser.set_defaults(damping_factor=1e-6)  # with thousands of images it predicts retraining better than heuristic
+    parser.set_defaults(
+        damping_factor=1e-6
+    )  # with thousands of images it predicts retraining better than heuristic
     number, flag = pipeline.positive_int, parser.add_argument
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--num_query_examples", type=number, metavar="N", help=f"first N test images (default: {DEFAULT_QUERIES})")
-    which("--query_indices", type=number_list, metavar="LIST", help="just these test images, such as 3,17,40-59")
-    flag("--query_batch_size", type=number, default=1000, metavar="N", help="gradients held (default: %(default)s)")
+    which(
+        "--num_query_examples",
+        type=number,
+        metavar="N",
+        help=f"first N test images (default: {DEFAULT_QUERIES})",
+    )
+    which(
+        "--query_indices",
+        type=number_list,
+        metavar="LIST",
+        help="just these test images, such as 3,17,40-59",
+    )
+    flag(
+        "--query_batch_size",
+        type=number,
+        default=1000,
+        metavar="N",
+        help="gradients held (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def choose_queries(test, num_queries, indices):
     """Returns the test images at `indices`, or else the first `num_queries`, by default DEFAULT_QUERIES or all."""
     if indices is not None and max(indices) >= len(test):
-        raise pipeline.UserError(f"--query_indices: there is no test image {max(indices)}, only 0 to {len(test) - 1}")
+        raise pipeline.UserError(
+            f"--query_indices: there is no test image {max(indices)}, only 0 to {len(test) - 1}"
+        )
     if num_queries is not None and num_queries > len(test):
-        raise pipeline.UserError(f"--num_query_examples {num_queries}: there are only {len(test)} test images")
+        raise pipeline.UserError(
+            f"--num_query_examples {num_queries}: there are only {len(test)} test images"
+        )
     return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
 
 
@@ -71,10 +105,17 @@ def write_top_influences(path, scores, queries, data):
         return list(zip(data.indices.tolist(), data.paths, names, strict=True))
 
     trained_on, rows = examples(data), []
-    tops = [(scores.gather(1, indices).tolist(), indices.tolist()) for indices in strongest(scores, NUM_LISTED)]
+    tops = [
+        (scores.gather(1, indices).tolist(), indices.tolist())
+        for indices in strongest(scores, NUM_LISTED)
+    ]
     for query, example in enumerate(examples(queries)):
-        for direction, sign, (values, indices) in zip(("helpful", "harmful"), (1, -1), tops, strict=True):
-            for rank, (score, train) in enumerate(zip(values[query], indices[query], strict=True), start=1):
+        for direction, sign, (values, indices) in zip(
+            ("helpful", "harmful"), (1, -1), tops, strict=True
+        ):
+            for rank, (score, train) in enumerate(
+                zip(values[query], indices[query], strict=True), start=1
+            ):
                 if sign * score > 0:
                     rows.append([*example, direction, rank, *trained_on[train], score])
     pipeline.write_table(path, COLUMNS, rows)
@@ -89,13 +130,21 @@ def plot_top_influences(path, scores, queries, data, strategy):
         name = pipeline.shorten(queries.class_names[queries.labels[query]])
         texts.append(f"test image {queries.indices[query]}\n{name}")
         names = [pipeline.shorten(data.class_names[data.labels[train]]) for train in trains]
-        texts += [f"{name}\n{scores[query, train]:+.3g}" for name, train in zip(names, trains, strict=True)]
-        colours += ["black", *(HELPFUL if scores[query, train] > 0 else HARMFUL for train in trains)]
+        texts += [
+            f"{name}\n{scores[query, train]:+.3g}"
+            for name, train in zip(names, trains, strict=True)
+        ]
+        colours += [
+            "black",
+            *(HELPFUL if scores[query, train] > 0 else HARMFUL for train in trains),
+        ]
     title = (
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    pipeline.draw_sheet(path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title)
+    pipeline.draw_sheet(
+        path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title
+    )
 
 
 def main():
@@ -108,25 +157,41 @@ def main():
         runs, _, data = pipeline.load_runs(args, seconds)
         on_device = queries.to(runs[0].data.images.device)
 
-    found = [run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor) for run in runs]
+    found = [
+        run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor)
+        for run in runs
+    ]
     if not pipeline.is_main_process():
         return
 
     with pipeline.timed(seconds, "report"):
-        folder, strategy, (scores, scores_path) = pipeline.result_folder(runs), args.factor_strategy, found[0]
+        folder, strategy, (scores, scores_path) = (
+            pipeline.result_folder(runs),
+            args.factor_strategy,
+            found[0],
+        )
         if len(runs) > 1:
             scores = sum(own for own, _ in found) / len(runs)
             scores_path = folder / f"pairwise_{strategy}.safetensors"
             with pipeline.atomic_path(scores_path) as temporary:
                 save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
-        top_csv, top_png = (folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png"))
+        top_csv, top_png = (
+            folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png")
+        )
         write_top_influences(top_csv, scores, queries, data)
-        record_json, fields = folder / f"pairwise_{strategy}.json", {"num_train": len(data), "num_query": len(queries)}
+        record_json, fields = (
+            folder / f"pairwise_{strategy}.json",
+            {"num_train": len(data), "num_query": len(queries)},
+        )
         record = record_json, args, fields, on_device.images.device, seconds
-        pipeline.write_record(*record)  # before the picture, so that nothing is lost where that fails
+        pipeline.write_record(
+            *record
+        )  # before the picture, so that nothing is lost where that fails
         plot_top_influences(top_png, scores, queries, data, strategy)
 
-    pipeline.print_paths(pipeline.write_record(*record), [scores_path, top_csv, top_png, record_json])
+    pipeline.print_paths(
+        pipeline.write_record(*record), [scores_path, top_csv, top_png, record_json]
+    )
 
 
 if __name__ == "__main__":

@@ -42,14 +42,19 @@ class Ranking(NamedTuple):
 
 
 RANKINGS = {
-    "self_influence": Ranking("self-influence", "#0b5394", "-", lambda found: found["self_influence"]),
+    "self_influence": Ranking(
+        "self-influence", "#0b5394", "-", lambda found: found["self_influence"]
+    ),
     "aum": Ranking("area under the margin", "#d55e00", "--", lambda found: -found["aum"]),
     "loss": Ranking("loss", "#e69f00", ":", lambda found: found["loss"]),
     "margin": Ranking("margin", "#cc79a7", "-.", lambda found: -found["margin"]),
     "vote": Ranking("neighbours' vote", "#009e73", "--", lambda found: -found["vote"]),
     "aum_vote": Ranking(
         *("area under the margin + weighted neighbours' vote", "#7b3294", "-"),
-        lambda found: -standardise(found["aum"]) - found["accuracy"] ** VOTE_POWER * standardise(found["vote"]),
+        lambda found: (
+            -standardise(found["aum"])
+            - found["accuracy"] ** VOTE_POWER * standardise(found["vote"])
+        ),
     ),
 }
 DEFAULT = "aum_vote"
@@ -61,10 +66,14 @@ def parse_arguments():
     parser = pipeline.influence_parser(__doc__.splitlines()[0])
     parser.set_defaults(corrupt_percentage=0.1, factor_examples=1000)
     meanings = "; ".join(f"{name}: {ranking.caption}" for name, ranking in RANKINGS.items())
-    parser.add_argument("--method", choices=RANKINGS, default=DEFAULT, help=f"{meanings} (default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=RANKINGS, default=DEFAULT, help=f"{meanings} (default: %(default)s)"
+    )
     count = {"type": pipeline.whole_number, "metavar": "N"}
     explained = "say of N suspects which images speak for and against their label (default: none)"
-    parser.add_argument("--num_review", **count, default=500, help="suspects on the page (default: %(default)s)")
+    parser.add_argument(
+        "--num_review", **count, default=500, help="suspects on the page (default: %(default)s)"
+    )
     parser.add_argument("--explain", **count, default=0, help=explained)
     return parser.parse_args()
 
@@ -118,12 +127,20 @@ def neighbours_vote(features, labels, num_classes):
     features: float32 [N, D] of length one; labels: int64 [N]. They are 300 of 50,000 images, and of fewer in proportion
     to the square root.
     """
-    count = max(1, min(len(features) - 1, round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)))
+    count = max(
+        1, min(len(features) - 1, round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5))
+    )
     found = []
-    for rows in tqdm(torch.arange(len(features), device=features.device).split(1024), "Neighbours", leave=False):
-        similarity = (features[rows] @ features.T).scatter_(1, rows[:, None], -torch.inf)  # not of itself
+    for rows in tqdm(
+        torch.arange(len(features), device=features.device).split(1024), "Neighbours", leave=False
+    ):
+        similarity = (features[rows] @ features.T).scatter_(
+            1, rows[:, None], -torch.inf
+        )  # not of itself
         votes = labels[similarity.topk(count, dim=1, sorted=False).indices]  # (B, count)
-        counts = features.new_zeros(len(rows), num_classes).scatter_add_(1, votes, features.new_ones(votes.shape))
+        counts = features.new_zeros(len(rows), num_classes).scatter_add_(
+            1, votes, features.new_ones(votes.shape)
+        )
         found.append(pipeline.margin(counts / count, labels[rows], torch.amax))
     return torch.cat(found)
 
@@ -149,7 +166,10 @@ def detection_curve(scores, is_corrupted):
     """
     found = np.cumsum(is_corrupted[np.argsort(-scores, kind="stable")]) / is_corrupted.sum()
     found = np.concatenate([[0.0], found])  # after inspecting 0, 1, ..., N images
-    return [{"inspected": p / 100, "found": float(found[round(p / 100 * len(scores))])} for p in range(1, 101)]
+    return [
+        {"inspected": p / 100, "found": float(found[round(p / 100 * len(scores))])}
+        for p in range(1, 101)
+    ]
 
 
 def ranks(scores):
@@ -164,7 +184,9 @@ def auroc(scores, is_corrupted):
     scores: float [N]; is_corrupted: bool [N], both kinds present.
     """
     positives = is_corrupted.sum()
-    above = ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2  # the Mann-Whitney U statistic
+    above = (
+        ranks(scores)[is_corrupted].sum() - positives * (positives + 1) / 2
+    )  # the Mann-Whitney U statistic
     return float(above / (positives * (len(scores) - positives)))
 
 
@@ -207,9 +229,20 @@ def write_suspects(path, data, order, scores, predicted):
     """Writes every training image to a csv file, in the given order. scores: arrays [N] by ranking."""
     names, paths = np.array(data.class_names, object), np.array(data.paths, object)
     examples = [data.indices.numpy(), paths, names[data.labels.numpy()], names[predicted.numpy()]]
-    examples, is_corrupted = [column[order].tolist() for column in examples], data.is_corrupted.numpy()[order]
-    rankings = [scores[name][order] for name in RANKINGS]  # float32, of which few digits are written
-    rows = zip(range(1, len(data) + 1), *examples, *rankings, is_corrupted.astype(int).tolist(), strict=True)
+    examples, is_corrupted = (
+        [column[order].tolist() for column in examples],
+        data.is_corrupted.numpy()[order],
+    )
+    rankings = [
+        scores[name][order] for name in RANKINGS
+    ]  # float32, of which few digits are written
+    rows = zip(
+        range(1, len(data) + 1),
+        *examples,
+        *rankings,
+        is_corrupted.astype(int).tolist(),
+        strict=True,
+    )
     pipeline.write_table(path, COLUMNS, rows)
 
 
@@ -221,7 +254,8 @@ def plot_suspects(path, data, order, scores, predicted, by):
     shown = order[:NUM_PICTURED].tolist()
     labels = [(data.labels[position], predicted[position]) for position in shown]
     texts = [
-        " →\n".join(pipeline.shorten(data.class_names[label]) for label in pair) + f"\n{scores[position]:.3g}"
+        " →\n".join(pipeline.shorten(data.class_names[label]) for label in pair)
+        + f"\n{scores[position]:.3g}"
         for pair, position in zip(labels, shown, strict=True)
     ]
     colours = ["firebrick" if given != guess else "black" for given, guess in labels]
@@ -246,13 +280,19 @@ def plot_curves(path, results, method, fraction, strategy):
             ranking, strong = RANKINGS[name], name in ("self_influence", DEFAULT, "loss", method)
             label = f"{ranking.caption}: {100 * found['found_at_10']:.1f} % at 10 %, AUROC {found['auroc']:.3f}"
             points = [(0, 0), *((point["inspected"], point["found"]) for point in found["curve"])]
-            style = {"linestyle": ranking.line, "color": ranking.colour, "linewidth": 2.2 if strong else 0.8}
+            style = {
+                "linestyle": ranking.line,
+                "color": ranking.colour,
+                "linewidth": 2.2 if strong else 0.8,
+            }
             axes.plot(*zip(*points, strict=True), **style, label=label)
         axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", linewidth=1.5, label="perfect")
         axes.plot([0, 1], [0, 1], "-", color="grey", linewidth=1.5, label="random")
         axes.set_xlabel("training images inspected")
         axes.set_ylabel("mislabeled images found")
-        axes.set_title(f"Mislabeled images found by inspecting the top of a ranking ({strategy})", fontsize=10)
+        axes.set_title(
+            f"Mislabeled images found by inspecting the top of a ranking ({strategy})", fontsize=10
+        )
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
@@ -264,20 +304,31 @@ def print_rankings(results, method):
     percents = (1, 5, 10, 20, 30, 50)
     print(f"{'inspected':16}" + "".join(f"{percent:6} %" for percent in percents) + "    AUROC")
     for name, found in results.items():
-        cells = "".join(f"{100 * found['curve'][percent - 1]['found']:6.1f} %" for percent in percents)
+        cells = "".join(
+            f"{100 * found['curve'][percent - 1]['found']:6.1f} %" for percent in percents
+        )
         print(f"{name:16}{cells}   {found['auroc']:.4f}")
     at_10, at_20 = (100 * results[method][f"found_at_{percent}"] for percent in (10, 20))
-    print(f"Inspecting 10 % of the training set finds {at_10:.1f} % of the mislabeled images (20 %: {at_20:.1f} %).")
+    print(
+        f"Inspecting 10 % of the training set finds {at_10:.1f} % of the mislabeled images (20 %: {at_20:.1f} %)."
+    )
 
 
 def print_next_steps(args, metadata, page_html):
     """Prints the command that trains as before, but with what the user decided about the suspects."""
     same = metadata["recipe"] | {name: metadata[name] for name in ("seed", "precision", "device")}
-    same |= {"corrupt_percentage": args.corrupt_percentage or None, "checkpoint_dir": args.checkpoint_dir[0]}
+    same |= {
+        "corrupt_percentage": args.corrupt_percentage or None,
+        "checkpoint_dir": args.checkpoint_dir[0],
+    }
     if args.num_review:
-        print(f"Open {page_html} in a browser, decide, and save corrections.csv here. Then train with it:")
+        print(
+            f"Open {page_html} in a browser, decide, and save corrections.csv here. Then train with it:"
+        )
     else:
-        print("Write a csv file of the columns path (or index) and new_label (empty: left out). Then train with it:")
+        print(
+            "Write a csv file of the columns path (or index) and new_label (empty: left out). Then train with it:"
+        )
     print(f"  {pipeline.command('train.py', args, **same, corrections='corrections.csv')}")
 
 
@@ -296,13 +347,17 @@ def explain(runs, data, suspects, damping_factor):
     if state.use_distributed:  # rounding might give each process other suspects
         torch.distributed.broadcast_object_list(chosen, device=state.device)
     queries, explanations = data.take(torch.tensor(chosen[0])).to(runs[0].data.images.device), {}
-    scores = sum(run.pairwise_influence(queries, HELD_QUERIES, damping_factor)[0] for run in runs) / len(runs)
+    scores = sum(
+        run.pairwise_influence(queries, HELD_QUERIES, damping_factor)[0] for run in runs
+    ) / len(runs)
     for suspect, influence in zip(chosen[0], scores, strict=True):
         influence[suspect] = 0
         explanations[suspect] = [
             (place, position, influence[position].item())
             for sign in (-1, 1)
-            for place, position in enumerate((sign * influence).argsort(descending=True)[:NUM_EXPLAINING].tolist(), 1)
+            for place, position in enumerate(
+                (sign * influence).argsort(descending=True)[:NUM_EXPLAINING].tolist(), 1
+            )
             if sign * influence[position] > 0
         ]
     return explanations
@@ -313,7 +368,13 @@ def write_explanations(path, data, explanations):
     if not explanations:
         return path.unlink(missing_ok=True)
     rows = [
-        (data.indices[suspect].item(), place, data.indices[image].item(), data.class_names[data.labels[image]], score)
+        (
+            data.indices[suspect].item(),
+            place,
+            data.indices[image].item(),
+            data.class_names[data.labels[image]],
+            score,
+        )
         for suspect, images in explanations.items()
         for place, image, score in images
     ]
@@ -325,14 +386,36 @@ def describe_suspects(data, shown, scores, logits, explanations, cleaned):
 
     shown: positions of the suspects; scores: array [N]; logits: float32 [N, num_classes].
     """
-    tiles, cards, names = {position: tile for tile, position in enumerate(shown)}, [], data.class_names
-    second = logits.scatter(1, data.labels[:, None], -torch.inf).argmax(1)  # the first where that is not the label
+    tiles, cards, names = (
+        {position: tile for tile, position in enumerate(shown)},
+        [],
+        data.class_names,
+    )
+    second = logits.scatter(1, data.labels[:, None], -torch.inf).argmax(
+        1
+    )  # the first where that is not the label
     for place, position in enumerate(shown, start=1):
         path, index = data.paths[position], data.indices[position].item()
-        label, other, percent = data.labels[position], second[position], 100 * logits[position].softmax(0)
-        card = {"rank": place, "key": path or str(index), "name": Path(path).name or f"image {index}"}
-        card |= {"image": tiles[position], "link": {"href": Path(path).absolute().as_uri()} if path else {}}
-        card |= {"label": names[label], "suggested": names[other], "was": "" if cleaned else names[label], "why": []}
+        label, other, percent = (
+            data.labels[position],
+            second[position],
+            100 * logits[position].softmax(0),
+        )
+        card = {
+            "rank": place,
+            "key": path or str(index),
+            "name": Path(path).name or f"image {index}",
+        }
+        card |= {
+            "image": tiles[position],
+            "link": {"href": Path(path).absolute().as_uri()} if path else {},
+        }
+        card |= {
+            "label": names[label],
+            "suggested": names[other],
+            "was": "" if cleaned else names[label],
+            "why": [],
+        }
         card["facts"] = [f"given, {percent[label]:.1f} %", f"suggested, {percent[other]:.1f} %"]
         card["facts"].append(f"score {scores[position]:.3g}")
         for _, image, score in explanations.get(position, ()):
@@ -349,8 +432,12 @@ def draw_tiles(images):
     side, size = math.ceil(len(images) ** 0.5), pipeline.IMAGE_SIZE
     tiles = np.zeros((side * side, size, size, 3), np.uint8)
     tiles[: len(images)] = images.permute(0, 2, 3, 1).numpy()
-    picture = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
-    Image.fromarray(picture).save(content := io.BytesIO(), "JPEG", quality=95, subsampling=0)  # a third of a PNG
+    picture = (
+        tiles.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
+    )
+    Image.fromarray(picture).save(
+        content := io.BytesIO(), "JPEG", quality=95, subsampling=0
+    )  # a third of a PNG
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -371,15 +458,28 @@ def write_page(path, data, order, scores, logits, explanations, *, num_review, b
     """
     if not num_review:
         return path.unlink(missing_ok=True)
-    cards, shown = describe_suspects(data, order[:num_review].tolist(), scores, logits, explanations, cleaned)
+    cards, shown = describe_suspects(
+        data, order[:num_review].tolist(), scores, logits, explanations, cleaned
+    )
     ranking = data.digest, json.dumps(data.paths), *map(torch.from_numpy, (order, scores))
     names, fingerprint = data.class_names, pipeline.sha256(*ranking)
     keys = names if all(re.fullmatch("[0-9]", name) for name in names) else "1234567890"
-    digits = [(key, name if key == name else f"{key} {name}") for key, name in zip(keys, names, strict=False)]
-    facts = {"fingerprint": fingerprint, "column": "path" if any(data.paths) else "index", "classes": names}
+    digits = [
+        (key, name if key == name else f"{key} {name}")
+        for key, name in zip(keys, names, strict=False)
+    ]
+    facts = {
+        "fingerprint": fingerprint,
+        "column": "path" if any(data.paths) else "index",
+        "classes": names,
+    }
     facts |= {"digits": digits if len(names) <= 10 else [], "cards": cards}
     title = f"The {len(cards)} most suspicious of {len(data):,} training images by {by}."
-    hint = "The labels are those after cleaning: load your earlier corrections.csv first." if cleaned else ""
+    hint = (
+        "The labels are those after cleaning: load your earlier corrections.csv first."
+        if cleaned
+        else ""
+    )
     with pipeline.atomic_path(path) as temporary:
         temporary.write_text(build_page(title, hint, data.images[shown], facts), encoding="utf-8")
 
@@ -391,16 +491,26 @@ def main():
     with pipeline.timed(seconds, "load"):
         runs, metadata, data = pipeline.load_runs(args, seconds)
         folder = pipeline.result_folder(runs)
-        suspects_csv, page_html, suspects_png = (folder / f"suspects_{strategy}{s}" for s in (".csv", ".html", ".png"))
-        curve_png, record_json = folder / f"detection_curve_{strategy}.png", folder / f"detection_{strategy}.json"
+        suspects_csv, page_html, suspects_png = (
+            folder / f"suspects_{strategy}{s}" for s in (".csv", ".html", ".png")
+        )
+        curve_png, record_json = (
+            folder / f"detection_curve_{strategy}.png",
+            folder / f"detection_{strategy}.json",
+        )
         explanations_csv = folder / f"explanations_{strategy}.csv"
         require_unedited(suspects_csv)
 
-    found = [measure(run, described, args.damping_factor) for run, described in zip(runs, metadata, strict=True)]
+    found = [
+        measure(run, described, args.damping_factor)
+        for run, described in zip(runs, metadata, strict=True)
+    ]
     measured, logits, score_paths = zip(*found, strict=True)
     scores, predicted = rank(measured), sum(logits).argmax(1)
     order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
-    explanations = explain(runs, data, order[: args.explain], args.damping_factor) if args.explain else {}
+    explanations = (
+        explain(runs, data, order[: args.explain], args.damping_factor) if args.explain else {}
+    )
     if not pipeline.is_main_process():
         return
 
@@ -408,20 +518,34 @@ def main():
         write_suspects(suspects_csv, data, order, scores, predicted)
         write_explanations(explanations_csv, data, explanations)
         truth = is_corrupted.any() and not is_corrupted.all()
-        results = {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()} if truth else {}
-        fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
+        results = (
+            {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
+            if truth
+            else {}
+        )
+        fields = {
+            "num_train": len(data),
+            "num_corrupted": int(is_corrupted.sum()),
+            "rankings": results,
+        }
         record = record_json, args, fields, runs[0].data.images.device, seconds
-        pipeline.write_record(*record)  # before the pictures, so that nothing is lost where one fails
+        pipeline.write_record(
+            *record
+        )  # before the pictures, so that nothing is lost where one fails
         by = RANKINGS[method].caption + f" ({strategy})" * (method == "self_influence")
         about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
-        write_page(page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about)
+        write_page(
+            page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about
+        )
         plot_suspects(suspects_png, data, order, scores[method], predicted, by)
         curve_png.unlink(missing_ok=True)
         if truth:
             plot_curves(curve_png, results, method, is_corrupted.mean(), strategy)
             print_rankings(results, method)
         else:
-            print("No labels are known to be wrong, so there is no truth to compare with: look at the suspects.")
+            print(
+                "No labels are known to be wrong, so there is no truth to compare with: look at the suspects."
+            )
 
     tables, pictures = [suspects_csv, explanations_csv], [page_html, suspects_png, curve_png]
     paths = [*score_paths, *filter(Path.exists, tables + pictures), record_json]

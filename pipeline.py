@@ -56,7 +56,12 @@ from tqdm import tqdm
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
-FULL_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "No executable batch size")
+FULL_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "No executable batch size",
+)
 
 
 class UserError(Exception):
@@ -86,8 +91,12 @@ def run(main):
     # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
     warnings.filterwarnings("ignore", message=r".*GradScaler")
     with contextlib.suppress(AttributeError):  # a stream of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
-    with contextlib.suppress(AttributeError, TypeError):  # glibc keeps freed memory: saves 3 to 16 % on AVX2
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files that the console has no letters for
+    with contextlib.suppress(
+        AttributeError, TypeError
+    ):  # glibc keeps freed memory: saves 3 to 16 % on AVX2
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     try:
@@ -101,7 +110,10 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in FULL_MEMORY)):
             raise
-        status, message = 1, "error: out of memory: free some, lower the batch sizes, or leave a GPU by --device cpu"
+        status, message = (
+            1,
+            "error: out of memory: free some, lower the batch sizes, or leave a GPU by --device cpu",
+        )
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -128,12 +140,25 @@ def number(kind, description, allowed, word=None):
     return parse
 
 
-positive_int = number(int, "a whole number of at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
-whole_number = number(int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32)
+positive_int = number(
+    int, "a whole number of at least 1 and below 2**31", lambda value: 1 <= value < 2**31
+)
+whole_number = number(
+    int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32
+)
 non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
-damping = number(float, "a number of at least 0, or 'heuristic'", lambda value: 0 <= value < math.inf, "heuristic")
-some_or_all = number(int, "a whole number of at least 1, or 'all'", lambda value: 1 <= value < 2**31, "all")
-corrupt_fraction = number(float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1)
+damping = number(
+    float,
+    "a number of at least 0, or 'heuristic'",
+    lambda value: 0 <= value < math.inf,
+    "heuristic",
+)
+some_or_all = number(
+    int, "a whole number of at least 1, or 'all'", lambda value: 1 <= value < 2**31, "all"
+)
+corrupt_fraction = number(
+    float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1
+)
 
 
 def shared_parser(description):
@@ -142,14 +167,47 @@ def shared_parser(description):
     flag = parser.add_argument
     wrong = {"type": corrupt_fraction, "metavar": "FRACTION"}
     labels = parser.add_mutually_exclusive_group().add_argument
-    flag("--dataset", choices=LOADERS, default="cifar10", help="which images (default: %(default)s)")
-    flag("--dataset_dir", default="./data", help="class folders lie in its train/ and test/ (default: %(default)s)")
-    flag("--output_dir", default="./influence_results", help="gets the results (default: %(default)s)")
-    labels("--corrupt_percentage", **wrong, help="fraction of wrong labels; 0 means none (default: %(default)s)")
-    labels("--noisy_labels", metavar="CSV", help="labels to train on, by path or by index in the whole data set")
-    flag("--num_train_examples", type=positive_int, metavar="N", help="use N training images, the same in every script")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bfloat16 where that is fast")
-    flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one")
+    flag(
+        "--dataset", choices=LOADERS, default="cifar10", help="which images (default: %(default)s)"
+    )
+    flag(
+        "--dataset_dir",
+        default="./data",
+        help="class folders lie in its train/ and test/ (default: %(default)s)",
+    )
+    flag(
+        "--output_dir",
+        default="./influence_results",
+        help="gets the results (default: %(default)s)",
+    )
+    labels(
+        "--corrupt_percentage",
+        **wrong,
+        help="fraction of wrong labels; 0 means none (default: %(default)s)",
+    )
+    labels(
+        "--noisy_labels",
+        metavar="CSV",
+        help="labels to train on, by path or by index in the whole data set",
+    )
+    flag(
+        "--num_train_examples",
+        type=positive_int,
+        metavar="N",
+        help="use N training images, the same in every script",
+    )
+    flag(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bfloat16 where that is fast",
+    )
+    flag(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: CUDA where there is one",
+    )
     return parser
 
 
@@ -160,14 +218,37 @@ def influence_parser(description):
     several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
     eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
     part = {"type": some_or_all, "default": "all", "metavar": "N"}
-    flag("--checkpoint_dir", **several, help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})")
+    flag(
+        "--checkpoint_dir",
+        **several,
+        help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})",
+    )
     flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
-    flag("--factor_strategy", choices=STRATEGIES, default="ekfac", help="the curvature (default: %(default)s)")
-    flag("--factor_examples", **part, help="fit the curvature on N random images, or on all (default: %(default)s)")
-    flag("--train_batch_size", type=positive_int, metavar="N", help="images per step (default: 64, on CUDA 1024)")
+    flag(
+        "--factor_strategy",
+        choices=STRATEGIES,
+        default="ekfac",
+        help="the curvature (default: %(default)s)",
+    )
+    flag(
+        "--factor_examples",
+        **part,
+        help="fit the curvature on N random images, or on all (default: %(default)s)",
+    )
+    flag(
+        "--train_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images per step (default: 64, on CUDA 1024)",
+    )
     rule = "added to each eigenvalue; heuristic: 0.1 x the layer's mean one (default: %(default)s)"
     flag("--damping_factor", **eigenvalues, help=rule)
-    flag("--seed", type=whole_number, default=1004, help="of the Fisher matrix's pseudo-labels (default: %(default)s)")
+    flag(
+        "--seed",
+        type=whole_number,
+        default=1004,
+        help="of the Fisher matrix's pseudo-labels (default: %(default)s)",
+    )
     return parser
 
 
@@ -198,14 +279,27 @@ def choose_device(name, several_processes):
     has no GPU for each: kronfluence sums its factors over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"argument --device: {unusable_gpu() or 'there is no NVIDIA GPU here'}; use cpu or auto")
-    on_gpu, count = name != "cpu" and torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 1)
+        raise UserError(
+            f"argument --device: {unusable_gpu() or 'there is no NVIDIA GPU here'}; use cpu or auto"
+        )
+    on_gpu, count = (
+        name != "cpu" and torch.cuda.is_available(),
+        int(os.environ.get("WORLD_SIZE") or 1),
+    )
     if count > 1 and not (on_gpu and several_processes):
         place = "this script" if on_gpu else "a run on the CPU"
-        raise UserError(f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun")
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun"
+        )
     if count > 1 and int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
-        raise UserError("each process needs a GPU of its own: start them with torchrun, as many as there are GPUs")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+        raise UserError(
+            "each process needs a GPU of its own: start them with torchrun, as many as there are GPUs"
+        )
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        if on_gpu
+        else torch.device("cpu")
+    )
 
 
 def unusable_gpu():
@@ -225,7 +319,11 @@ def print_machine(device, dtype):
     """Prints where and how the script computes, and why not on a GPU that is there."""
     if is_main_process():
         on_cpu = device.type == "cpu"
-        name = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(device)
+        name = (
+            f"{torch.get_num_threads()} CPU threads"
+            if on_cpu
+            else torch.cuda.get_device_name(device)
+        )
         print(f"{name}, {str(dtype).removeprefix('torch.')}")
         if on_cpu and (reason := unusable_gpu()):
             print(f"On the CPU: {reason}")
@@ -239,7 +337,9 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be made a folder ({error.strerror}): name another one") from error
+        raise UserError(
+            f"{path} cannot be made a folder ({error.strerror}): name another one"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -247,7 +347,9 @@ def atomic_path(path):
     """Yields a temporary path beside `path` that takes its place when the block succeeds, and vanishes otherwise."""
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")  # containers share folders, but not their pids
+    temporary = path.with_name(
+        f".{secrets.token_hex(8)}.{path.name}"
+    )  # containers share folders, but not their pids
     try:
         yield temporary
         temporary.replace(path)
@@ -259,7 +361,9 @@ def sha256(*parts):
     """Returns the SHA-256, as hex digits, over tensors and strings in the order given."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy())
+        digest.update(
+            part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy()
+        )
     return digest.hexdigest()
 
 
@@ -271,7 +375,16 @@ ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED = 11, 12, 13
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 # What systems put beside images, in lower case; and all that begins with a dot.
-SYSTEM_NAMES = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "lost+found", "__macosx", "$recycle.bin"}
+SYSTEM_NAMES = {
+    "@eadir",
+    "@tmp",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "lost+found",
+    "__macosx",
+    "$recycle.bin",
+}
 SYSTEM_NAMES |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 
@@ -320,7 +433,9 @@ class ImageData:
 
     def to(self, device):
         """Returns the same with images and labels on `device`, and with its digest, which takes long to compute."""
-        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "true_labels")}
+        tensors = {
+            name: getattr(self, name).to(device) for name in ("images", "labels", "true_labels")
+        }
         moved = replace(self, **tensors)
         vars(moved)["digest"] = self.digest
         return moved
@@ -332,9 +447,19 @@ def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
     What is decoded from class folders is kept in `cache_dir`, if there is one. Raises UserError where they cannot be
     found or read, or where there are fewer.
     """
-    images, labels, class_names, paths, numbers = LOADERS[dataset](dataset_dir, split, num_examples, cache_dir)
+    images, labels, class_names, paths, numbers = LOADERS[dataset](
+        dataset_dir, split, num_examples, cache_dir
+    )
     channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-    return ImageData(channels_first, labels, labels, list(class_names), list(paths), torch.arange(len(labels)), numbers)
+    return ImageData(
+        channels_first,
+        labels,
+        labels,
+        list(class_names),
+        list(paths),
+        torch.arange(len(labels)),
+        numbers,
+    )
 
 
 def draw_examples(total, num_examples):
@@ -342,8 +467,12 @@ def draw_examples(total, num_examples):
     if num_examples is None:
         return torch.arange(total)
     if num_examples > total:
-        raise UserError(f"--num_train_examples {num_examples}: there are only {total} training images")
-    return torch.randperm(total, generator=torch.Generator().manual_seed(EXAMPLES_SEED))[:num_examples]
+        raise UserError(
+            f"--num_train_examples {num_examples}: there are only {total} training images"
+        )
+    return torch.randperm(total, generator=torch.Generator().manual_seed(EXAMPLES_SEED))[
+        :num_examples
+    ]
 
 
 def load_cifar10(dataset_dir, split, num_examples, cache_dir):
@@ -352,19 +481,32 @@ def load_cifar10(dataset_dir, split, num_examples, cache_dir):
     Like the other loaders it returns images, uint8 [N, 32, 32, 3], labels, names of the classes, paths, and numbers.
     """
     try:
-        from torchvision.datasets import CIFAR10  # fails beside a torch that was built for other hardware
+        from torchvision.datasets import (
+            CIFAR10,
+        )  # fails beside a torch that was built for other hardware
 
         try:
             found = CIFAR10(dataset_dir, train=split == "train")
         except RuntimeError:  # missing or damaged
             make_folder(dataset_dir)
-            with FileLock(Path(dataset_dir) / ".cifar10.lock"), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                FileLock(Path(dataset_dir) / ".cifar10.lock"),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 found = CIFAR10(dataset_dir, train=split == "train", download=True)
     except (ImportError, OSError, RuntimeError, EOFError, ValueError) as error:
         reason = f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it ({first_line(error)})"
-        raise UserError(f"{reason}: give --dataset_dir, or --dataset imagefolder or synthetic") from error
+        raise UserError(
+            f"{reason}: give --dataset_dir, or --dataset imagefolder or synthetic"
+        ) from error
     chosen = draw_examples(len(found.data), num_examples)
-    return found.data[chosen.numpy()], torch.tensor(found.targets)[chosen], found.classes, [""] * len(chosen), chosen
+    return (
+        found.data[chosen.numpy()],
+        torch.tensor(found.targets)[chosen],
+        found.classes,
+        [""] * len(chosen),
+        chosen,
+    )
 
 
 def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
@@ -382,7 +524,11 @@ def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
 def ten_largest(counts):
     """Returns the ten largest of a Counter as text, how many others there are, and the least of them."""
     parts = [f"{name} {count}" for name, count in counts.most_common()]
-    return ", ".join(parts if len(parts) <= 10 else [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"])
+    return ", ".join(
+        parts
+        if len(parts) <= 10
+        else [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"]
+    )
 
 
 def same_form(name):
@@ -400,13 +546,20 @@ def list_samples(folder, verbose):
     """
 
     def refuse(error):
-        raise UserError(f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it")
+        raise UserError(
+            f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it"
+        )
 
     def made_by_people(names):
-        return sorted((name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES), key=same_form)
+        return sorted(
+            (name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES),
+            key=same_form,
+        )
 
     if not folder.is_dir():
-        raise UserError(f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there")
+        raise UserError(
+            f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there"
+        )
     tops = set(next(os.walk(folder, onerror=refuse))[1])
     samples, class_names, walked, passed_over = [], [], set(), tops - set(made_by_people(tops))
     for name in made_by_people(tops):
@@ -420,12 +573,18 @@ def list_samples(folder, verbose):
             folders[:] = made_by_people(folders)
             found += [(f"{place}/{file}", len(class_names)) for file in made_by_people(files)]
         if not found or same_form(name) in class_names:
-            reason = "holds no image: fill" if not found else "has the same name as another class: rename"
+            reason = (
+                "holds no image: fill"
+                if not found
+                else "has the same name as another class: rename"
+            )
             raise UserError(f"--dataset imagefolder: {folder / name} {reason} or remove it")
         samples += found
         class_names.append(same_form(name))
     if len(class_names) < 2:
-        raise UserError(f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}")
+        raise UserError(
+            f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}"
+        )
     if passed_over and verbose:
         print(f"Passed over in {folder}: {', '.join(sorted(passed_over))}")
     return samples, class_names
@@ -442,10 +601,15 @@ def split_samples(dataset_dir, split):
     samples, class_names = list_samples(dataset_dir / "train", verbose)
     if test_dir.exists():
         test_samples, test_names = list_samples(test_dir, verbose)
-        for place, lacking in (("test", {*class_names} - {*test_names}), ("train", {*test_names} - {*class_names})):
+        for place, lacking in (
+            ("test", {*class_names} - {*test_names}),
+            ("train", {*test_names} - {*class_names}),
+        ):
             if lacking:
                 lacks = f"{dataset_dir / place} lacks the classes {', '.join(sorted(lacking))}"
-                raise UserError(f"{lacks}: add them, or remove {test_dir}, and a tenth of train is held out for it")
+                raise UserError(
+                    f"{lacks}: add them, or remove {test_dir}, and a tenth of train is held out for it"
+                )
         return (samples if split == "train" else test_samples), class_names
 
     def by_hash(sample):
@@ -456,9 +620,13 @@ def split_samples(dataset_dir, split):
         ordered = sorted(members, key=by_hash)
         held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
     if not held_out:
-        raise UserError(f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more")
+        raise UserError(
+            f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more"
+        )
     if verbose:
-        print(f"There is no {dataset_dir}/test: {len(held_out)} images, a tenth of each class, are held out for it")
+        print(
+            f"There is no {dataset_dir}/test: {len(held_out)} images, a tenth of each class, are held out for it"
+        )
     return [sample for sample in samples if (sample in held_out) == (split == "test")], class_names
 
 
@@ -475,7 +643,9 @@ def read_images(paths, split, cache_dir):
             if not stat.S_ISREG(info.st_mode):  # a pipe would be read without an end
                 raise OSError("no regular file")
         except (OSError, UnicodeError) as error:
-            raise UserError(f"{path!r} cannot be read ({first_line(error)}): remove or rename it") from error
+            raise UserError(
+                f"{path!r} cannot be read ({first_line(error)}): remove or rename it"
+            ) from error
         listing.append(f"{path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
     cache = Path(cache_dir or "") / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
     if cache_dir and cache.exists():
@@ -484,13 +654,20 @@ def read_images(paths, split, cache_dir):
         except SafetensorError:
             print(f"{cache} is damaged: the images are read anew")
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = list(tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False))
+        images = list(
+            tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False)
+        )
     if brightest := max((image.max() for image in images if image.dtype == np.float32), default=0):
         bits = next((bits for bits in (8, 12) if brightest < 2**bits), 16)
         if is_main_process():
-            print(f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike")
+            print(
+                f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike"
+            )
         scale = 255 / (2**bits - 1)
-        images = [image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255) for image in images]
+        images = [
+            image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255)
+            for image in images
+        ]
     images = np.stack(images).astype(np.uint8)
     if cache_dir and is_main_process():
         with atomic_path(cache) as temporary:
@@ -508,30 +685,43 @@ def read_image(path):
     size = IMAGE_SIZE, IMAGE_SIZE
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # lets a large JPEG be decoded at a lower resolution
+            image.draft(
+                "RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
+            )  # lets a large JPEG be decoded at a lower resolution
             if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
                 raise ValueError("32 bits per pixel, of unknown range; save it with 8 or 16")
             image.load()  # turns a TIFF by itself
-            with contextlib.suppress(Exception):  # of a malformed EXIF Pillow keeps what it could read
+            with contextlib.suppress(
+                Exception
+            ):  # of a malformed EXIF Pillow keeps what it could read
                 image.getexif()
-            for name in ("exif", "Raw profile type exif"):  # Pillow would write it anew, and fail where malformed
+            for name in (
+                "exif",
+                "Raw profile type exif",
+            ):  # Pillow would write it anew, and fail where malformed
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # Pillow would clip it to 8 bits
-                grey = Image.fromarray(np.asarray(image).astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+                grey = Image.fromarray(np.asarray(image).astype(np.float32)).resize(
+                    size, Image.Resampling.BILINEAR
+                )
                 return np.asarray(grey)[..., None].repeat(3, 2)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is not a readable image ({first_line(error)}): remove or replace it") from error
+        raise UserError(
+            f"{path} is not a readable image ({first_line(error)}): remove or replace it"
+        ) from error
 
 
 def load_digits(dataset_dir, split, num_examples, cache_dir):
     """Draws digits in random colours, places, sizes and rotations; each is the same whichever others are drawn."""
     chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
-    images, labels = zip(*(draw_digit((*SYNTHETIC_SEEDS[split], index)) for index in chosen.tolist()), strict=True)
+    images, labels = zip(
+        *(draw_digit((*SYNTHETIC_SEEDS[split], index)) for index in chosen.tolist()), strict=True
+    )
     return np.stack(images), torch.tensor(labels), map(str, range(10)), [""] * len(chosen), chosen
 
 
@@ -542,17 +732,25 @@ def draw_digit(seed):
     random = np.random.default_rng(seed)
     digit = int(random.integers(10))
     # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
-    colour, paper = random.permutation([random.integers(0, 115, size=3), random.integers(140, 256, size=3)])
+    colour, paper = random.permutation(
+        [random.integers(0, 115, size=3), random.integers(140, 256, size=3)]
+    )
     coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
-    texture = np.asarray(Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    texture = np.asarray(
+        Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    )
     background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
 
     canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
     font = ImageFont.load_default(size=int(random.integers(18, 29)))
-    ImageDraw.Draw(canvas).text((IMAGE_SIZE, IMAGE_SIZE), str(digit), fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(canvas).text(
+        (IMAGE_SIZE, IMAGE_SIZE), str(digit), fill=255, font=font, anchor="mm"
+    )
     canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
     left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
-    mask = np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
+    mask = (
+        np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
+    )
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8), digit
 
 
@@ -611,7 +809,9 @@ def file_digest(path):
     try:
         return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"--noisy_labels {path} cannot be read ({error.strerror}): name another file") from error
+        raise UserError(
+            f"--noisy_labels {path} cannot be read ({error.strerror}): name another file"
+        ) from error
 
 
 def save_checkpoint(path, model, metadata):
@@ -632,7 +832,9 @@ def load_checkpoint(path, device="cpu"):
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("model*.pth"))
         there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(f"there is no checkpoint {path}{there}: run train.py with the same data flags first")
+        raise UserError(
+            f"there is no checkpoint {path}{there}: run train.py with the same data flags first"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
@@ -644,7 +846,9 @@ def load_checkpoint(path, device="cpu"):
         raise
     except Exception as error:  # a foreign file can fail in any way
         reason = f"{first_line(error):.100}"
-        raise UserError(f"{path} is not a whole checkpoint of train.py ({reason}): train again") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+        ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
@@ -655,21 +859,38 @@ def load_trained(path, device, clean, fraction, labels_file=None):
     Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
     """
     model, metadata = load_checkpoint(path, device)
-    same = (metadata["num_loaded"], metadata["labels_sha256"]) == (len(clean), file_digest(labels_file))
-    data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"]) if same else clean
-    if not same or (data.digest, data.class_names) != (metadata["data_sha256"], metadata["class_names"]):
+    same = (metadata["num_loaded"], metadata["labels_sha256"]) == (
+        len(clean),
+        file_digest(labels_file),
+    )
+    data = (
+        training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+        if same
+        else clean
+    )
+    if not same or (data.digest, data.class_names) != (
+        metadata["data_sha256"],
+        metadata["class_names"],
+    ):
         labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
         was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
-        raise UserError(f"{path} was trained on other images or labels ({was}): give its data flags, or train again")
+        raise UserError(
+            f"{path} was trained on other images or labels ({was}): give its data flags, or train again"
+        )
     if is_main_process():
         wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
-        print(f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %")
+        print(
+            f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %"
+        )
     return model, metadata, data
 
 
 # ---- Batches and the network ---------------------------------------------------------------------
 
-CHANNEL_MEAN, CHANNEL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
+CHANNEL_MEAN, CHANNEL_STD = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2470, 0.2435, 0.2616),
+)  # of CIFAR-10's training images
 
 
 def normalize(images):
@@ -770,21 +991,30 @@ class InfluenceDataset(torch.utils.data.Dataset):
 
     def __init__(self, data, seed):
         self.data, self.seed = data, seed
-        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
+        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(
+            data.labels.device
+        )
 
     def __len__(self):
         return len(self.data)
 
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices, device=self.data.labels.device)
-        return normalize(self.data.images[indices]), self.data.labels[indices], self.uniforms[indices]
+        return (
+            normalize(self.data.images[indices]),
+            self.data.labels[indices],
+            self.uniforms[indices],
+        )
 
 
 def cpu_features():
     """Returns what the processor can do, a dictionary by name; an older torch tells just what is needed here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
 
 
 def choose_dtype(precision, device):
@@ -800,7 +1030,9 @@ def choose_dtype(precision, device):
         precision = "bf16" if fast else "fp32"
     tensor_float = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tensor_float
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
+        tensor_float
+    )
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -834,7 +1066,10 @@ def choose_precision(dtype, strategy):
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}  # measured: smaller ones leave less to compute, larger ones run faster
+SYMMETRIC_BLOCKS = {
+    "cpu": 256,
+    "cuda": 512,
+}  # measured: smaller ones leave less to compute, larger ones run faster
 # kronfluence resets the compiler after each stage, and that would import it: 0.8 s, from a slow disk 6 s, for nothing.
 torch.compiler.reset = lambda: None
 
@@ -846,10 +1081,18 @@ def patches(layer, inputs):
     so they are copied in runs of channels from inputs [B, C, H, W] that are channels last in memory.
     """
     if isinstance(layer, nn.Conv2d):
-        (height, width), (top, left), (stride, column_stride) = layer.kernel_size, layer.padding, layer.stride
+        (height, width), (top, left), (stride, column_stride) = (
+            layer.kernel_size,
+            layer.padding,
+            layer.stride,
+        )
         images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
-        windows = images.unfold(1, height, stride).unfold(2, width, column_stride)  # (B, H', W', C, height, width)
-        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(len(images), -1, height * width * images.shape[3])
+        windows = images.unfold(1, height, stride).unfold(
+            2, width, column_stride
+        )  # (B, H', W', C, height, width)
+        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(
+            len(images), -1, height * width * images.shape[3]
+        )
     else:
         a = inputs[:, None]
     return a if layer.bias is None else F.pad(a, (0, 1), value=1)
@@ -860,7 +1103,9 @@ def rotated_gradient(a, g, q_a, q_g):
     if q_a is None:
         return g.mT @ a
     g = g @ q_g
-    if a.shape[1] < g.shape[2]:  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    if (
+        a.shape[1] < g.shape[2]
+    ):  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
         return g.mT @ (a @ q_a)
     return g.mT @ a @ q_a
 
@@ -916,7 +1161,11 @@ class BatchHooks:
         @torch.no_grad()
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
-            g = gradient.to(dtype).flatten(2).mT if gradient.dim() == 4 else gradient.to(dtype)[:, None]
+            g = (
+                gradient.to(dtype).flatten(2).mT
+                if gradient.dim() == 4
+                else gradient.to(dtype)[:, None]
+            )
             self.update(patches(self.module.original_module, activation.to(dtype)), g)
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
@@ -927,7 +1176,11 @@ class BatchHooks:
         They are moved once to the device of g, eigenvectors also to its dtype.
         """
         storage, c = self.module.storage, constants
-        places = {c.ACTIVATION_EIGENVECTORS_NAME: g, c.GRADIENT_EIGENVECTORS_NAME: g, c.LAMBDA_MATRIX_NAME: g.device}
+        places = {
+            c.ACTIVATION_EIGENVECTORS_NAME: g,
+            c.GRADIENT_EIGENVECTORS_NAME: g,
+            c.LAMBDA_MATRIX_NAME: g.device,
+        }
         for name, place in places.items():
             if storage[name] is not None:
                 storage[name] = storage[name].to(place)
@@ -945,9 +1198,14 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
 
     def update(self, a, g):
         with rounded_products(self.module.precision.covariances == torch.bfloat16):
-            self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, symmetric_product(a.flatten(0, 1)))
+            self.add(
+                constants.ACTIVATION_COVARIANCE_MATRIX_NAME, symmetric_product(a.flatten(0, 1))
+            )
             self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
-        for name in (constants.NUM_ACTIVATION_COVARIANCE_PROCESSED, constants.NUM_GRADIENT_COVARIANCE_PROCESSED):
+        for name in (
+            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
+            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
+        ):
             self.add(name, torch.tensor([g.shape[0] * g.shape[1]]))
 
 
@@ -991,9 +1249,13 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
         gradient = (g.mT @ a).flatten(1)  # (B, O*I)
-        queries = self.module.storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]  # a list of (Q', O, I)
+        queries = self.module.storage[
+            constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
+        ]  # a list of (Q', O, I)
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
-        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.precision.sums)
+        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(
+            self.module.precision.sums
+        )
 
 
 def install_trackers(module, precision):
@@ -1019,7 +1281,9 @@ def install_trackers(module, precision):
 
 FACTORS_SEED = 17  # draws --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size says of how many the gradients are held
+QUERY_CHUNK = (
+    50  # queries per backward pass; --query_batch_size says of how many the gradients are held
+)
 
 
 class InfluenceRun:
@@ -1031,20 +1295,55 @@ class InfluenceRun:
     cannot be made.
     """
 
-    def __init__(self, model, data, path, *, strategy, dtype, seed, seconds, batch_size=None, factor_examples=None):
-        self.model, self.data, self.strategy, self.dtype, self.seconds = model, data, strategy, dtype, seconds
+    def __init__(
+        self,
+        model,
+        data,
+        path,
+        *,
+        strategy,
+        dtype,
+        seed,
+        seconds,
+        batch_size=None,
+        factor_examples=None,
+    ):
+        self.model, self.data, self.strategy, self.dtype, self.seconds = (
+            model,
+            data,
+            strategy,
+            dtype,
+            seconds,
+        )
         self.precision = choose_precision(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
         self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
         factor_examples = min(factor_examples or len(data), len(data))
         if factor_examples < len(data):
-            chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(FACTORS_SEED))[:factor_examples]
+            chosen = torch.randperm(
+                len(data), generator=torch.Generator().manual_seed(FACTORS_SEED)
+            )[:factor_examples]
             self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
-        weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
-        fingerprint, versions = sha256(*weights, data.digest), [version("torch"), version("kronfluence")]
-        source = inspect.getsource(sys.modules[__name__])  # factors and scores depend on these sections of it
+        weights = [
+            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
+        ]
+        fingerprint, versions = (
+            sha256(*weights, data.digest),
+            [version("torch"), version("kronfluence")],
+        )
+        source = inspect.getsource(
+            sys.modules[__name__]
+        )  # factors and scores depend on these sections of it
         code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
-        self.depends_on = [fingerprint, strategy, str(dtype), seed, factor_examples, code, *versions]
+        self.depends_on = [
+            fingerprint,
+            strategy,
+            str(dtype),
+            seed,
+            factor_examples,
+            code,
+            *versions,
+        ]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
 
@@ -1066,12 +1365,20 @@ class InfluenceRun:
         def attempt(batch_size):
             if batch_size < self.batch_size:
                 print(f"Out of memory; going on with batches of {batch_size}")
-            compute(unfinished.name.partition("_")[2], batch_size)  # kronfluence puts factors_ or scores_ before it
+            compute(
+                unfinished.name.partition("_")[2], batch_size
+            )  # kronfluence puts factors_ or scores_ before it
 
-        state, main, dtype = self.analyzer.state, is_main_process(), str(self.dtype).removeprefix("torch.")
+        state, main, dtype = (
+            self.analyzer.state,
+            is_main_process(),
+            str(self.dtype).removeprefix("torch."),
+        )
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
-        decided = [None if main and is_whole(final) else f"{kind}_unfinished-{secrets.token_hex(8)}"]
+        decided = [
+            None if main and is_whole(final) else f"{kind}_unfinished-{secrets.token_hex(8)}"
+        ]
         if state.use_distributed:
             torch.distributed.broadcast_object_list(decided, device=state.device)
         if decided[0] is None:
@@ -1086,7 +1393,9 @@ class InfluenceRun:
                 find_executable_batch_size(attempt, self.batch_size)
             state.wait_for_everyone()
             if main:
-                with contextlib.suppress(OSError):  # another process was faster; its folder holds the same
+                with contextlib.suppress(
+                    OSError
+                ):  # another process was faster; its folder holds the same
                     unfinished.rename(final)
             state.wait_for_everyone()
         finally:
@@ -1109,22 +1418,30 @@ class InfluenceRun:
 
     def fit_factors(self):
         """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
-        args = FactorArguments(strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None)
+        args = FactorArguments(
+            strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None
+        )
 
         def compute(name, batch_size):
             with self.phase("covariance", name):
-                self.analyzer.fit_covariance_matrices(name, self.factor_dataset, batch_size, factor_args=args)
+                self.analyzer.fit_covariance_matrices(
+                    name, self.factor_dataset, batch_size, factor_args=args
+                )
             with self.phase("eigendecomposition", name):
                 self.analyzer.perform_eigendecomposition(name, args)
             with self.phase("lambda", name):
-                self.analyzer.fit_lambda_matrices(name, self.factor_dataset, batch_size, factor_args=args)
+                self.analyzer.fit_lambda_matrices(
+                    name, self.factor_dataset, batch_size, factor_args=args
+                )
 
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
         """Returns kronfluence's ScoreArguments; the identity has nothing to damp. Other dtypes our trackers know."""
         damping_factor = 0.0 if self.strategy == "identity" else damping_factor
-        return ScoreArguments(damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings)
+        return ScoreArguments(
+            damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings
+        )
 
     def self_influence(self, damping_factor):
         """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.
@@ -1133,13 +1450,20 @@ class InfluenceRun:
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
         rounded = self.precision.products != self.precision.sums
-        args = self.score_arguments(damping_factor, amp_dtype=self.precision.products if rounded else None)
+        args = self.score_arguments(
+            damping_factor, amp_dtype=self.precision.products if rounded else None
+        )
 
         def compute(name, batch_size):
             with self.phase("scores", name):
-                self.analyzer.compute_self_scores(name, factors_name, self.dataset, batch_size, score_args=args)
+                self.analyzer.compute_self_scores(
+                    name, factors_name, self.dataset, batch_size, score_args=args
+                )
 
-        path = self.computed("scores_self", ["self", args.damping_factor], compute) / "self_scores.safetensors"
+        path = (
+            self.computed("scores_self", ["self", args.damping_factor], compute)
+            / "self_scores.safetensors"
+        )
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
     def pairwise_influence(self, query_data, query_batch_size, damping_factor):
@@ -1150,9 +1474,15 @@ class InfluenceRun:
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
         if not query_data.images.is_cuda:
-            parameters = sum(parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1)
-            query_batch_size = min(query_batch_size, CPU_QUERY_BYTES // (parameters * self.dtype.itemsize))
-        held = max(1, query_batch_size // self.analyzer.state.num_processes)  # each process gets the others' too
+            parameters = sum(
+                parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1
+            )
+            query_batch_size = min(
+                query_batch_size, CPU_QUERY_BYTES // (parameters * self.dtype.itemsize)
+            )
+        held = max(
+            1, query_batch_size // self.analyzer.state.num_processes
+        )  # each process gets the others' too
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
         data = InfluenceDataset(query_data, self.dataset.seed), self.dataset
@@ -1161,7 +1491,9 @@ class InfluenceRun:
         def compute(name, batch_size):
             sizes = max(1, chunk * batch_size // self.batch_size), batch_size
             with self.phase("scores", name):
-                self.analyzer.compute_pairwise_scores(name, factors_name, *data, *sizes, score_args=args)
+                self.analyzer.compute_pairwise_scores(
+                    name, factors_name, *data, *sizes, score_args=args
+                )
 
         settings = ["pairwise", args.damping_factor, query_data.digest]
         path = self.computed("scores_pairwise", settings, compute) / "pairwise_scores.safetensors"
@@ -1170,7 +1502,9 @@ class InfluenceRun:
 
 def is_whole(folder):
     """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
-    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):  # a person may add others
+    for path in sorted(
+        [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]
+    ):  # a person may add others
         try:
             load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
         except (SafetensorError, ValueError):
@@ -1189,24 +1523,44 @@ def load_runs(args, seconds):
     device = choose_device(args.device, several_processes=True)
     dtype = choose_dtype(args.precision, device)
     print_machine(device, dtype)
-    clean = load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
+    clean = load_data(
+        args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
+    )
     if args.noisy_labels is not None:
         args.corrupt_percentage = None  # has a default in the detection
-    which = {"fraction": args.corrupt_percentage, "noisy": args.noisy_labels is not None, "cleaned": args.cleaned}
+    which = {
+        "fraction": args.corrupt_percentage,
+        "noisy": args.noisy_labels is not None,
+        "cleaned": args.cleaned,
+    }
     paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
-    loaded = [load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels) for path in paths]
+    loaded = [
+        load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels)
+        for path in paths
+    ]
     models, metadata, trained_on = zip(*loaded, strict=True)
     for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
         for path, other in zip(paths, metadata, strict=True):
             if other[name] != metadata[0][name]:
                 models = f"--checkpoint_dir: {path} and {paths[0]}"
-                raise UserError(f"{models} differ in their {words}: give models that were trained alike")
+                raise UserError(
+                    f"{models} differ in their {words}: give models that were trained alike"
+                )
     settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
-    settings |= {"seconds": seconds, "batch_size": args.train_batch_size, "factor_examples": args.factor_examples}
+    settings |= {
+        "seconds": seconds,
+        "batch_size": args.train_batch_size,
+        "factor_examples": args.factor_examples,
+    }
     on_device = trained_on[0].to(device)
-    runs = [InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings) for model in models]
+    runs = [
+        InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings)
+        for model in models
+    ]
     if len({run.folder for run in runs}) < len(runs):
-        raise UserError("--checkpoint_dir: two of these folders hold the same model: name each model once")
+        raise UserError(
+            "--checkpoint_dir: two of these folders hold the same model: name each model once"
+        )
     return runs, metadata, trained_on[0]
 
 
@@ -1244,10 +1598,17 @@ def environment(device):
         with contextlib.suppress(ImportError):
             import resource  # in kilobytes on Linux, in bytes on macOS
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {package: version(package) for package in ("kronfluence", "numpy")}
-    where = {"device": device.type, "device_name": name, "cpu_threads": torch.get_num_threads(), "versions": versions}
+    where = {
+        "device": device.type,
+        "device_name": name,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": versions,
+    }
     return {"peak_memory_bytes": peak} | where
 
 
@@ -1266,7 +1627,10 @@ def write_record(path, args, fields, device, seconds):
 
 def print_paths(rounded, paths):
     """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
-    print(f"{rounded['total']:.1f} s in all: " + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES))
+    print(
+        f"{rounded['total']:.1f} s in all: "
+        + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES)
+    )
     for path in paths:
         print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
 
@@ -1289,7 +1653,11 @@ def picture(path, width, height):
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
-    style = {**matplotlib.rcParamsDefault, "font.family": fonts, "text.parse_math": False}  # names may have a $
+    style = {
+        **matplotlib.rcParamsDefault,
+        "font.family": fonts,
+        "text.parse_math": False,
+    }  # names may have a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
@@ -1308,9 +1676,14 @@ def draw_sheet(path, images, texts, colours, columns, title):
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            y, x = place // columns * height + top, place % columns * width + (width - IMAGE_SIZE) // 2
+            y, x = (
+                place // columns * height + top,
+                place % columns * width + (width - IMAGE_SIZE) // 2,
+            )
             sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
-            axes.text(x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom")
+            axes.text(
+                x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom"
+            )
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 

@@ -24,17 +24,51 @@ RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs
 
 def parse_arguments():
     """Reads the command line."""
-    positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+    positive_float = pipeline.number(
+        float, "a number above 0", lambda value: 0 < value < float("inf")
+    )
     positive_int, seed = pipeline.positive_int, pipeline.whole_number
     parser = pipeline.shared_parser(__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint_dir", default=pipeline.CHECKPOINT_DIR, help="folder (default: %(default)s)"
+    )
     recipe = parser.add_argument_group("recipe").add_argument
-    recipe("--train_batch_size", type=positive_int, default=512, help="images per step (default: %(default)s)")
-    recipe("--learning_rate", type=positive_float, default=0.4, help="peak of the schedule (default: %(default)s)")
-    recipe("--weight_decay", type=pipeline.non_negative_float, default=1e-3, help="L2 penalty (default: %(default)s)")
-    recipe("--num_train_epochs", type=positive_int, default=25, help="passes over the images (default: %(default)s)")
-    recipe("--seed", type=seed, default=1004, help="of weights, order, crops and flips (default: %(default)s)")
-    recipe("--eval_batch_size", type=positive_int, default=1024, help="images per step when it is evaluated")
+    recipe(
+        "--train_batch_size",
+        type=positive_int,
+        default=512,
+        help="images per step (default: %(default)s)",
+    )
+    recipe(
+        "--learning_rate",
+        type=positive_float,
+        default=0.4,
+        help="peak of the schedule (default: %(default)s)",
+    )
+    recipe(
+        "--weight_decay",
+        type=pipeline.non_negative_float,
+        default=1e-3,
+        help="L2 penalty (default: %(default)s)",
+    )
+    recipe(
+        "--num_train_epochs",
+        type=positive_int,
+        default=25,
+        help="passes over the images (default: %(default)s)",
+    )
+    recipe(
+        "--seed",
+        type=seed,
+        default=1004,
+        help="of weights, order, crops and flips (default: %(default)s)",
+    )
+    recipe(
+        "--eval_batch_size",
+        type=positive_int,
+        default=1024,
+        help="images per step when it is evaluated",
+    )
     decided = "columns path or index, and new_label: a class, or empty to leave the image out"
     parser.add_argument("--corrections", metavar="CSV", help=decided)
     return parser.parse_args()
@@ -64,12 +98,16 @@ def read_rows(flag, path, column):
             place = f"{flag} {path}, line {reader.line_num + above}"
             if None in row or None in row.values():
                 cells = "has another number of cells than the first line"
-                raise pipeline.UserError(f"{place}: {cells}; where the last is empty, put another column behind it")
+                raise pipeline.UserError(
+                    f"{place}: {cells}; where the last is empty, put another column behind it"
+                )
             if any(row.values()):
                 yield place, row
     except (OSError, ValueError, csv.Error) as error:
         reason = pipeline.first_line(error)
-        raise pipeline.UserError(f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})") from error
+        raise pipeline.UserError(
+            f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})"
+        ) from error
 
 
 class ExampleFinder:
@@ -87,7 +125,10 @@ class ExampleFinder:
         self.data, self.folders = data, ("", Path(csv_path).parent, dataset_dir)
         self.places, self.found = {}, set()
         self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
-        images = [*((path, i) for i, path in enumerate(data.paths)), *((path, None) for path in test.paths)]
+        images = [
+            *((path, i) for i, path in enumerate(data.paths)),
+            *((path, None) for path in test.paths),
+        ]
         for spelling in (os.path.abspath, os.path.realpath, below):
             for path, index in images:
                 if path:
@@ -109,12 +150,20 @@ class ExampleFinder:
         """
         path, number = row.get("path", ""), row.get("index", "").strip()
         if path.strip():
-            spellings = map(pipeline.same_form, chain(self.spellings(path), self.spellings(path.strip())))
+            spellings = map(
+                pipeline.same_form, chain(self.spellings(path), self.spellings(path.strip()))
+            )
             known = next((spelling for spelling in spellings if spelling in self.places), None)
-            where = "held out for the test" if known else f"not among the {len(self.data)} training images"
+            where = (
+                "held out for the test"
+                if known
+                else f"not among the {len(self.data)} training images"
+            )
             index, problem = self.places.get(known), f"{path} is {where}"
         elif any(self.data.paths):
-            raise pipeline.UserError(f"{place}: needs a path; an index is another image once files come or go")
+            raise pipeline.UserError(
+                f"{place}: needs a path; an index is another image once files come or go"
+            )
         elif not number or (passes_over and not number.isdecimal()):  # such as 1.0
             raise pipeline.UserError(f"{place}: needs an index, a whole number from 0 on")
         else:
@@ -153,10 +202,16 @@ def read_noisy_labels(path, data, test, dataset_dir):
             continue
         labels[index] = find_class(place, row["label"], data.class_names)
         if labels[index] != data.labels[index]:
-            changes[f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"] += 1
+            changes[
+                f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"
+            ] += 1
     if not (used := len(find_example.found)):
-        raise pipeline.UserError(f"--noisy_labels {path}: none of its {others} rows is about a training image")
-    print(f"{path}: {used} rows, and {others} of other images; {pipeline.ten_largest(changes) or 'none differs'}")
+        raise pipeline.UserError(
+            f"--noisy_labels {path}: none of its {others} rows is about a training image"
+        )
+    print(
+        f"{path}: {used} rows, and {others} of other images; {pipeline.ten_largest(changes) or 'none differs'}"
+    )
     return labels
 
 
@@ -166,11 +221,18 @@ def read_corrections(path, data, test, dataset_dir):
     Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
     where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
     """
-    find_example, decided, changes = ExampleFinder(data, test, dataset_dir, path, data.indices), {}, Counter()
+    find_example, decided, changes = (
+        ExampleFinder(data, test, dataset_dir, path, data.indices),
+        {},
+        Counter(),
+    )
     for place, row in read_rows("--corrections", path, "new_label"):
         index = find_example(place, row)
         old = data.class_names[data.labels[index]]
-        if row.get("label", "").strip() and find_class(place, row["label"], data.class_names) != data.labels[index]:
+        if (
+            row.get("label", "").strip()
+            and find_class(place, row["label"], data.class_names) != data.labels[index]
+        ):
             said = f"image {index} has the label {old} before any cleaning, not {row['label']}"
             flags = "give the data flags of that table, or drop its column label"
             raise pipeline.UserError(f"{place}: {said}: {flags}")
@@ -181,9 +243,17 @@ def read_corrections(path, data, test, dataset_dir):
     excluded = [index for index, label in decided.items() if label is None]
     if len(excluded) > len(data) / 2:
         most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
-        raise pipeline.UserError(f"--corrections {path} {most}: delete rows that nothing was decided about")
-    print("Corrections: " + ", ".join([pipeline.ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"]))
-    return {"excluded": excluded, "new_labels": {i: label for i, label in decided.items() if label is not None}}
+        raise pipeline.UserError(
+            f"--corrections {path} {most}: delete rows that nothing was decided about"
+        )
+    print(
+        "Corrections: "
+        + ", ".join([pipeline.ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"])
+    )
+    return {
+        "excluded": excluded,
+        "new_labels": {i: label for i, label in decided.items() if label is not None},
+    }
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -199,7 +269,9 @@ def crop_and_flip(images, offsets, flips):
     size = images.shape[3]
     padded = F.pad(images, [CROP_PADDING] * 4)  # (B, 3, 40, 40)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, 32, 32), a view
-    crops = windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    crops = windows[
+        torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]
+    ]
     return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
@@ -233,7 +305,9 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
-def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype):
+def train(
+    model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype
+):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most. Returns the margin of
@@ -245,13 +319,20 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // train_batch_size
     total_steps = num_train_epochs * steps_per_epoch
-    margins = torch.full((num_train_epochs, len(data)), torch.nan, dtype=torch.float16, device=device)
+    margins = torch.full(
+        (num_train_epochs, len(data)), torch.nan, dtype=torch.float16, device=device
+    )
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_train_epochs):
             start, epoch_loss = time.perf_counter(), torch.zeros((), device=device)
             model.train()
-            plan = (tensor.to(device) for tensor in epoch_batches(len(data), train_batch_size, generator))
-            for step, (order, offsets, flips) in enumerate(zip(*plan, strict=True), start=epoch * steps_per_epoch):
+            plan = (
+                tensor.to(device)
+                for tensor in epoch_batches(len(data), train_batch_size, generator)
+            )
+            for step, (order, offsets, flips) in enumerate(
+                zip(*plan, strict=True), start=epoch * steps_per_epoch
+            ):
                 rate = optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, total_steps)
                 images = pipeline.normalize(crop_and_flip(data.images[order], offsets, flips))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -262,7 +343,9 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
                 optimizer.zero_grad()
                 epoch_loss += loss.detach()
                 margin = pipeline.margin(logits.detach(), labels, torch.amax)
-                margins[epoch, order] = margin.clamp(-6e4, 6e4).to(margins.dtype)  # which ends at 65,504
+                margins[epoch, order] = margin.clamp(-6e4, 6e4).to(
+                    margins.dtype
+                )  # which ends at 65,504
                 progress.update()
             mean_loss = (epoch_loss / steps_per_epoch).item()
             speed = steps_per_epoch * train_batch_size / (time.perf_counter() - start)
@@ -271,10 +354,17 @@ def train(model, data, *, train_batch_size, learning_rate, weight_decay, num_tra
                 f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
             )
             # The loss was computed before the last step, so the weights are checked, too.
-            if not (np.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.state_dict().values())):
-                raise pipeline.NumericalError(f"the training diverged in epoch {epoch + 1}: lower --learning_rate")
+            if not (
+                np.isfinite(mean_loss)
+                and all(weight.isfinite().all() for weight in model.state_dict().values())
+            ):
+                raise pipeline.NumericalError(
+                    f"the training diverged in epoch {epoch + 1}: lower --learning_rate"
+                )
     if count := margins.isnan().all(0).sum():
-        print(f"{count} images were in no batch: they are ranked by their margin in the end, since they have no aum")
+        print(
+            f"{count} images were in no batch: they are ranked by their margin in the end, since they have no aum"
+        )
     return margins.cpu()
 
 
@@ -289,12 +379,16 @@ def compute_logits(model, images, batch_size, dtype):
 
 def evaluate(logits, labels):
     """Returns mean cross-entropy and accuracy of logits [N, num_classes] against labels [N]."""
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+    return F.cross_entropy(logits, labels).item(), (
+        logits.argmax(1) == labels
+    ).float().mean().item()
 
 
 def print_accuracies(model, data, test, batch_size, dtype):
     """Prints and returns the accuracies, from 0 to 1, by name, on training images, ImageData, and on test images."""
-    logits, of_test = (compute_logits(model, part.images, batch_size, dtype) for part in (data, test))
+    logits, of_test = (
+        compute_logits(model, part.images, batch_size, dtype) for part in (data, test)
+    )
     results = {"train": evaluate(logits, data.labels)}
     if data.is_corrupted.any():
         results["train, true labels"] = evaluate(logits, data.true_labels)
@@ -309,14 +403,18 @@ def print_next_steps(args):
     flags = {"checkpoint_dir": args.checkpoint_dir}
     if args.noisy_labels is None:
         flags["corrupt_percentage"] = args.corrupt_percentage or 0
-    print("Find mislabeled training images, or see which ones the answers to test images come from:")
+    print(
+        "Find mislabeled training images, or see which ones the answers to test images come from:"
+    )
     for script in ("detect_mislabeled_dataset.py", "analyze.py"):
         print(f"  {pipeline.command(script, args, **flags, cleaned=args.corrections is not None)}")
 
 
 def load_examples(args):
     """Returns training and test images, ImageData on the CPU, and what the checkpoint keeps about labels, a dict."""
-    clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir)
+    clean = pipeline.load_data(
+        args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
+    )
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
     given = cleaning = None
     if args.noisy_labels is not None:
@@ -325,7 +423,11 @@ def load_examples(args):
     if args.corrections is not None:
         cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
         data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
-    labels = {"given_labels": given, "labels_sha256": pipeline.file_digest(args.noisy_labels), "cleaning": cleaning}
+    labels = {
+        "given_labels": given,
+        "labels_sha256": pipeline.file_digest(args.noisy_labels),
+        "cleaning": cleaning,
+    }
     return data, test, labels | {"num_loaded": len(clean)}
 
 
@@ -338,12 +440,16 @@ def main():
     pipeline.print_machine(device, dtype)
     data, test, labels = load_examples(args)
     if args.train_batch_size > len(data):
-        raise pipeline.UserError(f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images")
+        raise pipeline.UserError(
+            f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images"
+        )
     which = {"noisy": args.noisy_labels is not None, "cleaned": args.corrections is not None}
     path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage, **which)
     pipeline.make_folder(path.parent)
     wrong = f"{data.is_corrupted.sum()} with a wrong label"
-    print(f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes")
+    print(
+        f"{len(data)} training images ({wrong}), {len(test)} test images, {len(data.class_names)} classes"
+    )
 
     data, test = data.to(device), test.to(device)
     torch.manual_seed(args.seed)
@@ -365,7 +471,9 @@ def main():
         "environment": pipeline.environment(device),
     }
     pipeline.save_checkpoint(path, model, metadata)
-    print(f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}")
+    print(
+        f"trained in {train_seconds:.1f} s ({time.perf_counter() - start:.1f} s in all); wrote {path}"
+    )
     print_next_steps(args)
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # beside another process, more threads than one wait for each other
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # beside another process, more threads than one wait for each other
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 import numpy as np
@@ -26,28 +28,48 @@ from safetensors.torch import load_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # before site-packages, where kronfluence installs a package named `tests`
+sys.path.insert(
+    0, str(ROOT)
+)  # before site-packages, where kronfluence installs a package named `tests`
 sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
 import pipeline
 
-pipeline.NUM_SYNTHETIC["test"] = 50  # because drawing and evaluating 500 takes longer than most of what is tested
+pipeline.NUM_SYNTHETIC["test"] = (
+    50  # because drawing and evaluating 500 takes longer than most of what is tested
+)
 
 TRAIN, ANALYZE, DETECT = SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
 # What every end-to-end test trains on: 60 digits, 6 of them mislabeled.
-SYNTHETIC = ("--dataset", "synthetic", "--num_train_examples", "60", "--corrupt_percentage", "0.1", "--device", "cpu")
+SYNTHETIC = (
+    "--dataset",
+    "synthetic",
+    "--num_train_examples",
+    "60",
+    "--corrupt_percentage",
+    "0.1",
+    "--device",
+    "cpu",
+)
 
 
 def run(folder, name, *flags):
     """Runs a script's `main` in this process, in a folder. Returns exit status, standard output and error."""
     status, out, err = 0, io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", [name, *map(str, flags)])
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        argv,
+    ):
         try:
             pipeline.run(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as stop:
             status = stop.code
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1])  # but progress bars
+    return SimpleNamespace(
+        status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1]
+    )  # but progress bars
 
 
 def succeed(folder, name, *flags):
@@ -65,9 +87,17 @@ def refused(folder, name, *flags):
     return finished.err
 
 
-def influence_run(folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings):
+def influence_run(
+    folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings
+):
     """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
-    settings |= {"strategy": strategy, "dtype": dtype, "seed": seed, "batch_size": batch_size, "seconds": {}}
+    settings |= {
+        "strategy": strategy,
+        "dtype": dtype,
+        "seed": seed,
+        "batch_size": batch_size,
+        "seconds": {},
+    }
     return pipeline.InfluenceRun(model, data, folder / "model", **settings)
 
 
@@ -121,7 +151,9 @@ def digits(count, split="train"):
 def image_data(images, labels, class_names, paths=None):
     """ImageData with right labels."""
     places = torch.arange(len(labels))
-    return pipeline.ImageData(images, labels, labels, class_names, paths or [""] * len(labels), places, places)
+    return pipeline.ImageData(
+        images, labels, labels, class_names, paths or [""] * len(labels), places, places
+    )
 
 
 def read_table(path):
@@ -140,7 +172,11 @@ def result_folder(folder, name="model"):
 def results(folder):
     """What must be the same in every run, by path: all but hidden and unfinished files, times and memory."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
-    return {str(path.relative_to(folder)): content(path) for path in paths if "unfinished" not in str(path)}
+    return {
+        str(path.relative_to(folder)): content(path)
+        for path in paths
+        if "unfinished" not in str(path)
+    }
 
 
 def content(path):
@@ -150,11 +186,21 @@ def content(path):
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
         tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
-        del checkpoint["metadata"]["train_seconds"], checkpoint["metadata"]["environment"]["peak_memory_bytes"]
-        return [checkpoint["metadata"], {name: pipeline.sha256(tensor) for name, tensor in tensors.items()}]
+        del (
+            checkpoint["metadata"]["train_seconds"],
+            checkpoint["metadata"]["environment"]["peak_memory_bytes"],
+        )
+        return [
+            checkpoint["metadata"],
+            {name: pipeline.sha256(tensor) for name, tensor in tensors.items()},
+        ]
     if path.suffix == ".json":
         found = json.loads(path.read_text())
-        return {name: value for name, value in found.items() if name not in ("seconds", "peak_memory_bytes")}
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in ("seconds", "peak_memory_bytes")
+        }
     return path.read_bytes()
 
 
@@ -162,7 +208,9 @@ def content(path):
 def trained(tmp_path_factory):
     """A folder with a checkpoint of one epoch on SYNTHETIC, and what train.py printed."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, succeed(folder, TRAIN, *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1)
+    return folder, succeed(
+        folder, TRAIN, *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1
+    )
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +222,9 @@ def class_folders(tmp_path_factory):
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (20 + 7 * index, 40), (100 * label, 40 * index, 200)).save(folder / f"{index}.png")
+                Image.new("RGB", (20 + 7 * index, 40), (100 * label, 40 * index, 200)).save(
+                    folder / f"{index}.png"
+                )
     return root
 
 

@@ -77,8 +77,18 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
 
 
 PROCESSES = {  # script, number of GPUs, what torchrun says which one is this process's, and what the sentence must say
-    "training on the CPU": (TRAIN, 0, "1", "WORLD_SIZE is 2, but a run on the CPU takes one process only"),
-    "detection on the CPU": (DETECT, 0, "1", "WORLD_SIZE is 2, but a run on the CPU takes one process only"),
+    "training on the CPU": (
+        TRAIN,
+        0,
+        "1",
+        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
+    ),
+    "detection on the CPU": (
+        DETECT,
+        0,
+        "1",
+        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
+    ),
     "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script takes one process only"),
     "more than GPUs": (DETECT, 1, "1", "start them with torchrun"),
     "not by torchrun": (DETECT, 2, "", "start them with torchrun"),
@@ -123,14 +133,32 @@ SPOILED = {  # what is done to the folders, and what must be named
     "a single class": (one_class, "at least 2 class folders"),
     "a class without images": (lambda root: (root / "train" / "zebra").mkdir(), "zebra"),
     "a truncated image": (a_truncated_image, "cat/1.png"),
-    "a text file": (lambda root: (root / "train" / "äpfel" / "notes.txt").write_text("hello"), "äpfel/notes.txt"),
-    "grey of 32 bits": (lambda root: Image.new("F", (40, 40)).save(root / "train" / "cat" / "1.tiff"), "cat/1.tiff"),
-    "a link to nothing": (lambda root: (root / "train" / "cat" / "9.png").symlink_to("gone.png"), "cat/9.png"),
+    "a text file": (
+        lambda root: (root / "train" / "äpfel" / "notes.txt").write_text("hello"),
+        "äpfel/notes.txt",
+    ),
+    "grey of 32 bits": (
+        lambda root: Image.new("F", (40, 40)).save(root / "train" / "cat" / "1.tiff"),
+        "cat/1.tiff",
+    ),
+    "a link to nothing": (
+        lambda root: (root / "train" / "cat" / "9.png").symlink_to("gone.png"),
+        "cat/9.png",
+    ),
     "a name that is not UTF-8": (a_name_in_latin_1, r"cat/\udce4.png' cannot be read"),
     "nothing to hold out": (one_image_per_class_and_no_test, "2 images or more"),
-    "a class missing in test": (lambda root: shutil.rmtree(root / "test/cat"), ": my images/test lacks the classes"),
-    "a class missing in train": (lambda root: shutil.rmtree(root / "train/cat"), ": my images/train lacks"),
-    "a pipe": (lambda root: os.mkfifo(root / "train" / "cat" / "pipe.png"), "cannot be read (no regular file)"),
+    "a class missing in test": (
+        lambda root: shutil.rmtree(root / "test/cat"),
+        ": my images/test lacks the classes",
+    ),
+    "a class missing in train": (
+        lambda root: shutil.rmtree(root / "train/cat"),
+        ": my images/train lacks",
+    ),
+    "a pipe": (
+        lambda root: os.mkfifo(root / "train" / "cat" / "pipe.png"),
+        "cannot be read (no regular file)",
+    ),
     "no folder": (shutil.rmtree, "my images"),
 }
 
@@ -140,7 +168,9 @@ def test_a_spoiled_image_folder_is_named(fails, folders, how, monkeypatch):
     spoil, named = SPOILED[how]
     spoil(folders)
     monkeypatch.chdir(folders.parent)
-    assert named in fails(TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders.name, "--train_batch_size", 4)
+    assert named in fails(
+        TRAIN, "--dataset", "imagefolder", "--dataset_dir", folders.name, "--train_batch_size", 4
+    )
 
 
 def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
@@ -166,18 +196,42 @@ def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
 
 MISTAKES = {  # script, flags, and what the sentence must say; there is a checkpoint on SYNTHETIC
     "batch above the images": (TRAIN, ["--train_batch_size", 61], "--train_batch_size"),
-    "more images than there are": (TRAIN, ["--num_train_examples", 5001], "--num_train_examples 5001"),
+    "more images than there are": (
+        TRAIN,
+        ["--num_train_examples", 5001],
+        "--num_train_examples 5001",
+    ),
     "corrections without a name": (TRAIN, ["--corrections", ""], "--corrections"),
     "query index too high": (ANALYZE, ["--query_indices", "3,48-50"], "no test image 50"),
-    "too many queries": (ANALYZE, ["--num_query_examples", 51], "--num_query_examples 51: there are only 50"),
+    "too many queries": (
+        ANALYZE,
+        ["--num_query_examples", 51],
+        "--num_query_examples 51: there are only 50",
+    ),
     "no checkpoint": (DETECT, ["--checkpoint_dir", "nowhere"], "run train.py"),
-    "no such checkpoint": (DETECT, ["--corrupt_percentage", 0], "model.pth, only model_corrupt_0.1.pth: run train.py"),
+    "no such checkpoint": (
+        DETECT,
+        ["--corrupt_percentage", 0],
+        "model.pth, only model_corrupt_0.1.pth: run train.py",
+    ),
     "no model that was cleaned": (DETECT, ["--cleaned"], "model_corrupt_0.1_cleaned.pth"),
     "other labels": (DETECT, ["--num_train_examples", 50], "other images or labels"),
-    "checkpoints in a file": (TRAIN, ["--train_batch_size", 20, "--checkpoint_dir", "file"], "error: file cannot be"),
-    "checkpoint in a file": (ANALYZE, ["--checkpoint_dir", "file"], "no checkpoint file/model_corrupt_0.1.pth"),
+    "checkpoints in a file": (
+        TRAIN,
+        ["--train_batch_size", 20, "--checkpoint_dir", "file"],
+        "error: file cannot be",
+    ),
+    "checkpoint in a file": (
+        ANALYZE,
+        ["--checkpoint_dir", "file"],
+        "no checkpoint file/model_corrupt_0.1.pth",
+    ),
     "results in a file": (DETECT, ["--output_dir", "file"], "error: file/model_corrupt_0.1"),
-    "results in no place": (ANALYZE, ["--output_dir", "/proc/nowhere"], "error: /proc/nowhere/model_corrupt_0.1"),
+    "results in no place": (
+        ANALYZE,
+        ["--output_dir", "/proc/nowhere"],
+        "error: /proc/nowhere/model_corrupt_0.1",
+    ),
 }
 
 

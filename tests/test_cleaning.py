@@ -30,7 +30,9 @@ def cleaning(excluded, new_labels):
 def data():
     """Six images of three classes, each with a path."""
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 32, 32)
-    return image_data(images, torch.tensor([0, 1, 2, 0, 1, 2]), NAMES, [f"images/{i} ü.png" for i in range(6)])
+    return image_data(
+        images, torch.tensor([0, 1, 2, 0, 1, 2]), NAMES, [f"images/{i} ü.png" for i in range(6)]
+    )
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ def written(tmp_path):
 
 def read(path, data, test=None, dataset_dir="images"):
     """What train.py makes of a file."""
-    return train.read_corrections(path, data, data.take(torch.arange(0)) if test is None else test, dataset_dir)
+    return train.read_corrections(
+        path, data, data.take(torch.arange(0)) if test is None else test, dataset_dir
+    )
 
 
 def without_files(data):
@@ -59,7 +63,12 @@ def without_files(data):
 
 
 def test_corrections_by_path_and_by_index(written, data, capsys):
-    path = written("path,note,new_label", "images/2 ü.png,a cat!,cat", "images/4 ü.png,,", "images/5 ü.png,,cat")
+    path = written(
+        "path,note,new_label",
+        "images/2 ü.png,a cat!,cat",
+        "images/4 ü.png,,",
+        "images/5 ü.png,,cat",
+    )
     assert read(path, data) == cleaning([4], {2: 0, 5: 0})
     path = written("index,new_label", "4,", "0,äpfel", "1,grey owl", encoding="utf-8-sig")
     assert read(path, without_files(data)) == cleaning([4], {0: 2, 1: 1})
@@ -71,7 +80,12 @@ def test_corrections_by_path_and_by_index(written, data, capsys):
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_corrections_as_spreadsheets_write_them(written, data, delimiter):
-    lines = [" Path , NEW_LABEL ,Note", 'images/1 ü.png,cat,"a, b; c"', ",,", "images/3 ü.png, grey owl ,"]
+    lines = [
+        " Path , NEW_LABEL ,Note",
+        'images/1 ü.png,cat,"a, b; c"',
+        ",,",
+        "images/3 ü.png, grey owl ,",
+    ]
     path = written(*(line.replace(",", delimiter) for line in lines), encoding="utf-8-sig")
     assert read(path, data) == cleaning([], {1: 0, 3: 1})
 
@@ -97,7 +111,10 @@ def test_numbers_are_names_of_classes(written, data):
 @pytest.fixture
 def photos(folders):
     """ImageData for training and test of class folders, and where these are."""
-    return [*(pipeline.load_data("imagefolder", folders, split) for split in ("train", "test")), folders]
+    return [
+        *(pipeline.load_data("imagefolder", folders, split) for split in ("train", "test")),
+        folders,
+    ]
 
 
 SPELLINGS = {
@@ -121,7 +138,8 @@ def test_a_row_finds_its_image_by_the_file_meant(written, photos, tmp_path, monk
     monkeypatch.chdir(tmp_path / "work")
     names = [str(Path(path).relative_to(folders / "train")) for path in data.paths]
     paths = [
-        spelling.format(tmp=tmp_path, name=name.replace("/", "\\") if "D:" in spelling else name) for name in names
+        spelling.format(tmp=tmp_path, name=name.replace("/", "\\") if "D:" in spelling else name)
+        for name in names
     ]
     found = read(written("path,new_label", *(f"{path},cat" for path in paths)), *photos)
     assert found == cleaning([], dict.fromkeys(range(len(data)), 0))
@@ -131,7 +149,9 @@ def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
     path = Path(photos[0].paths[1])
     path.rename(tmp_path / "elsewhere.png")
     path.symlink_to(tmp_path / "elsewhere.png")
-    assert read(written("path,new_label", f"{tmp_path}/elsewhere.png,cat"), *photos) == cleaning([], {1: 0})
+    assert read(written("path,new_label", f"{tmp_path}/elsewhere.png,cat"), *photos) == cleaning(
+        [], {1: 0}
+    )
 
 
 def test_an_image_held_out_is_said_to_be_that(written, photos):
@@ -141,20 +161,38 @@ def test_an_image_held_out_is_said_to_be_that(written, photos):
 
 MISTAKES = {  # lines of the file, and what the sentence must say
     "index": (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
-    "index below a line for Excel": (["sep=;", "index;new_label", "6;cat"], "line 3: there is no training image 6"),
+    "index below a line for Excel": (
+        ["sep=;", "index;new_label", "6;cat"],
+        "line 3: there is no training image 6",
+    ),
     "negative index": (["index,new_label", "-1,cat"], "line 2: there is no training image -1"),
-    "endless index": (["index,new_label", f"{'1' * 5000},cat"], "line 2: there is no training image 1111"),
+    "endless index": (
+        ["index,new_label", f"{'1' * 5000},cat"],
+        "line 2: there is no training image 1111",
+    ),
     "neither": (["index,new_label", ",cat"], "line 2: needs an index"),
-    "class": (["index,new_label", "1,dog"], "line 2: 'dog' is none of the classes cat, grey owl, äpfel"),
-    "twice": (["index,new_label", "1,cat", "2,", "1,"], "line 4: image 1 has a row before this one"),
-    "column": (["index,label", "1,cat"], "its first line must name the column 'new_label', but is 'index,label'"),
+    "class": (
+        ["index,new_label", "1,dog"],
+        "line 2: 'dog' is none of the classes cat, grey owl, äpfel",
+    ),
+    "twice": (
+        ["index,new_label", "1,cat", "2,", "1,"],
+        "line 4: image 1 has a row before this one",
+    ),
+    "column": (
+        ["index,label", "1,cat"],
+        "its first line must name the column 'new_label', but is 'index,label'",
+    ),
     "short row": (["index,new_label", "1"], "line 2: has another number of cells"),
     "long row": (["index,new_label", "1,cat,dog"], "line 2: has another number of cells"),
     "label": (
         ["index,label,new_label", "1,,cat", "2,cat,cat"],
         "line 3: image 2 has the label äpfel before any cleaning, not cat",
     ),
-    "most left out": (["index,new_label", "0,", "1,", "2,", "3,cat", "4,"], "leaves out 4 of the 6 images, because"),
+    "most left out": (
+        ["index,new_label", "0,", "1,", "2,", "3,cat", "4,"],
+        "leaves out 4 of the 6 images, because",
+    ),
     "empty file": ([], "its first line must name the column 'new_label'"),
 }
 
@@ -168,7 +206,10 @@ def test_a_mistake_in_corrections_is_named_with_its_line(written, data, mistake)
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [("images/7.png,1", "line 2: images/7.png is not among"), (",1", "line 2: needs a path; an index is another")],
+    [
+        ("images/7.png,1", "line 2: images/7.png is not among"),
+        (",1", "line 2: needs a path; an index is another"),
+    ],
 )
 def test_images_that_have_files_are_called_by_their_paths(written, data, row, message):
     with pytest.raises(pipeline.UserError, match=re.escape(message)):
@@ -215,7 +256,9 @@ def loop(trained, tmp_path_factory):
     detected = succeed(folder, *detect, "--factor_strategy", "identity")
     (correct,) = printed_commands(detected)
     suspects = [row["index"] for row in ranked(*(folder / "influence_results").glob("model_*"))[:6]]
-    (folder / "corrections.csv").write_text("\n".join(["index,new_label", *(f"{index}," for index in suspects)]))
+    (folder / "corrections.csv").write_text(
+        "\n".join(["index,new_label", *(f"{index}," for index in suspects)])
+    )
     cleaned = succeed(folder, *correct)
     again = succeed(folder, *printed_commands(cleaned)[0], "--factor_strategy", "identity")
     return folder, correct, cleaned, again
@@ -229,7 +272,9 @@ def ranked(folder):
 def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_results(loop):
     folder, _, cleaned, again = loop
     assert "Corrections: left out 6" in cleaned and "model_corrupt_0.1_cleaned.pth" in cleaned
-    before, after = sorted((folder / "influence_results").glob("model_*"), key=lambda path: "cleaned" in path.name)
+    before, after = sorted(
+        (folder / "influence_results").glob("model_*"), key=lambda path: "cleaned" in path.name
+    )
     removed = {row["index"] for row in ranked(before)[:6]}
     assert {row["index"] for row in ranked(after)} == {str(i) for i in range(60)} - removed
     still_wrong = sum(row["is_corrupted"] == "1" for row in ranked(before)[6:])
@@ -244,7 +289,9 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
     shutil.copytree(loop[0], tmp_path, dirs_exist_ok=True)
     (ranking,) = tmp_path.glob("influence_results/model_corrupt_0.1-*/suspects_identity.csv")
     columns, *rows = ranking.read_text(encoding="utf-8").splitlines()
-    ranking.write_text("\n".join([f"{columns},new_label", *(f"{row},3" for row in rows)]), encoding="utf-8")
+    ranking.write_text(
+        "\n".join([f"{columns},new_label", *(f"{row},3" for row in rows)]), encoding="utf-8"
+    )
     before = ranking.read_bytes()
     command, _ = printed_commands(trained[1])
     sentence = refused(tmp_path, *command, "--factor_strategy", "identity", "--method", "loss")
@@ -261,9 +308,19 @@ def test_corrections_follow_the_printed_command(loop):
     output = succeed(folder, *correct)
     assert "59 training images (0 with a wrong label)" in output
     assert re.search(r"Corrections: (\d → \d \d, )+left out 1\n", output)
-    analyze_command = [*printed_commands(output)[1], "--factor_strategy", "identity", "--query_indices", "17,3,40-42"]
+    analyze_command = [
+        *printed_commands(output)[1],
+        "--factor_strategy",
+        "identity",
+        "--query_indices",
+        "17,3,40-42",
+    ]
     output = succeed(folder, *analyze_command)
-    (path,) = [Path(line.removeprefix("wrote ")) for line in output.splitlines() if line.endswith("identity.csv")]
+    (path,) = [
+        Path(line.removeprefix("wrote "))
+        for line in output.splitlines()
+        if line.endswith("identity.csv")
+    ]
     _, rows = read_table(folder / path)
     assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
     assert all(row["train"] != str(wrong[5]) for row in rows)
@@ -276,7 +333,12 @@ def test_corrections_follow_the_printed_command(loop):
 def test_the_printed_commands_train_as_before(monkeypatch, capsys):
     flags = ["--dataset", "synthetic", "--precision", "bf16", "--checkpoint_dir", "a", "b"]
     monkeypatch.setattr("sys.argv", [DETECT, *flags])
-    recipe = {"train_batch_size": 30, "learning_rate": 0.3, "weight_decay": 0.01, "num_train_epochs": 4}
+    recipe = {
+        "train_batch_size": 30,
+        "learning_rate": 0.3,
+        "weight_decay": 0.01,
+        "num_train_epochs": 4,
+    }
     trained = {"seed": 5, "precision": "fp32", "device": "auto"}
     args = detect.parse_arguments()
     detect.print_next_steps(args, trained | {"recipe": recipe}, Path("s.csv"))
@@ -287,8 +349,12 @@ def test_the_printed_commands_train_as_before(monkeypatch, capsys):
 
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"])
-    text = pipeline.command("x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None)
+    monkeypatch.setattr(
+        "sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"]
+    )
+    text = pipeline.command(
+        "x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None
+    )
     words = ["--dataset_dir", "my $images", "--num_train_examples", "7", "--cleaned", "--seed", "3"]
     assert shlex.split(text) == ["python", "x.py", *words]
 
@@ -301,7 +367,9 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
-    detect.plot_suspects(tmp_path / "s.png", many, torch.arange(count).numpy(), scores.numpy(), many.labels, "loss")
+    detect.plot_suspects(
+        tmp_path / "s.png", many, torch.arange(count).numpy(), scores.numpy(), many.labels, "loss"
+    )
     queries = many.take(torch.tensor([0, -1]))
     analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "diagonal")
     for name in ("s.png", "i.png"):
@@ -325,7 +393,11 @@ def test_no_harmful_image_is_called_helpful(tmp_path, data):
     analyze.write_top_influences(tmp_path / "i.csv", scores, data.take(torch.tensor([0, 1])), data)
     _, rows = read_table(tmp_path / "i.csv")
     found = [(row["query"], row["direction"], row["rank"], row["train"]) for row in rows]
-    first = [("helpful", "1", "4"), ("helpful", "2", "0"), *(("harmful", str(n + 1), t) for n, t in enumerate("135"))]
+    first = [
+        ("helpful", "1", "4"),
+        ("helpful", "2", "0"),
+        *(("harmful", str(n + 1), t) for n, t in enumerate("135")),
+    ]
     second = [("harmful", str(n + 1), t) for n, t in enumerate("543210")]
     assert found == [("0", *row) for row in first] + [("1", *row) for row in second]
 

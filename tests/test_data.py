@@ -29,7 +29,9 @@ def tiny_cifar(cifar_archive, monkeypatch):
     root, checksums = cifar_archive
     batches = [[f"data_batch_{i}", checksums[f"data_batch_{i}"]] for i in range(1, 6)]
     monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", batches)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.test_list", [["test_batch", checksums["test_batch"]]])
+    monkeypatch.setattr(
+        "torchvision.datasets.CIFAR10.test_list", [["test_batch", checksums["test_batch"]]]
+    )
     meta = {"filename": "batches.meta", "key": "label_names", "md5": checksums["batches.meta"]}
     monkeypatch.setattr("torchvision.datasets.CIFAR10.meta", meta)
     return root
@@ -80,7 +82,10 @@ def test_images_are_resized_with_antialiasing(tmp_path):
 MODES = {
     "grey, 16 bits": (Image.fromarray(np.full((40, 50), 90 * 257, np.uint16)), (90, 90, 90)),
     "black and white": (Image.new("1", (40, 40), 1), (255, 255, 255)),
-    "palette with a transparent colour": (Image.new("RGBA", (40, 40), (10, 200, 30, 0)).quantize(), (255, 255, 255)),
+    "palette with a transparent colour": (
+        Image.new("RGBA", (40, 40), (10, 200, 30, 0)).quantize(),
+        (255, 255, 255),
+    ),
     "half transparent": (Image.new("RGBA", (50, 30), (255, 0, 0, 128)), (255, 127, 127)),
     "grey, half transparent": (Image.new("LA", (40, 40), (0, 128)), (127, 127, 127)),
     "tiny": (Image.new("RGB", (1, 3), (1, 2, 3)), (1, 2, 3)),
@@ -96,17 +101,25 @@ def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
     assert np.abs(read.astype(int) - colour).max() <= 1
 
 
-@pytest.mark.parametrize(("brightest", "bits"), [(65535, 16), (23130, 16), (4095, 12), (1000, 12), (200, 8)])
+@pytest.mark.parametrize(
+    ("brightest", "bits"), [(65535, 16), (23130, 16), (4095, 12), (1000, 12), (200, 8)]
+)
 def test_16_bits_of_grey_are_scaled_by_those_that_its_images_use(tmp_path, capsys, brightest, bits):
     """A dark image beside a bright one stays dark, and colours stay as they are."""
     for name, value in (("bright", brightest), ("dark", brightest // 10)):
-        (tmp_path / f"{name}.pgm").write_bytes(b"P5 40 40 65535\n" + np.full(1600, value, ">u2").tobytes())
+        (tmp_path / f"{name}.pgm").write_bytes(
+            b"P5 40 40 65535\n" + np.full(1600, value, ">u2").tobytes()
+        )
     Image.new("RGB", (40, 40), (200, 30, 9)).save(tmp_path / "red.png")
     names = ("bright.pgm", "dark.pgm", "red.png")
-    bright, dark, red = pipeline.read_images([f"{tmp_path}/{name}" for name in names], "train", None)
+    bright, dark, red = pipeline.read_images(
+        [f"{tmp_path}/{name}" for name in names], "train", None
+    )
     assert np.abs(bright.astype(int) - 255 * brightest / (2**bits - 1)).max() <= 1
     assert np.abs(dark.astype(int) - 25.5 * brightest / (2**bits - 1)).max() <= 1
-    assert (red == (200, 30, 9)).all() and f"by the {bits} bits that they use" in capsys.readouterr().out
+    assert (
+        red == (200, 30, 9)
+    ).all() and f"by the {bits} bits that they use" in capsys.readouterr().out
 
 
 def tag(number, kind, value):
@@ -131,19 +144,25 @@ def test_a_photograph_taken_with_a_turned_camera_stands_upright(tmp_path, beside
 
 
 def test_an_image_with_a_malformed_exif_block_is_read(tmp_path):
-    Image.new("RGB", (40, 40), (9, 99, 199)).save(tmp_path / "photo.png", exif=b"Exif\0\0II*\0 of no use")
+    Image.new("RGB", (40, 40), (9, 99, 199)).save(
+        tmp_path / "photo.png", exif=b"Exif\0\0II*\0 of no use"
+    )
     assert (pipeline.read_image(tmp_path / "photo.png") == (9, 99, 199)).all()
 
 
 def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
     random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((1000, 800), 3)
+    coarse = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize(
+        (1000, 800), 3
+    )
     coarse.save(tmp_path / "photo.jpg", quality=95)
     expected = np.asarray(coarse.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(pipeline.read_image(tmp_path / "photo.jpg") - expected).mean() < 3
 
 
-def test_what_systems_make_and_hide_is_passed_over_and_classes_are_counted(class_folders, folders, capsys):
+def test_what_systems_make_and_hide_is_passed_over_and_classes_are_counted(
+    class_folders, folders, capsys
+):
     expected = pipeline.load_data("imagefolder", class_folders, "train")
     for name in ("@eaDir", "#recycle", "lost+found", "__MACOSX", "$RECYCLE.BIN", ".thumbnails"):
         for place in ("train", "train/cat", "test/äpfel"):
@@ -156,7 +175,9 @@ def test_what_systems_make_and_hide_is_passed_over_and_classes_are_counted(class
     assert torch.equal(found.labels, expected.labels) and torch.equal(found.images, expected.images)
     *passed_over, classes = capsys.readouterr().out.splitlines()
     names = "#recycle, $RECYCLE.BIN, .thumbnails, @eaDir, __MACOSX, lost+found"
-    assert passed_over == [f"Passed over in {folders}/{split}: {names}" for split in ("train", "test")]
+    assert passed_over == [
+        f"Passed over in {folders}/{split}: {names}" for split in ("train", "test")
+    ]
     assert classes == f"3 classes in {folders}: cat 5, grey owl 5, äpfel 5"
 
 
@@ -171,7 +192,11 @@ def test_class_folders_in_two_unicode_forms_are_one_class(folders):
     (folders / "test" / "äpfel").rename(folders / "test" / apart)
     train, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
     assert train.class_names == test.class_names == ["cat", "grey owl", "äpfel"]
-    assert all(f"/{apart}/" in path for path, label in zip(test.paths, test.labels, strict=True) if label == 2)
+    assert all(
+        f"/{apart}/" in path
+        for path, label in zip(test.paths, test.labels, strict=True)
+        if label == 2
+    )
     shutil.copytree(folders / "test" / apart, folders / "train" / apart)
     with pytest.raises(pipeline.UserError, match="has the same name as another class"):
         pipeline.load_data("imagefolder", folders, "train")
@@ -210,7 +235,11 @@ def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without
     assert "4 images, a tenth of each class, are held out" in capsys.readouterr().out
     test = pipeline.load_data("imagefolder", without_test, "test")
     assert train.class_names == ["many", "one", "some"]
-    assert train.labels.bincount().tolist() == [27, 1, 6] and test.labels.bincount().tolist() == [3, 0, 1]
+    assert train.labels.bincount().tolist() == [27, 1, 6] and test.labels.bincount().tolist() == [
+        3,
+        0,
+        1,
+    ]
     assert len({*train.paths, *test.paths}) == 38
 
 
@@ -219,7 +248,11 @@ def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
     before = pipeline.load_data("imagefolder", without_test, "test")
     Image.new("RGB", (8, 8)).save(without_test / "train" / "many" / "a new one.png")
     after = pipeline.load_data("imagefolder", without_test, "test")
-    assert len({*before.paths} & {*after.paths}) >= 3 and after.labels.bincount().tolist() == [3, 0, 1]
+    assert len({*before.paths} & {*after.paths}) >= 3 and after.labels.bincount().tolist() == [
+        3,
+        0,
+        1,
+    ]
 
 
 # ---- Images that were read before ----------------------------------------------------------------
@@ -230,12 +263,16 @@ def cached(folders, tmp_path, monkeypatch):
     """A function that loads a copy of the class folders and says how many images were decoded; the copy; the cache."""
     decoded = []
     read_image = pipeline.read_image
-    monkeypatch.setattr(pipeline, "read_image", lambda path: decoded.append(path) or read_image(path))
+    monkeypatch.setattr(
+        pipeline, "read_image", lambda path: decoded.append(path) or read_image(path)
+    )
 
     def load(num_examples=None):
         decoded.clear()
         data = pipeline.load_data("imagefolder", folders, "train", num_examples, tmp_path / "cache")
-        expected = pipeline.load_data("imagefolder", folders, "train", num_examples)  # decodes each of them again
+        expected = pipeline.load_data(
+            "imagefolder", folders, "train", num_examples
+        )  # decodes each of them again
         assert torch.equal(data.images, expected.images) and data.paths == expected.paths
         return len(decoded) - len(data)
 
@@ -259,12 +296,18 @@ def trade_places(folders, name):
 
 FIRST = Path("train") / "cat" / "0.png"
 CHANGES = {
-    "another image": lambda folders, cache: Image.new("RGB", (11, 40), (9, 9, 9)).save(folders / FIRST),
+    "another image": lambda folders, cache: Image.new("RGB", (11, 40), (9, 9, 9)).save(
+        folders / FIRST
+    ),
     "another time": lambda folders, cache: os.utime(folders / FIRST, (1, 1)),
-    "another name": lambda folders, cache: (folders / FIRST).rename(folders / "train" / "cat" / "9.png"),
+    "another name": lambda folders, cache: (folders / FIRST).rename(
+        folders / "train" / "cat" / "9.png"
+    ),
     "two images that trade places": lambda folders, cache: trade_places(folders, "plain/0.bmp"),
     "two folders that trade places": lambda folders, cache: trade_places(folders, "plain"),
-    "a truncated copy": lambda folders, cache: os.truncate(next(cache.rglob("*.safetensors")), 1000),
+    "a truncated copy": lambda folders, cache: os.truncate(
+        next(cache.rglob("*.safetensors")), 1000
+    ),
 }
 
 
@@ -282,13 +325,20 @@ def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
     assert [load(), load()] == [25, 0]
 
 
-def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_work(class_folders, monkeypatch):
-    for name in ("torchvision", "torchvision.datasets"):  # their import fails, as beside a torch of another build
+def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_work(
+    class_folders, monkeypatch
+):
+    for name in (
+        "torchvision",
+        "torchvision.datasets",
+    ):  # their import fails, as beside a torch of another build
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(pipeline.UserError, match="torchvision cannot load it"):
         pipeline.load_data("cifar10", "nowhere", "train")
     assert not Path("nowhere").exists()
-    assert len(digits(3)) == 3 and len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
+    assert (
+        len(digits(3)) == 3 and len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
+    )
 
 
 def test_synthetic_digits_are_fixed_balanced_and_different():
@@ -302,17 +352,23 @@ def test_synthetic_digits_are_fixed_balanced_and_different():
 # ---- Label corruption ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0, 0), (0.1, 100), (0.1234, 123), (0.5, 500), (0.999, 999)])
+@pytest.mark.parametrize(
+    ("fraction", "count"), [(0, 0), (0.1, 100), (0.1234, 123), (0.5, 500), (0.999, 999)]
+)
 def test_corruption_changes_exactly_the_fraction_and_always_the_label(fraction, count):
     labels = torch.arange(1000) % 10
     corrupted, is_corrupted = pipeline.corrupt_labels(labels, fraction, 10, seed=5)
     assert is_corrupted.sum() == count and torch.equal(corrupted != labels, is_corrupted)
     assert torch.equal(labels, torch.arange(1000) % 10)  # the argument is left alone
-    assert not fraction or not torch.equal(corrupted, pipeline.corrupt_labels(labels, fraction, 10, seed=6)[0])
+    assert not fraction or not torch.equal(
+        corrupted, pipeline.corrupt_labels(labels, fraction, 10, seed=6)[0]
+    )
 
 
 def test_corruption_is_uniform_over_the_other_classes():
-    counts = pipeline.corrupt_labels(torch.full((90_000,), 3), 0.5, 10, seed=5)[0].bincount(minlength=10)
+    counts = pipeline.corrupt_labels(torch.full((90_000,), 3), 0.5, 10, seed=5)[0].bincount(
+        minlength=10
+    )
     assert counts[3] == 45_000
     others = counts[torch.arange(10) != 3].double()
     chi_squared = ((others - 5000) ** 2 / 5000).sum()
@@ -322,7 +378,10 @@ def test_corruption_is_uniform_over_the_other_classes():
 def test_true_labels_stay_with_their_images():
     data = pipeline.training_examples(digits(50), 0.2)
     part = data.take(torch.tensor([7, 3, 30])).without([1])
-    assert part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist() and data.is_corrupted.sum() == 10
+    assert (
+        part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist()
+        and data.is_corrupted.sum() == 10
+    )
     assert torch.equal(data.true_labels, digits(50).labels) and part.indices.tolist() == [7, 30]
     assert part.to("cpu").digest == part.digest != data.digest
 
@@ -345,6 +404,8 @@ def test_crops_and_flips_equal_slicing_by_hand():
 
 def test_normalize_standardises_each_channel():
     pixel = torch.tensor([0, 128, 255], dtype=torch.uint8)
-    expected = (pixel / 255 - torch.tensor(pipeline.CHANNEL_MEAN)) / torch.tensor(pipeline.CHANNEL_STD)
+    expected = (pixel / 255 - torch.tensor(pipeline.CHANNEL_MEAN)) / torch.tensor(
+        pipeline.CHANNEL_STD
+    )
     found = pipeline.normalize(pixel.view(1, 3, 1, 1).expand(2, 3, 32, 32))
     assert torch.allclose(found[1, :, 5, 7], expected, atol=1e-6)

@@ -24,7 +24,10 @@ def test_rankings_by_hand():
 
     Image 0 was in the batches of both epochs, image 1 in one, and image 2 in none: its margin in the end counts.
     """
-    logits, labels = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]), torch.tensor([0, 0, 0])
+    logits, labels = (
+        torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.4, 0.5]]),
+        torch.tensor([0, 0, 0]),
+    )
     margins = torch.tensor([[2.0, torch.nan, torch.nan], [4.0, -2.0, torch.nan]]).half()
     run = SimpleNamespace(
         self_influence=lambda damping_factor: (torch.tensor([4.0, 1.0, 9.0]), "path"),
@@ -33,7 +36,9 @@ def test_rankings_by_hand():
     )
     features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0]]), dim=1)
     with mock.patch.object(detect, "compute_features", lambda run: (features, logits)):
-        measured, found_logits, path = detect.measure(run, {"margins": margins, "accuracy": {"test": 0.4}}, None)
+        measured, found_logits, path = detect.measure(
+            run, {"margins": margins, "accuracy": {"test": 0.4}}, None
+        )
     assert path == "path" and torch.equal(found_logits, logits)
     assert measured["aum"].tolist() == [3, -2, -0.5] and measured["vote"].tolist() == [1, 1, 1]
     found = detect.rank([measured])
@@ -44,9 +49,15 @@ def test_rankings_by_hand():
     others = (exp(-2) + exp(-3), exp(1) + exp(0.5), exp(0.4) + exp(0.5))
     assert found["loss"] == pytest.approx([log(1 + other) for other in others])
     mean = detect.rank([measured, {name: 2 * values for name, values in measured.items()}])
-    assert all(mean[name] == pytest.approx(1.5 * found[name]) for name in ("self_influence", "aum", "margin", "loss"))
+    assert all(
+        mean[name] == pytest.approx(1.5 * found[name])
+        for name in ("self_influence", "aum", "margin", "loss")
+    )
     assert mean["aum_vote"] == pytest.approx(found["aum_vote"], abs=1e-6)
-    other = measured | {"vote": np.array([1.0, -1.0, 0.0]), "accuracy": 0.6}  # mean 0.5: a vote counts an eighth
+    other = measured | {
+        "vote": np.array([1.0, -1.0, 0.0]),
+        "accuracy": 0.6,
+    }  # mean 0.5: a vote counts an eighth
     expected = found["aum_vote"] - [1.5**0.5 / 8, -(1.5**0.5) / 8, 0]
     assert detect.rank([measured, other])["aum_vote"] == pytest.approx(expected)
 
@@ -59,10 +70,16 @@ def test_the_neighbours_vote_by_hand(monkeypatch):
     features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
     expected = []
     for i in range(8):
-        nearest = sorted((j for j in range(8) if j != i), key=lambda j: abs(angles[i] - angles[j]))[:4]
+        nearest = sorted((j for j in range(8) if j != i), key=lambda j: abs(angles[i] - angles[j]))[
+            :4
+        ]
         shares = [sum(labels[j] == c for j in nearest) / 4 for c in range(3)]
-        expected.append(shares[labels[i]] - max(share for c, share in enumerate(shares) if c != labels[i]))
-    assert detect.neighbours_vote(features, torch.tensor(labels), 3).tolist() == pytest.approx(expected)
+        expected.append(
+            shares[labels[i]] - max(share for c, share in enumerate(shares) if c != labels[i])
+        )
+    assert detect.neighbours_vote(features, torch.tensor(labels), 3).tolist() == pytest.approx(
+        expected
+    )
 
 
 def test_features_are_those_of_an_image_and_of_its_mirror_image():
@@ -73,8 +90,12 @@ def test_features_are_those_of_an_image_and_of_its_mirror_image():
     features, logits = detect.compute_features(run)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     flipped = train.compute_logits(model, data.images.flip(3), 5, torch.float32)
-    assert torch.allclose(logits, train.compute_logits(model, data.images, 5, torch.float32), atol=1e-6)
-    together = 0.2 * features @ model.head.weight.T  # the last layer is linear: in proportion to the sum of the logits
+    assert torch.allclose(
+        logits, train.compute_logits(model, data.images, 5, torch.float32), atol=1e-6
+    )
+    together = (
+        0.2 * features @ model.head.weight.T
+    )  # the last layer is linear: in proportion to the sum of the logits
     assert F.cosine_similarity(together, logits + flipped).min() > 1 - 1e-5
     assert torch.allclose(features.norm(dim=1), torch.ones(5))
 
@@ -86,7 +107,9 @@ def test_auroc_by_hand():
 
 def test_auroc_counts_ties_half():
     """Pairs (1, 1) and (2, 1): half a win and a win, of two."""
-    assert detect.auroc(np.array([1.0, 1.0, 2.0]), np.array([False, True, True])) == pytest.approx(0.75)
+    assert detect.auroc(np.array([1.0, 1.0, 2.0]), np.array([False, True, True])) == pytest.approx(
+        0.75
+    )
 
 
 def test_average_precision_by_hand():

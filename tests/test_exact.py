@@ -23,12 +23,18 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 import pipeline
 
 SEED, NUM_TRAIN, NUM_QUERY, NUM_CLASSES = 3, 50, 7, 4
-BATCH_SIZE, QUERY_BATCH_SIZE, QUERY_CHUNK = 8, 4, 2  # partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, 3 = 2 + 1
+BATCH_SIZE, QUERY_BATCH_SIZE, QUERY_CHUNK = (
+    8,
+    4,
+    2,
+)  # partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, 3 = 2 + 1
 SIZE = (7, 9)  # of the images, so that height and width cannot be swapped unseen
 POSITIONS = {"strided": 12, "padded": 12, "linear": 1}  # by layer of `tiny_network`
 TOLERANCE = 1e-9  # 1e-14 to 1e-13 is found; anything that passed through float32 would be off by 1e-8 or more
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")  # kronfluence's; float64 needs no scaler
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*GradScaler:FutureWarning"
+)  # kronfluence's; float64 needs no scaler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +57,9 @@ def as_float64(images):
 
 def make_run(folder, model, data, strategy):
     """An InfluenceRun in float64."""
-    return influence_run(folder, data, strategy, model=model, dtype=torch.float64, seed=SEED, batch_size=BATCH_SIZE)
+    return influence_run(
+        folder, data, strategy, model=model, dtype=torch.float64, seed=SEED, batch_size=BATCH_SIZE
+    )
 
 
 def fitted_factor(run, name):
@@ -83,13 +91,17 @@ def joined_weight(derivatives, layer):
 def layer_derivatives(transform, model, layer, images, labels, output):
     """Returns torch.func's `transform` of `output(logits, label)` by one layer's weights, per example [N, ..., O*I]."""
     parameters = {name: value.detach() for name, value in model.named_parameters()}
-    weights = {name: parameters.pop(name) for name in list(parameters) if name.startswith(f"{layer}.")}
+    weights = {
+        name: parameters.pop(name) for name in list(parameters) if name.startswith(f"{layer}.")
+    }
     rest = parameters | dict(model.named_buffers())
 
     def output_of_one(weights, image, label):
         return output(functional_call(model, rest | weights, (image[None],))[0], label)
 
-    return joined_weight(vmap(transform(output_of_one), (None, 0, 0))(weights, images, labels), layer)
+    return joined_weight(
+        vmap(transform(output_of_one), (None, 0, 0))(weights, images, labels), layer
+    )
 
 
 def pseudo_labels(model, images):
@@ -135,7 +147,11 @@ def covariances(model, images, labels):
 @pytest.fixture(scope="module")
 def exact():
     """The network with its data, and by layer: A, S, and per-sample gradients [N, O*I] of losses and of the margin."""
-    model, data, queries = tiny_network(1, NUM_CLASSES, size=SIZE), random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
+    model, data, queries = (
+        tiny_network(1, NUM_CLASSES, size=SIZE),
+        random_data(NUM_TRAIN, 1),
+        random_data(NUM_QUERY, 2),
+    )
     train_images, query_images = as_float64(data.images), as_float64(queries.images)
     labels = pseudo_labels(model, train_images)
     layers = {
@@ -148,7 +164,9 @@ def exact():
         )
         for name, (a, s) in covariances(model, train_images, labels).items()
     }
-    return SimpleNamespace(model=model, data=data, queries=queries, layers=layers, pseudo_labels=labels)
+    return SimpleNamespace(
+        model=model, data=data, queries=queries, layers=layers, pseudo_labels=labels
+    )
 
 
 def dense_curvature(strategy, layer):
@@ -178,14 +196,17 @@ def dense_damped(strategy, layer, damping):
 def dense_scores(exact, strategy, damping, of="query"):
     """Returns the exact scores [Q, N] of images, "query" or "train": the sum over layers of q^T H^-1 g."""
     return sum(
-        getattr(layer, of) @ torch.linalg.solve(dense_damped(strategy, layer, damping), layer.train.T)
+        getattr(layer, of)
+        @ torch.linalg.solve(dense_damped(strategy, layer, damping), layer.train.T)
         for layer in exact.layers.values()
     )
 
 
 # ---- Exactness -----------------------------------------------------------------------------------
 
-DAMPINGS = pytest.mark.parametrize("damping", [1e-3, 1e-8, None], ids=["damping 1e-3", "damping 1e-8", "heuristic"])
+DAMPINGS = pytest.mark.parametrize(
+    "damping", [1e-3, 1e-8, None], ids=["damping 1e-3", "damping 1e-8", "heuristic"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +224,9 @@ def test_the_network_exercises_every_case(exact):
     assert set(exact.pseudo_labels.tolist()) == set(range(NUM_CLASSES))
     assert 0 < (exact.pseudo_labels == exact.data.labels).sum() < NUM_TRAIN
     for layer in exact.layers.values():
-        assert (layer.activation_covariance.diag() > 1e-3).all() and (layer.gradient_covariance.diag() > 1e-9).all()
+        assert (layer.activation_covariance.diag() > 1e-3).all() and (
+            layer.gradient_covariance.diag() > 1e-9
+        ).all()
 
 
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
@@ -213,19 +236,25 @@ def test_covariances_are_means_over_examples_and_positions(exact, fitted, strate
     total = fitted_factor(fitted[strategy], f"{side}_covariance")[layer]
     count = fitted_factor(fitted[strategy], f"num_{side}_covariance_processed")[layer]
     assert count.item() == NUM_TRAIN * POSITIONS[layer]
-    assert relative_error(total / count, getattr(exact.layers[layer], f"{side}_covariance")) < TOLERANCE
+    assert (
+        relative_error(total / count, getattr(exact.layers[layer], f"{side}_covariance"))
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("strategy", ["diagonal", "ekfac"])
 @pytest.mark.parametrize("layer", POSITIONS)
-def test_lambda_is_the_mean_squared_pseudo_gradient_in_the_eigenbasis(exact, fitted, strategy, layer):
+def test_lambda_is_the_mean_squared_pseudo_gradient_in_the_eigenbasis(
+    exact, fitted, strategy, layer
+):
     total = fitted_factor(fitted[strategy], "lambda_matrix")[layer]  # (O, I)
     count = fitted_factor(fitted[strategy], "num_lambda_processed")[layer]
     assert count.item() == NUM_TRAIN
     matrix = (total / count).flatten().diag()
     if strategy == "ekfac":
         q_a, q_g = (
-            fitted_factor(fitted["ekfac"], f"{side}_eigenvectors")[layer] for side in ("activation", "gradient")
+            fitted_factor(fitted["ekfac"], f"{side}_eigenvectors")[layer]
+            for side in ("activation", "gradient")
         )
         basis = torch.kron(q_g, q_a)
         matrix = basis @ matrix @ basis.T
@@ -251,18 +280,26 @@ def test_self_influence_equals_the_dense_computation(exact, fitted, strategy, da
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
-def test_unmodified_kronfluence_agrees_with_the_dense_computation(tmp_path, monkeypatch, exact, strategy):
+def test_unmodified_kronfluence_agrees_with_the_dense_computation(
+    tmp_path, monkeypatch, exact, strategy
+):
     """A second opinion on the reference: kronfluence's own modules, all of whose dtypes are set to float64."""
     monkeypatch.setattr(pipeline, "install_trackers", lambda *_: None)
     in_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
-    for name, kinds in (("FactorArguments", in_factors), ("ScoreArguments", ("per_sample_gradient", "score"))):
+    for name, kinds in (
+        ("FactorArguments", in_factors),
+        ("ScoreArguments", ("per_sample_gradient", "score")),
+    ):
         dtypes = {f"{kind}_dtype": torch.float64 for kind in kinds}
         monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), **dtypes))
     run = make_run(tmp_path, exact.model, exact.data, strategy)
     pairwise, _ = run.pairwise_influence(exact.queries, QUERY_BATCH_SIZE, None)
     self_influence, _ = run.self_influence(None)
     assert relative_error(pairwise, dense_scores(exact, strategy, None)) < TOLERANCE
-    assert relative_error(self_influence, dense_scores(exact, strategy, None, "train").diag()) < TOLERANCE
+    assert (
+        relative_error(self_influence, dense_scores(exact, strategy, None, "train").diag())
+        < TOLERANCE
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,13 +327,17 @@ class ExpectedLabelsTask(pipeline.ClassificationTask):
         images, labels, _ = batch
         logits = model(images)
         p = logits.detach().softmax(1).gather(1, labels[:, None]).squeeze(1)
-        return (F.cross_entropy(logits, labels, reduction="none") * (p * logits.shape[1]).sqrt()).sum()
+        return (
+            F.cross_entropy(logits, labels, reduction="none") * (p * logits.shape[1]).sqrt()
+        ).sum()
 
 
 def gauss_newton(model, layer, images):
     """Returns the mean of J^T (diag(p) - p p^T) J over images, dense [O*I, O*I]: Gauss-Newton, and Fisher, block."""
     labels = torch.zeros(len(images), dtype=torch.int64)
-    jacobian = layer_derivatives(jacrev, model, layer, images, labels, lambda logits, label: logits)  # (N, C, O*I)
+    jacobian = layer_derivatives(
+        jacrev, model, layer, images, labels, lambda logits, label: logits
+    )  # (N, C, O*I)
     with torch.no_grad():
         p = model(images).softmax(1)
     hessian_by_logits = p.diag_embed() - p[:, :, None] * p[:, None, :]
@@ -316,7 +357,9 @@ def comparisons(tmp_path_factory):
             run = make_run(folder, model, replace(repeated, labels=every_label), "ekfac")
             run.fit_factors()
             for layer in POSITIONS:
-                found[seed, layer] = compare(run, layer, gauss_newton(model, layer, as_float64(data.images)))
+                found[seed, layer] = compare(
+                    run, layer, gauss_newton(model, layer, as_float64(data.images))
+                )
     return found
 
 
@@ -430,13 +473,17 @@ def regression(request, tmp_path_factory):
     """
     num_classes = request.param
     data, queries = noisy_teachers_data(num_classes)
-    inputs, query_inputs = (F.pad(as_float64(part.images).flatten(1), (0, 1), value=1) for part in (data, queries))
+    inputs, query_inputs = (
+        F.pad(as_float64(part.images).flatten(1), (0, 1), value=1) for part in (data, queries)
+    )
     everything = torch.ones(1, NUM_REMOVED, dtype=torch.float64)
     all_but_one = 1 - torch.eye(NUM_REMOVED, dtype=torch.float64)
     weight = train_to_convergence(everything, inputs, data.labels, num_classes)
     without = train_to_convergence(all_but_one, inputs, data.labels, num_classes)  # (N, C, I)
 
-    model = nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(NUM_PIXELS, num_classes))).double()
+    model = nn.Sequential(
+        OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(NUM_PIXELS, num_classes))
+    ).double()
     with torch.no_grad():
         model.linear.weight.copy_(weight[0, :, :-1])
         model.linear.bias.copy_(weight[0, :, -1])
@@ -446,7 +493,8 @@ def regression(request, tmp_path_factory):
         model=model,
         data=data,
         queries=queries,
-        change=margins(without, query_inputs, queries.labels) - margins(weight, query_inputs, queries.labels),
+        change=margins(without, query_inputs, queries.labels)
+        - margins(weight, query_inputs, queries.labels),
         own_loss_change=F.cross_entropy(own_logits, data.labels, reduction="none")
         - F.cross_entropy(inputs @ weight[0].T, data.labels, reduction="none"),
     )
@@ -462,7 +510,9 @@ def agreement(title, predicted, actual):
     correlation = torch.corrcoef(torch.stack([predicted.flatten(), actual.flatten()]))[0, 1].item()
     slope = ((predicted * actual).sum() / predicted.square().sum()).item()
     same_sign = (predicted * actual > 0).double().mean().item()
-    print(f"{title:16}  correlation {correlation:.4f}  slope {slope:.3f}  same sign {same_sign:.3f}")
+    print(
+        f"{title:16}  correlation {correlation:.4f}  slope {slope:.3f}  same sign {same_sign:.3f}"
+    )
     return correlation, slope, same_sign
 
 
@@ -478,12 +528,19 @@ def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(r
         scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
         found[strategy] = agreement(strategy, -scores / NUM_REMOVED, regression.change)
     correlation, slope, same_sign = found["ekfac"]
-    assert correlation > 0.95 and 0.9 < slope < 1.35 and same_sign > 0.85 and found["identity"][0] < correlation
+    assert (
+        correlation > 0.95
+        and 0.9 < slope < 1.35
+        and same_sign > 0.85
+        and found["identity"][0] < correlation
+    )
 
 
 def test_self_influence_predicts_the_loss_of_an_image_that_was_not_trained_on(regression):
     """Without an image its own loss rises, and by more than predicted: its own curvature matters most to itself."""
     run = make_run(regression.folder, regression.model, regression.data, "ekfac")
     scores, _ = run.self_influence(L2)
-    correlation, slope, same_sign = agreement("self-influence", scores / NUM_REMOVED, regression.own_loss_change)
+    correlation, slope, same_sign = agreement(
+        "self-influence", scores / NUM_REMOVED, regression.own_loss_change
+    )
     assert correlation > 0.85 and 1 < slope < 1.45 and same_sign == 1

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, ROOT, SCRIPTS, SYNTHETIC, TRAIN, result_folder, results, succeed
+from conftest import (
+    ANALYZE,
+    DETECT,
+    ROOT,
+    SCRIPTS,
+    SYNTHETIC,
+    TRAIN,
+    result_folder,
+    results,
+    succeed,
+)
 from safetensors.torch import load_file
 
 import pipeline
@@ -30,7 +40,12 @@ COMMANDS = {
 }
 CHECKPOINT = Path("checkpoints/model_corrupt_0.1.pth")
 # One thread: the results do not depend on the machine, and a fork has no pool of threads to miss.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONUTF8": "1",
+}
 
 
 @contextlib.contextmanager
@@ -40,7 +55,9 @@ def started(folder, *command, environment=()):
         [sys.executable, *map(str, command)],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", **dict(environment)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores Ctrl-C
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # what runs in the background ignores Ctrl-C
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -90,7 +107,10 @@ def kill_before_each_renaming(name, *flags):
     while killed:
         number += 1
         shutil.copytree("start", str(number))
-        statuses = [fork_and_run(number, name, flags), fork_and_run(None, name, flags, folder=str(number))]
+        statuses = [
+            fork_and_run(number, name, flags),
+            fork_and_run(None, name, flags, folder=str(number)),
+        ]
         killed = statuses[0] == -signal.SIGKILL
         print(json.dumps(statuses))
 
@@ -123,7 +143,9 @@ def fork_and_run(kill_at, name, flags, folder=None):
 
 
 @pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 6), (DETECT, 8)])
-def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tmp_path, name, renamings):
+def test_a_killed_run_started_again_gives_the_uninterrupted_result(
+    reference, tmp_path, name, renamings
+):
     """The kill comes before each of the renamings by which results appear; what is there then is whole."""
     (tmp_path / "start").mkdir()
     copy_checkpoint(reference[TRAIN], tmp_path / "start")
@@ -134,7 +156,9 @@ def test_a_killed_run_started_again_gives_the_uninterrupted_result(reference, tm
     for number in range(1, renamings + 2):
         assert results(tmp_path / str(number)) == results(reference[name]), number
     left = [path.name for path in tmp_path.glob("*/influence_results/*/*unfinished*")]
-    assert len(left) == (0 if name == TRAIN else 2), "a kill in either stage leaves its unfinished folder"
+    assert len(left) == (0 if name == TRAIN else 2), (
+        "a kill in either stage leaves its unfinished folder"
+    )
 
 
 # ---- A full disk, and two runs at once -----------------------------------------------------------
@@ -145,19 +169,29 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path,
     """No file can grow beyond what the smallest result needs."""
     copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); "
+    limit = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); "
+    )
     limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     path = {"PYTHONPATH": str(ROOT)}
     with started(tmp_path, "-c", limit, ROOT / name, *COMMANDS[name], environment=path) as process:
         finished = finish(process)
     assert finished.returncode == 1, finished.stderr
-    (line,) = (line for line in finished.stderr.splitlines() if line.strip() and "%|" not in line)  # no progress bar
+    (line,) = (
+        line for line in finished.stderr.splitlines() if line.strip() and "%|" not in line
+    )  # no progress bar
     assert line.startswith(f"{name}: error: ")
-    assert results(tmp_path) == before and not [*tmp_path.rglob("*unfinished*"), *tmp_path.rglob(".*")]
+    assert results(tmp_path) == before and not [
+        *tmp_path.rglob("*unfinished*"),
+        *tmp_path.rglob(".*"),
+    ]
 
 
 def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
-    with pipeline.atomic_path(tmp_path / "file") as first, pipeline.atomic_path(tmp_path / "file") as second:
+    with (
+        pipeline.atomic_path(tmp_path / "file") as first,
+        pipeline.atomic_path(tmp_path / "file") as second,
+    ):
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
@@ -168,15 +202,24 @@ def test_two_detections_at_once_both_end_with_the_right_result(reference, tmp_pa
     command = (ROOT / DETECT, *COMMANDS[DETECT])
     with started(tmp_path, *command) as one, started(tmp_path, *command) as other:
         finished = [finish(process) for process in (one, other)]
-    assert [process.returncode for process in finished] == [0, 0], [process.stderr for process in finished]
-    assert results(tmp_path) == results(reference[DETECT]) and not list(tmp_path.rglob("*unfinished*"))
+    assert [process.returncode for process in finished] == [0, 0], [
+        process.stderr for process in finished
+    ]
+    assert results(tmp_path) == results(reference[DETECT]) and not list(
+        tmp_path.rglob("*unfinished*")
+    )
 
 
 # ---- Out of memory, Ctrl-C -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "sign", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when", "No executable batch size"]
+    "sign",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when",
+        "No executable batch size",
+    ],
 )
 def test_a_full_gpu_ends_the_run_in_one_sentence(capsys, sign):
     def fail():
@@ -205,7 +248,9 @@ def test_a_fault_of_the_program_is_not_taken_for_one_of_memory():
         pytest.param(DETECT, ("--train_batch_size", 1), "Fitting Lambda matrices", id="detection"),
     ],
 )
-def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(reference, tmp_path, name, flags, moment):
+def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(
+    reference, tmp_path, name, flags, moment
+):
     copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
     with started(tmp_path, ROOT / name, *COMMANDS[name], *flags) as process:
@@ -225,7 +270,11 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(reference, tmp_pa
 
 @pytest.mark.parametrize(
     ("environment", "main"),
-    [({"RANK": "1"}, True), ({"RANK": "", "WORLD_SIZE": ""}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)],
+    [
+        ({"RANK": "1"}, True),
+        ({"RANK": "", "WORLD_SIZE": ""}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
 )
 def test_a_rank_without_other_processes_is_none(monkeypatch, environment, main):
     for name, value in environment.items():
@@ -238,7 +287,9 @@ def torchrun(folder, processes, *command):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = ("--master_addr", "127.0.0.1", "--master_port", port)
-    with started(folder, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *place, *command) as process:
+    with started(
+        folder, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *place, *command
+    ) as process:
         return finish(process)
 
 
@@ -274,7 +325,9 @@ def run_as_if_on_gpus(name, *flags):
     State._shared_state.update(num_processes=2, process_index=rank, local_process_index=rank)
     computer.DDP, factor.torch, precondition.torch = DataParallel, TorchWithCuda(), TorchWithCuda()
     torch.Tensor.cuda, torch.cuda.synchronize = lambda tensor: tensor, lambda: None
-    gather = torch.distributed.all_gather_into_tensor  # gloo wants the parts one after the other, and not stacked
+    gather = (
+        torch.distributed.all_gather_into_tensor
+    )  # gloo wants the parts one after the other, and not stacked
     torch.distributed.all_gather_into_tensor = lambda output_tensor, input_tensor: gather(
         output_tensor.flatten(0, 1), input_tensor
     )
@@ -289,7 +342,9 @@ def run_as_if_on_gpus(name, *flags):
     ("name", "flags"),
     [
         pytest.param(DETECT, ("--factor_strategy", "ekfac"), id="detect, ekfac"),
-        pytest.param(ANALYZE, ("--num_query_examples", 5, "--query_batch_size", 2), id="analyze, diagonal"),
+        pytest.param(
+            ANALYZE, ("--num_query_examples", 5, "--query_batch_size", 2), id="analyze, diagonal"
+        ),
     ],
 )
 def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
@@ -300,14 +355,24 @@ def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
     alone = succeed(one, name, *COMMANDS[name], *flags)
     together = torchrun(two, 2, __file__, "gpus", name, *COMMANDS[name], *flags)
     assert together.returncode == 0, together.stderr
-    others = (" in all: ", " CPU threads, ", "[Gloo]", "peer ranks")  # the last two are of torch 2.9
+    others = (
+        " in all: ",
+        " CPU threads, ",
+        "[Gloo]",
+        "peer ranks",
+    )  # the last two are of torch 2.9
     said = [
         [line for line in out.splitlines() if not any(other in line for other in others)]
         for out in (alone, together.stdout)
     ]
-    assert said[0] == said[1], "the first process must say what one alone says, and the other nothing"
+    assert said[0] == said[1], (
+        "the first process must say what one alone says, and the other nothing"
+    )
     (expected,), (found,) = (
-        [load_file(path)["all_modules"] for path in result_folder(folder).glob("scores_*/*.safetensors")]
+        [
+            load_file(path)["all_modules"]
+            for path in result_folder(folder).glob("scores_*/*.safetensors")
+        ]
         for folder in (one, two)
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

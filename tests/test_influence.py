@@ -18,7 +18,9 @@ SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 
 def network():
     """A tiny network in float32, for digits; other pseudo-labels change its rankings as much as those of ResNet-9."""
-    return tiny_network(seed=3, channels=(8, 40), images=pipeline.normalize(digits(20).images)).float()
+    return tiny_network(
+        seed=3, channels=(8, 40), images=pipeline.normalize(digits(20).images)
+    ).float()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def make_run(tmp_path, data):
 def gradients_by_torch_func(model, data, loss):
     """Per-sample gradients of `loss(logits, label)` in the convolutions and the linear layer, a list of [N, ...]."""
     layers = (torch.nn.Conv2d, torch.nn.Linear)
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)]
+    names = [
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)
+    ]
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     tracked = {name: parameters.pop(name) for name in sorted(names)}
     rest = parameters | dict(model.named_buffers())
@@ -54,11 +58,15 @@ def gradients_by_torch_func(model, data, loss):
     def loss_of_one(tracked, image, label):
         return loss(functional_call(model, tracked | rest, (image[None],))[0], label)
 
-    gradients = vmap(grad(loss_of_one), (None, 0, 0))(tracked, pipeline.normalize(data.images), data.labels)
+    gradients = vmap(grad(loss_of_one), (None, 0, 0))(
+        tracked, pipeline.normalize(data.images), data.labels
+    )
     return [gradient.flatten(1) for gradient in gradients.values()]
 
 
-def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(make_run, data, queries):
+def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
+    make_run, data, queries
+):
     torch.manual_seed(0)
     model = pipeline.construct_resnet9(10).eval()
     train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
@@ -67,7 +75,12 @@ def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(mak
     pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
     self_influence, path = run.self_influence(1e-8)
     assert run.self_influence(None)[1] == path  # there is nothing to damp
-    assert relative_error(pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))) < 1e-4
+    assert (
+        relative_error(
+            pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))
+        )
+        < 1e-4
+    )
     assert relative_error(self_influence, sum(t.square().sum(1) for t in train_gradients)) < 1e-4
 
 
@@ -77,21 +90,31 @@ def test_kfac_takes_eigenvalues_that_rounding_left_below_zero_as_zero(make_run, 
     layers = torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(192, 10, bias=False)
     run = make_run("kfac", model=torch.nn.Sequential(*layers).eval(), factor_examples=3)
     found, _ = run.self_influence(1e-8)
-    factors = {path.stem: load_file(path)["2"].double() for path in run.folder.glob("factors_*/*eigen*.safetensors")}
+    factors = {
+        path.stem: load_file(path)["2"].double()
+        for path in run.folder.glob("factors_*/*eigen*.safetensors")
+    }
     values = [factors[f"{side}_eigenvalues"] for side in ("gradient", "activation")]
     assert (torch.outer(*values) < -1e-8).any()
     (gradients,) = gradients_by_torch_func(run.model, data, F.cross_entropy)
     rotated = (
-        factors["gradient_eigenvectors"].T @ gradients.view(-1, 10, 192).double() @ factors["activation_eigenvectors"]
+        factors["gradient_eigenvectors"].T
+        @ gradients.view(-1, 10, 192).double()
+        @ factors["activation_eigenvectors"]
     )
-    expected = (rotated**2 / (torch.outer(*(value.clamp(min=0) for value in values)) + 1e-8)).sum((1, 2))
+    expected = (rotated**2 / (torch.outer(*(value.clamp(min=0) for value in values)) + 1e-8)).sum(
+        (1, 2)
+    )
     assert relative_error(found, expected.float()) < 1e-3
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
 def test_bfloat16_scores_are_float32_and_close(make_run, queries, strategy):
     exact, rounded = make_run(strategy), make_run(strategy, dtype=torch.bfloat16)
-    for method, arguments in (("pairwise_influence", (queries, 3, None)), ("self_influence", (None,))):
+    for method, arguments in (
+        ("pairwise_influence", (queries, 3, None)),
+        ("self_influence", (None,)),
+    ):
         (reference, _), (scores, _) = (getattr(run, method)(*arguments) for run in (exact, rounded))
         assert scores.dtype == torch.float32 and not torch.equal(scores, reference)
         assert torch.corrcoef(torch.stack([scores.flatten(), reference.flatten()]))[0, 1] > 0.98
@@ -109,25 +132,35 @@ def test_float32_and_bfloat16_give_the_ranking_of_float64(queries):
     [(1, 1, 0), (3, 1, 1), (5, 2, 2), ((4, 3), (2, 1), (1, 0)), ((2, 3), (3, 2), (0, 2))],
     ids=str,
 )
-def test_patches_and_their_covariance_are_those_of_torchs_unfold(monkeypatch, kernel_size, stride, padding):
+def test_patches_and_their_covariance_are_those_of_torchs_unfold(
+    monkeypatch, kernel_size, stride, padding
+):
     monkeypatch.setitem(pipeline.SYMMETRIC_BLOCKS, "cpu", 4)
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
     images = torch.randn(3, 5, 11, 8, dtype=torch.float64)
     expected = F.unfold(images, layer.kernel_size, 1, layer.padding, layer.stride)  # (B, C*k*k, T)
-    expected = expected.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2)  # (B, T, k*k*C)
+    expected = (
+        expected.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2)
+    )  # (B, T, k*k*C)
     found = pipeline.patches(layer, images)
     assert torch.equal(found, expected)
     rows = found.flatten(0, 1)
     assert relative_error(pipeline.symmetric_product(rows), rows.T @ rows) < 1e-12
 
 
-def test_factors_of_fewer_images_are_those_of_a_random_subset(make_run, data, tmp_path, monkeypatch):
+def test_factors_of_fewer_images_are_those_of_a_random_subset(
+    make_run, data, tmp_path, monkeypatch
+):
     """Of five of ten images: as fitted on these five, with their own pseudo-labels, and not as on all ten."""
 
     def factors(run):
         paths = run.fit_factors().glob("*.safetensors")
-        return {(path.stem, name): tensor.float() for path in paths for name, tensor in load_file(path).items()}
+        return {
+            (path.stem, name): tensor.float()
+            for path in paths
+            for name, tensor in load_file(path).items()
+        }
 
     chosen = torch.randperm(10, generator=torch.Generator().manual_seed(pipeline.FACTORS_SEED))[:5]
     everything, found = factors(make_run()), factors(make_run(factor_examples=5))
@@ -158,13 +191,19 @@ def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monk
         make_run(data=replace(data, images=pixel)),
     ]
     assert len({run.fit_factors().name for run in runs}) == len(runs)
-    others = [queries.take(torch.arange(3)), replace(queries, labels=queries.labels.roll(1)), queries]
+    others = [
+        queries.take(torch.arange(3)),
+        replace(queries, labels=queries.labels.roll(1)),
+        queries,
+    ]
     paths = [base.self_influence(damping)[1] for damping in (1e-3, 1.00000001e-3, None)]
     paths += [base.pairwise_influence(other, 3, 1e-3)[1] for other in others]
     assert len({path.parent for path in paths}) == len(paths)
 
     factors, source = base.fit_factors(), pipeline.inspect.getsource(pipeline)
-    monkeypatch.setattr(pipeline.inspect, "getsource", lambda module: source + "\n# another chart\n")
+    monkeypatch.setattr(
+        pipeline.inspect, "getsource", lambda module: source + "\n# another chart\n"
+    )
     assert make_run().fit_factors() == factors
     changed = source.replace("QUERY_CHUNK = 50", "QUERY_CHUNK = 49")
     monkeypatch.setattr(pipeline.inspect, "getsource", lambda module: changed)
@@ -173,7 +212,11 @@ def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monk
 
 @pytest.mark.parametrize(
     "name",
-    ["factors_*/activation_eigenvectors.safetensors", "factors_*/factor_arguments.json", "scores_*/*.safetensors"],
+    [
+        "factors_*/activation_eigenvectors.safetensors",
+        "factors_*/factor_arguments.json",
+        "scores_*/*.safetensors",
+    ],
 )
 def test_a_truncated_file_is_named_and_its_stage_computed_anew(make_run, capsys, name):
     first = make_run().self_influence(1e-3)[0].clone()  # which would otherwise lie in the file
@@ -195,9 +238,12 @@ def test_what_others_put_beside_scores_stays(make_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "phase", "left"), [("ekfac", "covariance", 0), ("diagonal", "lambda", 0), ("identity", "scores", 1)]
+    ("strategy", "phase", "left"),
+    [("ekfac", "covariance", 0), ("diagonal", "lambda", 0), ("identity", "scores", 1)],
 )
-def test_a_nan_is_an_error_that_names_its_phase_and_leaves_what_was_whole(make_run, strategy, phase, left):
+def test_a_nan_is_an_error_that_names_its_phase_and_leaves_what_was_whole(
+    make_run, strategy, phase, left
+):
     model = network()
     model.linear.weight.data[:] = torch.nan
     run = make_run(strategy, model=model)
@@ -218,7 +264,11 @@ def test_without_memory_for_the_batch_it_is_halved(make_run, queries, monkeypatc
         return whole(dataset, indices)
 
     monkeypatch.setattr(pipeline.InfluenceDataset, "__getitems__", limited)
-    found, _ = make_run(batch_size=8, folder=make_run().folder / "other").pairwise_influence(queries, 4, 1e-3)
+    found, _ = make_run(batch_size=8, folder=make_run().folder / "other").pairwise_influence(
+        queries, 4, 1e-3
+    )
     out = capsys.readouterr().out
-    assert out.count("going on with batches of 4\n") == out.count("going on with batches of 2\n") == 2
+    assert (
+        out.count("going on with batches of 4\n") == out.count("going on with batches of 2\n") == 2
+    )
     assert relative_error(found, expected) < 1e-5

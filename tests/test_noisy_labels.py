@@ -4,7 +4,17 @@ import csv
 
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, digits, read_table, result_folder, run, succeed
+from conftest import (
+    ANALYZE,
+    DETECT,
+    SYNTHETIC,
+    TRAIN,
+    digits,
+    read_table,
+    result_folder,
+    run,
+    succeed,
+)
 
 import pipeline
 import train
@@ -19,7 +29,9 @@ def noisy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
-    given = dict.fromkeys(range(5000), 0) | dict(zip(data.numbers.tolist(), labels.tolist(), strict=True))
+    given = dict.fromkeys(range(5000), 0) | dict(
+        zip(data.numbers.tolist(), labels.tolist(), strict=True)
+    )
     if labels[0] == data.labels[0]:
         del given[data.numbers[0].item()]
     with (folder / "labels.csv").open("w", newline="") as file:
@@ -30,15 +42,25 @@ def noisy(tmp_path_factory):
 def test_labels_from_a_file_are_those_that_corruption_gives(trained, noisy):
     """From the training to the ranking; what the data set says counts as the truth."""
     (corrupted, _), (given, output) = trained, noisy
-    models = corrupted / "checkpoints" / "model_corrupt_0.1.pth", given / "checkpoints" / "model_noisy.pth"
+    models = (
+        corrupted / "checkpoints" / "model_corrupt_0.1.pth",
+        given / "checkpoints" / "model_noisy.pth",
+    )
     (one, found), (two, other) = map(pipeline.load_checkpoint, models)
-    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert all(
+        torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items()
+    )
     assert found["data_sha256"] == other["data_sha256"]
     assert torch.equal(found["margins"].nan_to_num(), other["margins"].nan_to_num())
-    assert "labels.csv: 59 rows, and 4940 of other images; " in output and "(6 with a wrong label)" in output
+    assert (
+        "labels.csv: 59 rows, and 4940 of other images; " in output
+        and "(6 with a wrong label)" in output
+    )
 
     commands = [line.split()[1:] for line in output.splitlines() if line.startswith("  python")]
-    assert [name for name, *_ in commands] == [DETECT, ANALYZE] and all("labels.csv" in words for words in commands)
+    assert [name for name, *_ in commands] == [DETECT, ANALYZE] and all(
+        "labels.csv" in words for words in commands
+    )
     summary = succeed(given, *commands[0])
     assert "Inspecting 10 % of the training set finds" in summary
     succeed(given, *commands[1], "--num_query_examples", 2)
@@ -81,8 +103,14 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
     place = "imagefolder", class_folders
     data, test = (pipeline.load_data(*place, split) for split in ("train", "test"))
     path = tmp_path / "labels.csv"
-    path.write_text("path,label\ntrain/cat/1.png,äpfel\ntest/cat/0.png,äpfel\ntrain/cat/2.png,cat\n", encoding="utf-8")
+    path.write_text(
+        "path,label\ntrain/cat/1.png,äpfel\ntest/cat/0.png,äpfel\ntrain/cat/2.png,cat\n",
+        encoding="utf-8",
+    )
     labels = train.read_noisy_labels(path, data, test, class_folders)
     (changed,) = (labels != data.labels).nonzero().flatten().tolist()
-    assert data.paths[changed].endswith("train/cat/1.png") and data.class_names[labels[changed]] == "äpfel"
+    assert (
+        data.paths[changed].endswith("train/cat/1.png")
+        and data.class_names[labels[changed]] == "äpfel"
+    )
     assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out

@@ -7,7 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ANALYZE, DETECT, ROOT, SYNTHETIC, TRAIN, digits, read_table, result_folder, run, succeed
+from conftest import (
+    ANALYZE,
+    DETECT,
+    ROOT,
+    SYNTHETIC,
+    TRAIN,
+    digits,
+    read_table,
+    result_folder,
+    run,
+    succeed,
+)
 from safetensors.torch import load_file
 
 import detect_mislabeled_dataset as detect
@@ -40,7 +51,9 @@ def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
     folder, output = trained
     lines = output.splitlines()
     assert re.fullmatch(r"\d+ CPU threads, (float32|bfloat16)", lines[0])
-    assert lines[1].startswith("60 training images (6 with a wrong label), 50 test images, 10 classes")
+    assert lines[1].startswith(
+        "60 training images (6 with a wrong label), 50 test images, 10 classes"
+    )
     for name in ("epoch   1/1", "train  ", "train, true labels", "test"):
         assert any(line.startswith(name) for line in lines), name
     assert any("wrote checkpoints/model_corrupt_0.1.pth" in line for line in lines)
@@ -53,10 +66,21 @@ def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
 
 def test_imagefolder_end_to_end(folders, tmp_path):
     """Names of files and folders have spaces and umlauts."""
-    flags = ("--dataset", "imagefolder", "--dataset_dir", folders, "--device", "cpu", "--checkpoint_dir", "ein Ordner")
+    flags = (
+        "--dataset",
+        "imagefolder",
+        "--dataset_dir",
+        folders,
+        "--device",
+        "cpu",
+        "--checkpoint_dir",
+        "ein Ordner",
+    )
     succeed(tmp_path, TRAIN, *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
     assert (tmp_path / "ein Ordner/model.pth").is_file()
-    out = succeed(tmp_path, DETECT, *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity")
+    out = succeed(
+        tmp_path, DETECT, *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity"
+    )
     assert "no truth to compare with" in out
     _, rows = read_table(result_folder(tmp_path) / "suspects_identity.csv")
     assert len(rows) == 15
@@ -65,7 +89,10 @@ def test_imagefolder_end_to_end(folders, tmp_path):
     assert {row["predicted_label"] for row in rows} <= {"cat", "grey owl", "äpfel"}
     assert not (result_folder(tmp_path) / "detection_curve_identity.png").exists()
     succeed(tmp_path, ANALYZE, *flags, "--factor_strategy", "diagonal")
-    assert json.loads((result_folder(tmp_path) / "pairwise_diagonal.json").read_text())["num_query"] == 6
+    assert (
+        json.loads((result_folder(tmp_path) / "pairwise_diagonal.json").read_text())["num_query"]
+        == 6
+    )
 
 
 # ---- detect_mislabeled_dataset.py ----------------------------------------------------------------
@@ -87,10 +114,19 @@ def test_detect_prints_table_sentence_and_paths(detected):
     assert [line.split()[0] for line in lines[start + 1 : start + 7]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
     written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    names = ("suspects_ekfac.csv", "suspects_ekfac.html", "suspects_ekfac.png", "detection_curve_ekfac.png")
+    names = (
+        "suspects_ekfac.csv",
+        "suspects_ekfac.html",
+        "suspects_ekfac.png",
+        "detection_curve_ekfac.png",
+    )
     assert {path.name for path in written} == {*names, "detection_ekfac.json"}
-    (scores,) = [folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")]
-    assert scores.name == "self_scores.safetensors" and all(path.is_file() for path in [*written, scores])
+    (scores,) = [
+        folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")
+    ]
+    assert scores.name == "self_scores.safetensors" and all(
+        path.is_file() for path in [*written, scores]
+    )
 
 
 def test_detect_suspects_csv(detected):
@@ -105,24 +141,37 @@ def test_detect_suspects_csv(detected):
     rows.sort(key=lambda row: int(row["index"]))
     assert [float(row["self_influence"]) for row in rows] == pytest.approx(saved.tolist(), rel=1e-6)
     data = pipeline.training_examples(digits(NUM_TRAIN), 0.1)
-    for row, label, is_corrupted in zip(rows, data.labels.tolist(), data.is_corrupted.tolist(), strict=True):
+    for row, label, is_corrupted in zip(
+        rows, data.labels.tolist(), data.is_corrupted.tolist(), strict=True
+    ):
         assert row["label"] == str(label) and row["is_corrupted"] == str(int(is_corrupted))
-        assert row["predicted_label"] in map(str, range(10)) and row["path"] == "" and float(row["loss"]) > 0
+        assert (
+            row["predicted_label"] in map(str, range(10))
+            and row["path"] == ""
+            and float(row["loss"]) > 0
+        )
         assert (row["predicted_label"] == row["label"]) == (float(row["margin"]) < 0)
 
 
 def test_detect_json_agrees_with_its_csv(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
-    check_record(record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults)
+    check_record(
+        record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults
+    )
     fields = documented("detection_<strategy>.json")
-    assert list(record) == [name for name in fields if name != "num_query"] and record["num_corrupted"] == NUM_CORRUPTED
+    assert (
+        list(record) == [name for name in fields if name != "num_query"]
+        and record["num_corrupted"] == NUM_CORRUPTED
+    )
     _, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     rows.sort(key=lambda row: int(row["index"]))
     is_corrupted = np.array([row["is_corrupted"] == "1" for row in rows])
     assert set(record["rankings"]) == set(detect.RANKINGS)
     for name, found in record["rankings"].items():
-        assert found == detect.evaluate_ranking(np.array([np.float32(row[name]) for row in rows]), is_corrupted)
+        assert found == detect.evaluate_ranking(
+            np.array([np.float32(row[name]) for row in rows]), is_corrupted
+        )
 
 
 def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
@@ -133,7 +182,9 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
     for backend, size in (("agg", 10), ("module://no_such_backend", 90)):
         monkeypatch.setenv("MPLBACKEND", backend)
         with matplotlib.rc_context({"font.size": size, "savefig.facecolor": "red"}):
-            pipeline.draw_sheet(tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title")
+            pipeline.draw_sheet(
+                tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title"
+            )
         pictures.append((tmp_path / "s.png").read_bytes())
     assert pictures[0] == pictures[1]
 
@@ -167,15 +218,22 @@ def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
 
     header, rows = read_table(results / "top_influences_ekfac.csv")
     assert header == documented("top_influences_<strategy>.csv")
-    assert set(documented("detection_<strategy>.json")) - set(record) == {"num_corrupted", "rankings"}
+    assert set(documented("detection_<strategy>.json")) - set(record) == {
+        "num_corrupted",
+        "rankings",
+    }
     test, data = digits(7, "test"), pipeline.training_examples(digits(NUM_TRAIN), 0.1)
     assert len(rows) == 7 * 20
     for query in range(7):
         for direction, sign in (("helpful", -1), ("harmful", 1)):
-            listed = [row for row in rows if int(row["query"]) == query and row["direction"] == direction]
+            listed = [
+                row for row in rows if int(row["query"]) == query and row["direction"] == direction
+            ]
             assert [int(row["rank"]) for row in listed] == list(range(1, 11))
             expected = (sign * scores[query]).sort().values[:10] * sign
-            assert [float(row["score"]) for row in listed] == pytest.approx(expected.tolist(), rel=1e-6)
+            assert [float(row["score"]) for row in listed] == pytest.approx(
+                expected.tolist(), rel=1e-6
+            )
             for row in listed:
                 index = int(row["train"])
                 assert row["query_label"] == str(test.labels[query].item())

@@ -11,7 +11,16 @@ from safetensors.torch import load_file
 import detect_mislabeled_dataset as detect
 
 DATA = (*SYNTHETIC, "--num_train_examples", "40", "--precision", "fp32")
-TRAINING = (TRAIN, *DATA, "--train_batch_size", "8", "--num_train_epochs", "2", "--learning_rate", "0.05")
+TRAINING = (
+    TRAIN,
+    *DATA,
+    "--train_batch_size",
+    "8",
+    "--num_train_epochs",
+    "2",
+    "--learning_rate",
+    "0.05",
+)
 ANALYSIS = (ANALYZE, *DATA, "--factor_strategy", "diagonal", "--num_query_examples", "4")
 DETECTION = (DETECT, *DATA, "--factor_strategy", "diagonal")
 
@@ -29,7 +38,9 @@ def test_several_models_give_the_mean_of_their_scores(folder):
     succeed(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", "other")
     (results,) = folder.glob("influence_results/model_corrupt_0.1_mean_of_2-*")
     mean = load_file(results / "pairwise_diagonal.safetensors")["all_modules"]
-    paths = folder.glob("influence_results/model_corrupt_0.1-*/scores_pairwise_diagonal*/pairwise_scores.safetensors")
+    paths = folder.glob(
+        "influence_results/model_corrupt_0.1-*/scores_pairwise_diagonal*/pairwise_scores.safetensors"
+    )
     single = [load_file(path)["all_modules"] for path in paths]
     assert len(single) == 2 and not torch.equal(*single)
     assert torch.allclose(mean, (single[0] + single[1]) / 2)
@@ -42,7 +53,9 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
     tables = []
     for dirs in (("checkpoints", "other"), ("checkpoints",), ("other",)):
         out = succeed(folder, *DETECTION, "--checkpoint_dir", *dirs)
-        path = next(line.split()[1] for line in out.splitlines() if line.endswith("suspects_diagonal.csv"))
+        path = next(
+            line.split()[1] for line in out.splitlines() if line.endswith("suspects_diagonal.csv")
+        )
         tables.append(sorted(read_table(folder / path)[1], key=lambda row: int(row["index"])))
     for name in set(detect.RANKINGS) - {detect.DEFAULT}:
         mean, *single = ([float(row[name]) for row in table] for table in tables)
@@ -52,14 +65,18 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
 
 def test_models_of_another_recipe_are_refused(folder, tmp_path):
     succeed(folder, *TRAINING, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
-    assert "differ in their recipe" in refused(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path)
+    assert "differ in their recipe" in refused(
+        folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path
+    )
 
 
 def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
     """Neither in the same folder by another name, nor in a copy."""
     shutil.copytree(folder / "checkpoints", tmp_path / "copy")
     for other in (folder / "checkpoints", tmp_path / "copy"):
-        assert "the same model" in refused(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", other)
+        assert "the same model" in refused(
+            folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", other
+        )
 
 
 def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):

@@ -12,7 +12,16 @@ from conftest import ANALYZE, DETECT, TRAIN, refused, results, succeed
 
 import pipeline
 
-DATA = ("--dataset", "synthetic", "--num_train_examples", "40", "--device", "cpu", "--precision", "fp32")
+DATA = (
+    "--dataset",
+    "synthetic",
+    "--num_train_examples",
+    "40",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+)
 RECIPE = ("--train_batch_size", "8", "--num_train_epochs", "1", "--learning_rate", "0.05")
 SCORE = ("--factor_strategy", "diagonal")
 QUERIES = (*SCORE, "--num_query_examples", "4")
@@ -38,7 +47,10 @@ def used(pretrained, tmp_path):
 CHANGES = {
     "retrained with another seed": (("--seed", "7"), ()),
     "other corruption": (("--corrupt_percentage", "0.2"), ("--corrupt_percentage", "0.2")),
-    "other number of training images": (("--num_train_examples", "32"), ("--num_train_examples", "32")),
+    "other number of training images": (
+        ("--num_train_examples", "32"),
+        ("--num_train_examples", "32"),
+    ),
     "other damping": (None, ("--damping_factor", "1e-5")),
     "small damping": (None, ("--damping_factor", "1e-8")),
     "other precision": (None, ("--precision", "bf16")),

@@ -15,7 +15,14 @@ import train
 
 def test_resnet9_parameter_count():
     """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
-    convolutions = 3 * 64 * 9 + 64 * 128 * 25 + 2 * 128 * 128 * 9 + 128 * 256 * 9 + 2 * 256 * 256 * 9 + 256 * 128 * 9
+    convolutions = (
+        3 * 64 * 9
+        + 64 * 128 * 25
+        + 2 * 128 * 128 * 9
+        + 128 * 256 * 9
+        + 2 * 256 * 256 * 9
+        + 256 * 128 * 9
+    )
     batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
     parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9(10).parameters())
     assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
@@ -46,7 +53,9 @@ def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
 def test_schedule_never_wastes_a_step(total):
     rates = [train.schedule(step, total) for step in range(total)]
     assert max(rates) == 1 and min(rates) > 0
-    assert rates == sorted(rates[: rates.index(1) + 1]) + sorted(rates[rates.index(1) + 1 :], reverse=True)
+    assert rates == sorted(rates[: rates.index(1) + 1]) + sorted(
+        rates[rates.index(1) + 1 :], reverse=True
+    )
 
 
 def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
@@ -66,23 +75,42 @@ def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
 
 def train_epochs(model, data, **changed):
     """Trains for one epoch in batches of twenty, or as `changed` says. Returns the margins by epoch."""
-    recipe = {"train_batch_size": 20, "learning_rate": 0.1, "weight_decay": 1e-4, "num_train_epochs": 1, "seed": 5}
+    recipe = {
+        "train_batch_size": 20,
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "num_train_epochs": 1,
+        "seed": 5,
+    }
     return train.train(model, data, dtype=torch.float32, **recipe | changed)
 
 
 def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_seed():
     """Two epochs of two batches of a linear model, and the same steps in a plain loop."""
     data, model = digits(4), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    weights, generator = [weight.detach().clone() for weight in model.parameters()], torch.Generator().manual_seed(5)
-    batches = [batch for _ in range(2) for batch in zip(*train.epoch_batches(4, 2, generator), strict=True)]
+    weights, generator = (
+        [weight.detach().clone() for weight in model.parameters()],
+        torch.Generator().manual_seed(5),
+    )
+    batches = [
+        batch for _ in range(2) for batch in zip(*train.epoch_batches(4, 2, generator), strict=True)
+    ]
     for step, (order, offsets, flips) in enumerate(batches):
-        images = pipeline.normalize(train.crop_and_flip(data.images[order], offsets, flips)).flatten(1)
+        images = pipeline.normalize(
+            train.crop_and_flip(data.images[order], offsets, flips)
+        ).flatten(1)
         weights = [weight.requires_grad_() for weight in weights]
-        loss = nn.functional.cross_entropy(nn.functional.linear(images, *weights), data.labels[order])
+        loss = nn.functional.cross_entropy(
+            nn.functional.linear(images, *weights), data.labels[order]
+        )
         gradients, rate = torch.autograd.grad(loss, weights), 0.01 * train.schedule(step, 4)
         pairs = zip(weights, gradients, strict=True)
-        weights = [weight.detach() * (1 - 0.5 * rate) - rate * gradient for weight, gradient in pairs]
-    train_epochs(model, data, train_batch_size=2, num_train_epochs=2, learning_rate=0.01, weight_decay=0.5)
+        weights = [
+            weight.detach() * (1 - 0.5 * rate) - rate * gradient for weight, gradient in pairs
+        ]
+    train_epochs(
+        model, data, train_batch_size=2, num_train_epochs=2, learning_rate=0.01, weight_decay=0.5
+    )
     for found, expected in zip(model.parameters(), weights, strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
 
@@ -121,10 +149,16 @@ def test_an_image_in_no_batch_has_no_margin(capsys):
 
 
 @pytest.mark.parametrize(
-    ("weight_decay", "batch_size"), [(1.0, 20), (1e20, 40)], ids=["loss", "weights of the last step"]
+    ("weight_decay", "batch_size"),
+    [(1.0, 20), (1e20, 40)],
+    ids=["loss", "weights of the last step"],
 )
 def test_divergence_stops_the_training(weight_decay, batch_size):
-    diverging = {"learning_rate": 1e30, "weight_decay": weight_decay, "train_batch_size": batch_size}
+    diverging = {
+        "learning_rate": 1e30,
+        "weight_decay": weight_decay,
+        "train_batch_size": batch_size,
+    }
     with pytest.raises(pipeline.NumericalError, match="epoch 1: lower --learning_rate"):
         train_epochs(pipeline.construct_resnet9(10), digits(40), **diverging)
 
@@ -134,7 +168,12 @@ def test_divergence_stops_the_training(weight_decay, batch_size):
 
 def test_checkpoint_round_trip(tmp_path):
     model = pipeline.construct_resnet9(3).eval()
-    metadata = {"class_names": ["a", "b", "ü"], "seed": 3, "learning_rate": 0.1, "given_labels": None}
+    metadata = {
+        "class_names": ["a", "b", "ü"],
+        "seed": 3,
+        "learning_rate": 0.1,
+        "given_labels": None,
+    }
     metadata |= {"margins": [0.5], "data_sha256": ""}
     pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")

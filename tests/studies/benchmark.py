@@ -37,7 +37,12 @@ import train
 ROOT = Path(pipeline.__file__).parent
 WORK = ("covariance", "eigendecomposition", "lambda", "scores")
 ALL = ("--factor_examples", "all")  # as the reference has it
-RUNS = {"auto": ALL, "fp32": ("--precision", "fp32", *ALL), "as-run": (), "as-run-fp32": ("--precision", "fp32")}
+RUNS = {
+    "auto": ALL,
+    "fp32": ("--precision", "fp32", *ALL),
+    "as-run": (),
+    "as-run-fp32": ("--precision", "fp32"),
+}
 
 # ---- The reference configuration -----------------------------------------------------------------
 
@@ -51,7 +56,9 @@ class TransformedImages(torch.utils.data.Dataset):
         augmentations = [transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=train.CROP_PADDING)]
         augmentations += [transforms.RandomHorizontalFlip()]
         normalization = transforms.Normalize(pipeline.CHANNEL_MEAN, pipeline.CHANNEL_STD)
-        self.transform = transforms.Compose((augmentations * augmented) + [transforms.ToTensor(), normalization])
+        self.transform = transforms.Compose(
+            (augmentations * augmented) + [transforms.ToTensor(), normalization]
+        )
         self.images, self.labels = data.images.permute(0, 2, 3, 1).numpy(), data.labels
         self.uniforms = pipeline.InfluenceDataset(data, seed).uniforms
 
@@ -61,13 +68,19 @@ class TransformedImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         from PIL import Image
 
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index], self.uniforms[index]
+        return (
+            self.transform(Image.fromarray(self.images[index])),
+            self.labels[index],
+            self.uniforms[index],
+        )
 
 
 def reference_training(args, data, test, device):
     """Trains by the reference loop. Returns images per second, workers' start included, and the test accuracy."""
     torch.manual_seed(args.seed)
-    model = pipeline.construct_resnet9(len(data.class_names)).to(device, memory_format=torch.contiguous_format)
+    model = pipeline.construct_resnet9(len(data.class_names)).to(
+        device, memory_format=torch.contiguous_format
+    )
     loader = torch.utils.data.DataLoader(
         TransformedImages(data, augmented=True),
         batch_size=args.train_batch_size,
@@ -75,7 +88,9 @@ def reference_training(args, data, test, device):
         drop_last=True,
         num_workers=min(4, os.cpu_count()),
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+    )
     steps, step, start = args.num_train_epochs * len(loader), 0, time.perf_counter()
     for _ in range(args.num_train_epochs):
         model.train()
@@ -107,7 +122,11 @@ def reference_scores(args, data, queries, device):
         cpu=device.type == "cpu",
         output_dir=args.output_dir,
     )
-    dataset, batch_size, settings = TransformedImages(data), args.reference_batch_size, FactorArguments("ekfac")
+    dataset, batch_size, settings = (
+        TransformedImages(data),
+        args.reference_batch_size,
+        FactorArguments("ekfac"),
+    )
     start = time.perf_counter()
     analyzer.fit_covariance_matrices("ekfac", dataset, batch_size, factor_args=settings)
     decomposition_start = time.perf_counter()
@@ -126,7 +145,10 @@ def reference_scores(args, data, queries, device):
             batch_size,
         )
     seconds = fixed + (time.perf_counter() - start - fixed) * args.num_train_examples / len(data)
-    return {"seconds": seconds, "scores": str(next(Path(args.output_dir).rglob("*_scores.safetensors")))}
+    return {
+        "seconds": seconds,
+        "scores": str(next(Path(args.output_dir).rglob("*_scores.safetensors"))),
+    }
 
 
 def run_reference(args):
@@ -217,7 +239,10 @@ def agreement(scores, reference, is_corrupted):
         "spearman": float(np.mean([spearman(row, expected) for row, expected in rows])),
     }
     if scores.ndim == 1:
-        found = [detect.evaluate_ranking(values, is_corrupted)["found_at_10"] for values in (scores, reference)]
+        found = [
+            detect.evaluate_ranking(values, is_corrupted)["found_at_10"]
+            for values in (scores, reference)
+        ]
         result["found_at_10_difference"] = found[0] - found[1]
     return result
 
@@ -246,12 +271,31 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
         needed = () if checkpoint_dir.exists() else (args.precision,)
         for precision in ("auto", "fp32") if "training" in args.parts else needed:
             target = folder / f"checkpoints-{precision}-{repeat}"
-            yield "training", precision, run_training([*data_flags, *recipe], target, precision, seed=repeat)
+            yield (
+                "training",
+                precision,
+                run_training([*data_flags, *recipe], target, precision, seed=repeat),
+            )
         for what in args.parts:
             output_dir = folder / f"reference-{what}-{repeat}"
             call(
-                *(__file__, "--reference", what, *scored, *recipe, "--seed", repeat, "--output_dir", output_dir),
-                *("--checkpoint_dir", checkpoint_dir, "--reference_batch_size", args.reference_batch_size),
+                *(
+                    __file__,
+                    "--reference",
+                    what,
+                    *scored,
+                    *recipe,
+                    "--seed",
+                    repeat,
+                    "--output_dir",
+                    output_dir,
+                ),
+                *(
+                    "--checkpoint_dir",
+                    checkpoint_dir,
+                    "--reference_batch_size",
+                    args.reference_batch_size,
+                ),
                 *("--reference_query_batch_size", args.reference_query_batch_size),
                 *("--reference_examples", args.reference_examples or args.num_train_examples),
             )
@@ -259,11 +303,21 @@ def measure(args, data_flags, recipe, is_corrupted, folder):
             yield what, "reference", figures
             if what == "training":
                 continue
-            name, flags = ("detect_mislabeled_dataset.py", data_flags) if what == "self" else ("analyze.py", scored)
+            name, flags = (
+                ("detect_mislabeled_dataset.py", data_flags)
+                if what == "self"
+                else ("analyze.py", scored)
+            )
             expected = read_scores(figures["scores"])
             for who in args.runs:
-                ours = run_script(name, [*flags, *RUNS[who]], checkpoint_dir, folder / f"{what}-{who}-{repeat}")
-                yield what, who, ours | agreement(read_scores(ours["scores"]), expected, is_corrupted)
+                ours = run_script(
+                    name, [*flags, *RUNS[who]], checkpoint_dir, folder / f"{what}-{who}-{repeat}"
+                )
+                yield (
+                    what,
+                    who,
+                    ours | agreement(read_scores(ours["scores"]), expected, is_corrupted),
+                )
             shutil.rmtree(output_dir)
 
 
@@ -271,11 +325,16 @@ def scaling(args, data_flags, recipe, folder):
     """Yields the figures of detect_mislabeled_dataset.py at each of `args.scaling` numbers of images."""
     for count in args.scaling:
         flags = [*data_flags, "--num_train_examples", count]  # the last one counts
-        run_training([*flags, *recipe, "--num_train_epochs", 1], folder / f"scaling-{count}", "auto", seed=0)
+        run_training(
+            [*flags, *recipe, "--num_train_epochs", 1], folder / f"scaling-{count}", "auto", seed=0
+        )
         yield (
             count,
             run_script(
-                "detect_mislabeled_dataset.py", [*flags, *ALL], folder / f"scaling-{count}", folder / f"scaled-{count}"
+                "detect_mislabeled_dataset.py",
+                [*flags, *ALL],
+                folder / f"scaling-{count}",
+                folder / f"scaled-{count}",
             ),
         )
 
@@ -291,7 +350,9 @@ def print_scores(figures, what):
     for who in runs:
         rows = figures[what, who]
         ours = median(rows, "seconds")
-        difference = f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
+        difference = (
+            f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
+        )
         print(
             f"| {who} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
             f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
@@ -300,7 +361,9 @@ def print_scores(figures, what):
     for who in runs:
         by_phase = [row["seconds_by_phase"] for row in figures[what, who]]
         phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in WORK)
-        whole, start = (median(figures[what, who], name) for name in ("start_to_exit", "seconds_to_start"))
+        whole, start = (
+            median(figures[what, who], name) for name in ("start_to_exit", "seconds_to_start")
+        )
         print(f"{who}: {whole:.1f} s from start to exit, {start:.1f} before the first of {phases}")
 
 
@@ -335,12 +398,37 @@ def main():
     flag("--weight_decay", type=float, default=1e-4)
     flag("--reference_batch_size", type=int, default=128)
     flag("--reference_query_batch_size", type=int, default=200)
-    flag("--reference_examples", type=int, help="the reference takes so few images; its seconds are extrapolated")
-    flag("--precision", choices=("auto", "fp32"), default="auto", help="of the training of the model that is scored")
+    flag(
+        "--reference_examples",
+        type=int,
+        help="the reference takes so few images; its seconds are extrapolated",
+    )
+    flag(
+        "--precision",
+        choices=("auto", "fp32"),
+        default="auto",
+        help="of the training of the model that is scored",
+    )
     flag("--repeats", type=int, default=3)
-    flag("--parts", nargs="*", choices=("training", "self", "pairwise"), default=["training", "self", "pairwise"])
-    flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="what runs beside the reference")
-    flag("--scaling", type=lambda text: [int(count) for count in text.split(",")], default=[], metavar="N,N,...")
+    flag(
+        "--parts",
+        nargs="*",
+        choices=("training", "self", "pairwise"),
+        default=["training", "self", "pairwise"],
+    )
+    flag(
+        "--runs",
+        nargs="*",
+        choices=RUNS,
+        default=["auto", "fp32"],
+        help="what runs beside the reference",
+    )
+    flag(
+        "--scaling",
+        type=lambda text: [int(count) for count in text.split(",")],
+        default=[],
+        metavar="N,N,...",
+    )
     hidden = {"help": argparse.SUPPRESS}
     flag("--reference", choices=("training", "self", "pairwise"), **hidden)
     flag("--seed", type=int, default=0, **hidden)
@@ -349,13 +437,17 @@ def main():
     args = parser.parse_args()
     if args.reference:
         return run_reference(args)
-    if args.reference_examples and args.parts != ["self"]:  # the gradients of queries do not grow with the images
+    if args.reference_examples and args.parts != [
+        "self"
+    ]:  # the gradients of queries do not grow with the images
         raise pipeline.UserError("argument --reference_examples: give --parts self")
 
     def flags(*names):
         return [text for name in names for text in (f"--{name}", getattr(args, name))]
 
-    data_flags = flags("dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage")
+    data_flags = flags(
+        "dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage"
+    )
     recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
     device = pipeline.choose_device(args.device, several_processes=False)
     dtypes = {torch.float32, pipeline.choose_dtype(args.precision, device)}
@@ -363,18 +455,31 @@ def main():
     machine = pipeline.environment(device) | {"product_speed": speeds}
     figures, scaled = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", args.num_train_examples, folder)
-        is_corrupted = pipeline.training_examples(clean, args.corrupt_percentage).is_corrupted.numpy()
+        clean = pipeline.load_data(
+            args.dataset, args.dataset_dir, "train", args.num_train_examples, folder
+        )
+        is_corrupted = pipeline.training_examples(
+            clean, args.corrupt_percentage
+        ).is_corrupted.numpy()
         for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):
             figures.setdefault((what, who), []).append(row)
-            print(f"{what:10}{who:10}", {name: value for name, value in row.items() if name != "scores"}, flush=True)
+            print(
+                f"{what:10}{who:10}",
+                {name: value for name, value in row.items() if name != "scores"},
+                flush=True,
+            )
         for count, row in scaling(args, data_flags, recipe, Path(folder)):
             scaled[count] = row
-            print(f"{count:8} images: {row['seconds']:7.1f} s, {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
+            print(
+                f"{count:8} images: {row['seconds']:7.1f} s, {row['peak_memory_bytes'] / 1e9:.2f} GB",
+                flush=True,
+            )
     print(f"\n{machine}")
     for what in args.parts:
         print_training(figures) if what == "training" else print_scores(figures, what)
 
 
 if __name__ == "__main__":
-    main() if "--reference" in sys.argv else pipeline.run(main)  # the reference manages its memory as it always does
+    main() if "--reference" in sys.argv else pipeline.run(
+        main
+    )  # the reference manages its memory as it always does

@@ -44,7 +44,13 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
             model = model.double()
             undo.callback(setattr, pipeline, "normalize", normalize)
             pipeline.normalize = lambda images: normalize(images).double()
-        settings = {"strategy": strategy, "dtype": dtype, "seed": seed, "batch_size": batch_size, "seconds": {}}
+        settings = {
+            "strategy": strategy,
+            "dtype": dtype,
+            "seed": seed,
+            "batch_size": batch_size,
+            "seconds": {},
+        }
         run = pipeline.InfluenceRun(model, data, Path(folder) / "model", **settings)
         self_influence, _ = run.self_influence(1e-8)
         pairwise, _ = run.pairwise_influence(queries, len(queries), 1e-8)
@@ -53,8 +59,13 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
 
 def compare(scores, reference, is_corrupted):
     """Returns how well `scores` agree with `reference`, each a pair as from compute_scores."""
-    per_query = [spearman(row, expected) for row, expected in zip(scores[1], reference[1], strict=True)]
-    found = [detect.evaluate_ranking(pair[0], is_corrupted)["found_at_10"] for pair in (scores, reference)]
+    per_query = [
+        spearman(row, expected) for row, expected in zip(scores[1], reference[1], strict=True)
+    ]
+    found = [
+        detect.evaluate_ranking(pair[0], is_corrupted)["found_at_10"]
+        for pair in (scores, reference)
+    ]
     return {
         "per_query_spearman_mean": float(np.mean(per_query)),
         "per_query_spearman_least": min(per_query),
@@ -78,7 +89,9 @@ def precision_table(load_model, data, queries, strategy="ekfac", batch_size=64):
     return {
         "fp32 against float64": compare(single, exact, is_corrupted),
         "bf16 against float64": compare(scores(torch.bfloat16), exact, is_corrupted),
-        "fp32, another --seed, against fp32": compare(scores(torch.float32, seed=1005), single, is_corrupted),
+        "fp32, another --seed, against fp32": compare(
+            scores(torch.float32, seed=1005), single, is_corrupted
+        ),
     }
 
 
@@ -98,22 +111,35 @@ def broken_promises(table):
 def main():
     """Parses, loads, computes, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_dir", default="./checkpoints", help="where the README's first command left it")
-    parser.add_argument("--num_train_examples", type=int, required=True, help="as in the README's first command")
-    parser.add_argument("--num_scored_examples", type=int, default=300, help="fit and score the first so many of them")
+    parser.add_argument(
+        "--checkpoint_dir", default="./checkpoints", help="where the README's first command left it"
+    )
+    parser.add_argument(
+        "--num_train_examples", type=int, required=True, help="as in the README's first command"
+    )
+    parser.add_argument(
+        "--num_scored_examples",
+        type=int,
+        default=300,
+        help="fit and score the first so many of them",
+    )
     parser.add_argument("--num_query_examples", type=int, default=50)
     args = parser.parse_args()
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
     clean = pipeline.load_data("synthetic", "", "train", args.num_train_examples)
     _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
-    queries = pipeline.load_data("synthetic", "", "test").take(torch.arange(args.num_query_examples))
+    queries = pipeline.load_data("synthetic", "", "test").take(
+        torch.arange(args.num_query_examples)
+    )
     scored = data.take(torch.arange(min(args.num_scored_examples, len(data))))
 
     def load_model():
         return pipeline.load_checkpoint(checkpoint)[0]
 
     table = precision_table(load_model, scored, queries)
-    print("| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |")
+    print(
+        "| | per-query Spearman, mean (least) | self-influence Spearman | found at 10 % | difference |"
+    )
     print("|---|---|---|---|---|")
     for name, row in table.items():
         print(

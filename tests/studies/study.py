@@ -40,13 +40,26 @@ import train
 
 NOISES = (("uniform", 0.1), ("uniform", 0.05), ("uniform", 0.2), ("uniform", 0.4))
 SIMILAR = {
-    **{"cat": "dog", "dog": "cat", "truck": "automobile", "automobile": "truck", "deer": "horse", "horse": "deer"},
+    **{
+        "cat": "dog",
+        "dog": "cat",
+        "truck": "automobile",
+        "automobile": "truck",
+        "deer": "horse",
+        "horse": "deer",
+    },
     **{"airplane": "ship", "ship": "airplane", "bird": "airplane", "frog": "bird"},
 }
 SIMILAR_FRACTION = 0.2
 FOLDER = Path(__file__).resolve().parent
 FRACTIONS = (0.1, 0.15, 0.2)
-RANKINGS = ("aum_vote", "aum", "self_influence", "loss", "random")  # and, of just the wrong ones, "truth"
+RANKINGS = (
+    "aum_vote",
+    "aum",
+    "self_influence",
+    "loss",
+    "random",
+)  # and, of just the wrong ones, "truth"
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 FIRST_SEED = 1004  # of the training and of the pseudo-labels, as the scripts have it
 HALVES_SEED = 18
@@ -74,8 +87,13 @@ class Study:
         settings = {"dataset": args.dataset, "num_train_examples": args.num_train_examples}
         self.recipe = {name: getattr(args, name) for name in train.RECIPE}
         settings |= self.recipe
-        settings["images"] = pipeline.sha256(self.clean.images, self.clean.labels, self.test.images)[:8]
-        self.machine = {"device": self.device.type, "precision": str(self.dtype).removeprefix("torch.")}
+        settings["images"] = pipeline.sha256(
+            self.clean.images, self.clean.labels, self.test.images
+        )[:8]
+        self.machine = {
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
         self.asked = settings | self.machine
         self.path = self.folder / "results.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -90,7 +108,9 @@ class Study:
         for job in jobs:
             if not self.found(job):
                 start = time.perf_counter()
-                found = getattr(self, job["study"])(**{name: value for name, value in job.items() if name != "study"})
+                found = getattr(self, job["study"])(
+                    **{name: value for name, value in job.items() if name != "study"}
+                )
                 row = job | found | {"seconds": time.perf_counter() - start} | self.asked
                 row |= {"environment": pipeline.environment(self.device)}
                 with self.path.open("a") as file:
@@ -105,10 +125,14 @@ class Study:
     def train(self, data, seed):
         """Trains as train.py does. Returns the model and the margins of each image by epoch."""
         if self.args.train_batch_size > len(data):
-            raise pipeline.UserError(f"argument --train_batch_size: there are only {len(data)} images to train on")
+            raise pipeline.UserError(
+                f"argument --train_batch_size: there are only {len(data)} images to train on"
+            )
         torch.manual_seed(seed)
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
-        return model, train.train(model, data.to(self.device), **self.recipe, seed=seed, dtype=self.dtype)
+        return model, train.train(
+            model, data.to(self.device), **self.recipe, seed=seed, dtype=self.dtype
+        )
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
@@ -116,14 +140,29 @@ class Study:
 
     def accuracy(self, model):
         """Returns the accuracy on the test images, from 0 to 1."""
-        return (self.logits(model, self.test).argmax(1) == self.test.labels.cpu()).float().mean().item()
+        return (
+            (self.logits(model, self.test).argmax(1) == self.test.labels.cpu())
+            .float()
+            .mean()
+            .item()
+        )
 
     @contextlib.contextmanager
     def influence(self, data, strategy="ekfac"):
         """Yields what makes an InfluenceRun of a model on `data`, in a folder for the time being."""
         with tempfile.TemporaryDirectory() as folder:
-            settings = {"strategy": strategy, "dtype": self.dtype, "seed": FIRST_SEED, "seconds": {}}
-            yield partial(pipeline.InfluenceRun, data=data.to(self.device), path=Path(folder) / "model", **settings)
+            settings = {
+                "strategy": strategy,
+                "dtype": self.dtype,
+                "seed": FIRST_SEED,
+                "seconds": {},
+            }
+            yield partial(
+                pipeline.InfluenceRun,
+                data=data.to(self.device),
+                path=Path(folder) / "model",
+                **settings,
+            )
 
     # ----------------------------------------------------------------------------------------------
     # What finds mislabeled images
@@ -139,7 +178,9 @@ class Study:
         accuracy = self.accuracy(model)
         with self.influence(data) as make_run:
             run = make_run(model)
-            measured, _, _ = detect.measure(run, {"margins": margins, "accuracy": {"test": accuracy}}, 1e-8)
+            measured, _, _ = detect.measure(
+                run, {"margins": margins, "accuracy": {"test": accuracy}}, 1e-8
+            )
             heuristic, _ = run.self_influence(None)
             scores = detect.rank([measured]) | {"self_influence, heuristic": heuristic.numpy()}
         save(self.scores_path(noise, fraction, corruption_seed, seed), **scores)
@@ -153,10 +194,14 @@ class Study:
         """Ranks each image by its loss on a network that was trained without its fold. Returns what that finds."""
         data = wrong_labels(self.clean, fraction, corruption_seed)
         losses = torch.zeros(len(data))
-        for held_out in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).chunk(folds):
+        for held_out in torch.randperm(
+            len(data), generator=torch.Generator().manual_seed(seed)
+        ).chunk(folds):
             model, _ = self.train(data.without(held_out), seed)
             part = data.take(held_out)
-            losses[held_out] = F.cross_entropy(self.logits(model, part), part.labels, reduction="none")
+            losses[held_out] = F.cross_entropy(
+                self.logits(model, part), part.labels, reduction="none"
+            )
         scores = {f"{folds}-fold cross-validation": losses.numpy()}
         return {"methods": figures(scores, data.is_corrupted.numpy())}
 
@@ -191,7 +236,9 @@ class Study:
             return data.is_corrupted.int().argsort(descending=True, stable=True)
         self.detected(seed)
         path = self.scores_path(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
-        if not path.exists() or by not in np.load(path):  # of a study that goes on with the results alone
+        if not path.exists() or by not in np.load(
+            path
+        ):  # of a study that goes on with the results alone
             self.detection(*NOISES[0], pipeline.CORRUPTION_SEED, seed)
         with np.load(path) as scores:
             return torch.from_numpy(np.argsort(-scores[by], kind="stable"))
@@ -208,7 +255,9 @@ class Study:
 
     def kept(self, name, compute, *settings):
         """Returns the arrays by name in a file of the folder, which `compute()` makes where it is not there."""
-        path = self.folder / f"{name}-{pipeline.sha256(json.dumps([*settings, self.asked]))[:8]}.npz"
+        path = (
+            self.folder / f"{name}-{pipeline.sha256(json.dumps([*settings, self.asked]))[:8]}.npz"
+        )
         if not path.exists():
             save(path, **compute())
         with np.load(path) as arrays:
@@ -218,7 +267,10 @@ class Study:
         """Returns the network of a seed in eval mode, trained once."""
 
         def weights():
-            return {name: tensor.cpu().numpy() for name, tensor in self.train(data, seed)[0].state_dict().items()}
+            return {
+                name: tensor.cpu().numpy()
+                for name, tensor in self.train(data, seed)[0].state_dict().items()
+            }
 
         model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
         found = self.kept("model", weights, data.digest, seed)
@@ -229,7 +281,10 @@ class Study:
         """Trains on a random half of the images. Returns which, bool [N], and its margins on queries, [num_query]."""
         half, chosen = half_of(data, number)
         model, _ = self.train(half, seed)
-        return {"trained_on": chosen, "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy()}
+        return {
+            "trained_on": chosen,
+            "margins": pipeline.margin(self.logits(model, queries), queries.labels).numpy(),
+        }
 
     def retrained(self, data, queries, halves, trainings):
         """Trains so many times on each half.
@@ -237,11 +292,17 @@ class Study:
         Returns which images a half has, bool [halves, N], and margins on queries, float32 [trainings, halves, Q].
         """
         found = []
-        for turn, number in tqdm([*product(range(trainings), range(halves))], "Halves", leave=False):
+        for turn, number in tqdm(
+            [*product(range(trainings), range(halves))], "Halves", leave=False
+        ):
             settings = data.digest, queries.digest, number, number + turn * FIRST_SEED
-            found.append(self.kept("half", partial(self.half, data, queries, *settings[2:]), *settings))
+            found.append(
+                self.kept("half", partial(self.half, data, queries, *settings[2:]), *settings)
+            )
         margins = np.stack([each["margins"] for each in found])
-        return np.stack([each["trained_on"] for each in found[:halves]]), margins.reshape(trainings, halves, -1)
+        return np.stack([each["trained_on"] for each in found[:halves]]), margins.reshape(
+            trainings, halves, -1
+        )
 
     def pairwise(self, data, queries, strategy, damping_factor, seed):
         """Scores queries by the network of a seed, or below FIRST_SEED of the half of that number.
@@ -254,13 +315,19 @@ class Study:
             scores, _ = run.pairwise_influence(queries, 1000, damping_factor)
         return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
 
-    def retraining(self, strategy, damping_factor, models, trained_on, num_queries, halves, trainings):
+    def retraining(
+        self, strategy, damping_factor, models, trained_on, num_queries, halves, trainings
+    ):
         """Scores queries by the mean of some networks, of all images or of halves that are not predicted.
 
         Returns the mean linear datamodeling score, its error, the means of every other query and of the rest, and how
         well two trainings of a half agree, by Spearman's correlation over the halves; None of a single one.
         """
-        data, queries, found = wrong_labels(self.clean), self.test.take(torch.arange(num_queries)), []
+        data, queries, found = (
+            wrong_labels(self.clean),
+            self.test.take(torch.arange(num_queries)),
+            [],
+        )
         first = FIRST_SEED if trained_on == "all" else halves
         for seed in range(first, first + models):
             compute = partial(self.pairwise, data, queries, strategy, damping_factor, seed)
@@ -284,19 +351,31 @@ class Study:
         def score(examples=None, seed=FIRST_SEED):
             with self.influence(data) as make_run:
                 run = make_run(model, factor_examples=examples, seed=seed)
-                scores = run.self_influence(None)[0].numpy(), run.pairwise_influence(queries, 1000, None)[0].numpy()
-            seconds = sum(run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda"))
+                scores = (
+                    run.self_influence(None)[0].numpy(),
+                    run.pairwise_influence(queries, 1000, None)[0].numpy(),
+                )
+            seconds = sum(
+                run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda")
+            )
             return {"self": scores[0], "pairwise": scores[1], "seconds": np.array(seconds)}
 
         full = self.kept("full", score, data.digest, queries.digest)
         first = examples is None and pseudo_label_seed == FIRST_SEED
         own = full if first else score(examples, pseudo_label_seed)
-        found = figures({"self_influence": own["self"]}, data.is_corrupted.numpy())["self_influence"]
-        found |= {"factor_seconds": float(own["seconds"]), "self_spearman": spearman(own["self"], full["self"])}
+        found = figures({"self_influence": own["self"]}, data.is_corrupted.numpy())[
+            "self_influence"
+        ]
+        found |= {
+            "factor_seconds": float(own["seconds"]),
+            "self_spearman": spearman(own["self"], full["self"]),
+        }
         found["pairwise_spearman"] = mean_spearman(own["pairwise"], full["pairwise"])
         if halves:
             chosen, margins = self.retrained(data, queries.to("cpu"), halves, trainings)
-            found["lds"] = linear_datamodeling_scores(torch.from_numpy(own["pairwise"]), chosen, margins.mean(0)).mean()
+            found["lds"] = linear_datamodeling_scores(
+                torch.from_numpy(own["pairwise"]), chosen, margins.mean(0)
+            ).mean()
         return found
 
 
@@ -338,7 +417,9 @@ def similar_labels(clean):
     partners |= {name: other for name, other in SIMILAR.items() if name in names and other in names}
     is_corrupted = wrong_labels(clean, SIMILAR_FRACTION).is_corrupted.tolist()
     true = [names[label] for label in clean.labels]
-    return [partners[name] if wrong else name for name, wrong in zip(true, is_corrupted, strict=True)]
+    return [
+        partners[name] if wrong else name for name, wrong in zip(true, is_corrupted, strict=True)
+    ]
 
 
 def write_similar_labels(study):
@@ -351,8 +432,13 @@ def write_similar_labels(study):
 
 def figures(scores, is_corrupted):
     """Returns what each method finds, without the curve."""
-    rankings = {name: detect.evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
-    return {name: {key: value for key, value in row.items() if key != "curve"} for name, row in rankings.items()}
+    rankings = {
+        name: detect.evaluate_ranking(values, is_corrupted) for name, values in scores.items()
+    }
+    return {
+        name: {key: value for key, value in row.items() if key != "curve"}
+        for name, row in rankings.items()
+    }
 
 
 def save(path, **arrays):
@@ -377,7 +463,10 @@ def detection_jobs(study):
     args = study.args
     for noise, fraction in NOISES[: args.num_noises]:
         seeds = product(range(args.corruption_seeds), range(args.seeds))
-        runs = [noisy_run(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s) for c, s in seeds]
+        runs = [
+            noisy_run(noise, fraction, pipeline.CORRUPTION_SEED + c, FIRST_SEED + s)
+            for c, s in seeds
+        ]
         yield from ({"study": "detection", **run} for run in runs)
         for folds in args.folds:
             yield from ({"study": "cross_validation", "folds": folds, **run} for run in runs)
@@ -385,8 +474,13 @@ def detection_jobs(study):
 
 def print_detection(study):
     """Prints a table for each kind of noise, the best methods first."""
-    for noise, fraction in dict.fromkeys((row["noise"], row["fraction"]) for row in study.rows if "noise" in row):
-        accuracies, values = {}, {}  # by seeds: a run that was repeated with other checkpoints counts once
+    for noise, fraction in dict.fromkeys(
+        (row["noise"], row["fraction"]) for row in study.rows if "noise" in row
+    ):
+        accuracies, values = (
+            {},
+            {},
+        )  # by seeds: a run that was repeated with other checkpoints counts once
         for row in study.found({"noise": noise, "fraction": fraction}):
             seeds = row["corruption_seed"], row["seed"]
             if row["study"] == "detection":
@@ -395,14 +489,21 @@ def print_detection(study):
                 values.setdefault(method, {})[seeds] = found
         if not accuracies:
             continue
-        print(f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {spread([*accuracies.values()], 1, ' %')}\n")
+        print(
+            f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {spread([*accuracies.values()], 1, ' %')}\n"
+        )
         print(
             "| method | found at 10 % | found at 20 % | AUROC | average precision | runs |\n|---|---|---|---|---|---|"
         )
         lines = []
         for method, runs in values.items():
-            columns = {key: [found[key] for found in runs.values()] for key in next(iter(runs.values()))}
-            cells = [spread([100 * x for x in columns[key]], 1, " %") for key in ("found_at_10", "found_at_20")]
+            columns = {
+                key: [found[key] for found in runs.values()] for key in next(iter(runs.values()))
+            }
+            cells = [
+                spread([100 * x for x in columns[key]], 1, " %")
+                for key in ("found_at_10", "found_at_20")
+            ]
             cells += [spread(columns[key], 3) for key in ("auroc", "average_precision")]
             order = statistics.mean(columns["average_precision"])
             lines.append((-order, f"| {method} | {' | '.join(cells)} | {len(runs)} |"))
@@ -429,22 +530,31 @@ def cleaning_jobs(study):
 
 def by_seed(study, kind):
     """Returns the test accuracy, in percent, after what was done about wrong labels, by the seed of the training."""
-    return {row["seed"]: 100 * row["accuracy"] for row in study.found({"study": "cleaning", **kind})}
+    return {
+        row["seed"]: 100 * row["accuracy"] for row in study.found({"study": "cleaning", **kind})
+    }
 
 
 def print_cleaning(study):
     """Prints test accuracies, and what is gained over doing nothing, seed by seed."""
     start = by_seed(study, {"labels": "corrupted"})
-    print("\n| labels | ranked by | top | test accuracy | gain, points | seeds |\n|---|---|---|---|---|---|")
+    print(
+        "\n| labels | ranked by | top | test accuracy | gain, points | seeds |\n|---|---|---|---|---|---|"
+    )
     names = "labels", "by", "fraction"
-    rows = [{name: row[name] for name in names if name in row} for row in study.found({"study": "cleaning"})]
+    rows = [
+        {name: row[name] for name in names if name in row}
+        for row in study.found({"study": "cleaning"})
+    ]
     for kind in map(json.loads, dict.fromkeys(map(json.dumps, rows))):
         found = {seed: accuracy for seed, accuracy in by_seed(study, kind).items() if seed in start}
         if found:
             top = f"{100 * kind['fraction']:.0f} %" if "fraction" in kind else ""
             accuracy = spread([*found.values()], 2, " %")
             gain = spread([value - start[seed] for seed, value in found.items()], 2)
-            print(f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |")
+            print(
+                f"| {kind['labels']} | {kind.get('by', '')} | {top} | {accuracy} | {gain} | {len(found)} |"
+            )
 
 
 def sizes(study):
@@ -456,19 +566,28 @@ def sizes(study):
 def retraining_jobs(study):
     """Returns the jobs: strategies, dampings, and means over several networks."""
     names = "strategy", "damping_factor", "models", "trained_on"
-    return [{"study": "retraining", **dict(zip(names, row, strict=True)), **sizes(study)} for row in PREDICTIONS]
+    return [
+        {"study": "retraining", **dict(zip(names, row, strict=True)), **sizes(study)}
+        for row in PREDICTIONS
+    ]
 
 
 def print_retraining(study):
     """Prints linear datamodeling scores; ± is the standard error over the queries."""
     rows = [*chain.from_iterable(map(study.found, retraining_jobs(study)))]
-    print("\n| curvature | damping | networks | of | LDS | by half of the queries | seconds |\n" + 7 * "|---" + "|")
+    print(
+        "\n| curvature | damping | networks | of | LDS | by half of the queries | seconds |\n"
+        + 7 * "|---"
+        + "|"
+    )
     for row in rows:
         damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         lds = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
         halves = ", ".join(f"{value:.3f}" for value in row.get("lds_by_half", ()))
         models = f"{row['models']} | {row['trained_on']}"
-        print(f"| {row['strategy']} | {damping} | {models} | {lds} | {halves} | {row['score_seconds']:.0f} |")
+        print(
+            f"| {row['strategy']} | {damping} | {models} | {lds} | {halves} | {row['score_seconds']:.0f} |"
+        )
     if rows and rows[0].get("agreement"):
         print(f"Two trainings of a half agree by {rows[0]['agreement']:.3f}.")
 
@@ -476,8 +595,13 @@ def print_retraining(study):
 def factors_jobs(study):
     """Returns the jobs: factors of ever fewer images, and with other pseudo-labels on all of them."""
     settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
-    settings += [(examples, FIRST_SEED) for examples in FACTOR_EXAMPLES if examples < len(study.clean)]
-    return [{"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes(study)} for n, seed in settings]
+    settings += [
+        (examples, FIRST_SEED) for examples in FACTOR_EXAMPLES if examples < len(study.clean)
+    ]
+    return [
+        {"study": "factors", "examples": n, "pseudo_label_seed": seed, **sizes(study)}
+        for n, seed in settings
+    ]
 
 
 def print_factors(study):
@@ -485,8 +609,12 @@ def print_factors(study):
     columns = "images | pairwise Spearman | self-influence Spearman | found at 10, 20 % | AUROC | LDS | seconds"
     print(f"\n| {columns} |\n|---|---|---|---|---|---|---|")
     for row in chain.from_iterable(map(study.found, factors_jobs(study))):
-        name = f"{row['examples'] or 'all'}" + ", other pseudo-labels" * (row["pseudo_label_seed"] != FIRST_SEED)
-        found = f"{100 * row['found_at_10']:.1f}, {100 * row['found_at_20']:.1f} % | {row['auroc']:.4f}"
+        name = f"{row['examples'] or 'all'}" + ", other pseudo-labels" * (
+            row["pseudo_label_seed"] != FIRST_SEED
+        )
+        found = (
+            f"{100 * row['found_at_10']:.1f}, {100 * row['found_at_20']:.1f} % | {row['auroc']:.4f}"
+        )
         lds, seconds = f"{row['lds']:.3f}" if "lds" in row else "", row["factor_seconds"]
         agree = f"{row['pairwise_spearman']:.4f} | {row['self_spearman']:.5f}"
         print(f"| {name} | {agree} | {found} | {lds} | {seconds:.1f} |")
@@ -513,17 +641,39 @@ def main():
     flag("--num_train_epochs", type=pipeline.positive_int, default=25)
     flag("--learning_rate", type=float, default=0.4)
     flag("--weight_decay", type=float, default=1e-4)
-    flag("--seeds", type=pipeline.whole_number, default=3, help="of the training; 0 prints what is there")
+    flag(
+        "--seeds",
+        type=pipeline.whole_number,
+        default=3,
+        help="of the training; 0 prints what is there",
+    )
     flag("--corruption_seeds", type=int, default=3)
     flag("--num_noises", type=int, default=len(NOISES), help=f"the first so many of {NOISES}")
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     flag("--folds", type=folds, nargs="*", default=[], help="of a cross-validation, such as 2 5")
-    flag("--halves", type=pipeline.whole_number, default=50, help="networks to predict; 0 leaves them out of factors")
-    flag("--trainings", type=pipeline.positive_int, default=1, help="of each half; its mean margin is predicted")
-    flag("--folder", type=Path, default=FOLDER, help="keeps results.jsonl, and scores by which to go on")
+    flag(
+        "--halves",
+        type=pipeline.whole_number,
+        default=50,
+        help="networks to predict; 0 leaves them out of factors",
+    )
+    flag(
+        "--trainings",
+        type=pipeline.positive_int,
+        default=1,
+        help="of each half; its mean margin is predicted",
+    )
+    flag(
+        "--folder",
+        type=Path,
+        default=FOLDER,
+        help="keeps results.jsonl, and scores by which to go on",
+    )
     args = parser.parse_args()
     if args.study == "retraining" and args.halves < 2:
-        raise pipeline.UserError(f"argument --halves: {args.halves} networks have no order to predict: give 50")
+        raise pipeline.UserError(
+            f"argument --halves: {args.halves} networks have no order to predict: give 50"
+        )
     study = Study(args)
     if args.study == "similar":
         return write_similar_labels(study)
