@@ -142,7 +142,7 @@ def plot_top_influences(path, scores, queries, data, strategy):
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    pipeline.draw_sheet(
+    pipeline.draw_contact_sheet(
         path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title
     )
 

@@ -114,7 +114,7 @@ def compute_features(run):
     features, logits = [], []
     with torch.autocast(run.data.images.device.type, run.dtype, enabled=run.dtype != torch.float32):
         for batch in tqdm(run.data.images.split(run.batch_size), "Features", leave=False):
-            images = pipeline.normalize(batch)
+            images = run.data.normalize(batch)
             features.append(run.model.features(images))
             logits.append(run.model.logits(features[-1]))
             features[-1] = features[-1].float() + run.model.features(images.flip(3)).float()
@@ -167,7 +167,7 @@ def detection_curve(scores, is_corrupted):
     found = np.cumsum(is_corrupted[np.argsort(-scores, kind="stable")]) / is_corrupted.sum()
     found = np.concatenate([[0.0], found])  # after inspecting 0, 1, ..., N images
     return [
-        {"inspected": p / 100, "found": float(found[round(p / 100 * len(scores))])}
+        {"inspected": p / 100, "recall": float(found[round(p / 100 * len(scores))])}
         for p in range(1, 101)
     ]
 
@@ -201,12 +201,12 @@ def average_precision(scores, is_corrupted):
 
 
 def evaluate_ranking(scores, is_corrupted):
-    """Returns the json entry of one ranking: curve, found_at_10, found_at_20, auroc, average_precision."""
+    """Returns the json entry of one ranking: curve, recall_at_10, recall_at_20, auroc, average_precision."""
     curve = detection_curve(scores, is_corrupted)
     return {
         "curve": curve,
-        "found_at_10": curve[9]["found"],
-        "found_at_20": curve[19]["found"],
+        "recall_at_10": curve[9]["recall"],
+        "recall_at_20": curve[19]["recall"],
         "auroc": auroc(scores, is_corrupted),
         "average_precision": average_precision(scores, is_corrupted),
     }
@@ -263,7 +263,7 @@ def plot_suspects(path, data, order, scores, predicted, by):
         f"The {len(shown)} most suspicious of {len(data)} training images by {by}:\n"
         "given label → predicted label (red where they differ), score"
     )
-    pipeline.draw_sheet(path, data.images[shown], texts, colours, 10, title)
+    pipeline.draw_contact_sheet(path, data.images[shown], texts, colours, 10, title)
 
 
 def plot_curves(path, results, method, fraction, strategy):
@@ -274,12 +274,12 @@ def plot_curves(path, results, method, fraction, strategy):
     from matplotlib.ticker import PercentFormatter
 
     end = min(1, max(0.2, 3 * fraction))
-    with pipeline.picture(path, 6.4, 6.2) as figure:
+    with pipeline.figure_file(path, 6.4, 6.2) as figure:
         axes = figure.add_subplot(xlim=(0, end), ylim=(0, 1.02))
         for name, found in results.items():
             ranking, strong = RANKINGS[name], name in ("self_influence", DEFAULT, "loss", method)
-            label = f"{ranking.caption}: {100 * found['found_at_10']:.1f} % at 10 %, AUROC {found['auroc']:.3f}"
-            points = [(0, 0), *((point["inspected"], point["found"]) for point in found["curve"])]
+            label = f"{ranking.caption}: {100 * found['recall_at_10']:.1f} % at 10 %, AUROC {found['auroc']:.3f}"
+            points = [(0, 0), *((point["inspected"], point["recall"]) for point in found["curve"])]
             style = {
                 "linestyle": ranking.line,
                 "color": ranking.colour,
@@ -305,10 +305,10 @@ def print_rankings(results, method):
     print(f"{'inspected':16}" + "".join(f"{percent:6} %" for percent in percents) + "    AUROC")
     for name, found in results.items():
         cells = "".join(
-            f"{100 * found['curve'][percent - 1]['found']:6.1f} %" for percent in percents
+            f"{100 * found['curve'][percent - 1]['recall']:6.1f} %" for percent in percents
         )
         print(f"{name:16}{cells}   {found['auroc']:.4f}")
-    at_10, at_20 = (100 * results[method][f"found_at_{percent}"] for percent in (10, 20))
+    at_10, at_20 = (100 * results[method][f"recall_at_{percent}"] for percent in (10, 20))
     print(
         f"Inspecting 10 % of the training set finds {at_10:.1f} % of the mislabeled images (20 %: {at_20:.1f} %)."
     )
@@ -440,120 +440,6 @@ def draw_tiles(images):
     )  # a third of a PNG
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
-
-def build_page(title, hint, images, facts):
-    """Returns PAGE with what it tells. Names stay data: no `<` is left, and only the page's own code may run."""
-    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
-    for kind, code in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
-        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
-    parts = {"policy": policy, "title": title, "hint": hint, "tiles": draw_tiles(images)}
-    parts["data"] = json.dumps(facts).replace("<", r"\u003c")
-    return re.sub(r"{{(\w+)}}", lambda marker: parts[marker[1]], PAGE)
-
-
-def write_page(path, data, order, scores, logits, explanations, *, num_review, by, cleaned):
-    """Writes the page of the first `num_review` suspects, or removes an earlier one where there are to be none.
-
-    The browser keeps decisions under the hash of ranking and paths: a page that has others begins without them.
-    """
-    if not num_review:
-        return path.unlink(missing_ok=True)
-    cards, shown = describe_suspects(
-        data, order[:num_review].tolist(), scores, logits, explanations, cleaned
-    )
-    ranking = data.digest, json.dumps(data.paths), *map(torch.from_numpy, (order, scores))
-    names, fingerprint = data.class_names, pipeline.sha256(*ranking)
-    keys = names if all(re.fullmatch("[0-9]", name) for name in names) else "1234567890"
-    digits = [
-        (key, name if key == name else f"{key} {name}")
-        for key, name in zip(keys, names, strict=False)
-    ]
-    facts = {
-        "fingerprint": fingerprint,
-        "column": "path" if any(data.paths) else "index",
-        "classes": names,
-    }
-    facts |= {"digits": digits if len(names) <= 10 else [], "cards": cards}
-    title = f"The {len(cards)} most suspicious of {len(data):,} training images by {by}."
-    hint = (
-        "The labels are those after cleaning: load your earlier corrections.csv first."
-        if cleaned
-        else ""
-    )
-    with pipeline.atomic_path(path) as temporary:
-        temporary.write_text(build_page(title, hint, data.images[shown], facts), encoding="utf-8")
-
-
-def main():
-    """Parses, loads, computes, reports."""
-    args = parse_arguments()
-    seconds, strategy, method = {}, args.factor_strategy, args.method
-    with pipeline.timed(seconds, "load"):
-        runs, metadata, data = pipeline.load_runs(args, seconds)
-        folder = pipeline.result_folder(runs)
-        suspects_csv, page_html, suspects_png = (
-            folder / f"suspects_{strategy}{s}" for s in (".csv", ".html", ".png")
-        )
-        curve_png, record_json = (
-            folder / f"detection_curve_{strategy}.png",
-            folder / f"detection_{strategy}.json",
-        )
-        explanations_csv = folder / f"explanations_{strategy}.csv"
-        require_unedited(suspects_csv)
-
-    found = [
-        measure(run, described, args.damping_factor)
-        for run, described in zip(runs, metadata, strict=True)
-    ]
-    measured, logits, score_paths = zip(*found, strict=True)
-    scores, predicted = rank(measured), sum(logits).argmax(1)
-    order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
-    explanations = (
-        explain(runs, data, order[: args.explain], args.damping_factor) if args.explain else {}
-    )
-    if not pipeline.is_main_process():
-        return
-
-    with pipeline.timed(seconds, "report"):
-        write_suspects(suspects_csv, data, order, scores, predicted)
-        write_explanations(explanations_csv, data, explanations)
-        truth = is_corrupted.any() and not is_corrupted.all()
-        results = (
-            {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
-            if truth
-            else {}
-        )
-        fields = {
-            "num_train": len(data),
-            "num_corrupted": int(is_corrupted.sum()),
-            "rankings": results,
-        }
-        record = record_json, args, fields, runs[0].data.images.device, seconds
-        pipeline.write_record(
-            *record
-        )  # before the pictures, so that nothing is lost where one fails
-        by = RANKINGS[method].caption + f" ({strategy})" * (method == "self_influence")
-        about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
-        write_page(
-            page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about
-        )
-        plot_suspects(suspects_png, data, order, scores[method], predicted, by)
-        curve_png.unlink(missing_ok=True)
-        if truth:
-            plot_curves(curve_png, results, method, is_corrupted.mean(), strategy)
-            print_rankings(results, method)
-        else:
-            print(
-                "No labels are known to be wrong, so there is no truth to compare with: look at the suspects."
-            )
-
-    tables, pictures = [suspects_csv, explanations_csv], [page_html, suspects_png, curve_png]
-    paths = [*score_paths, *filter(Path.exists, tables + pictures), record_json]
-    pipeline.print_paths(pipeline.write_record(*record), paths)
-    print_next_steps(args, metadata[0], page_html)
-
-
-# ---- What the page is made of --------------------------------------------------------------------
 
 PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Suspects</title>
 <meta http-equiv="Content-Security-Policy" content="{{policy}}"><meta name="viewport" content="width=device-width">
@@ -706,6 +592,118 @@ addEventListener("load", () => {
 });
 </script>
 """
+
+
+def build_page(title, hint, images, facts):
+    """Returns PAGE with what it tells. Names stay data: no `<` is left, and only the page's own code may run."""
+    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+    for kind, code in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
+        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+    parts = {"policy": policy, "title": title, "hint": hint, "tiles": draw_tiles(images)}
+    parts["data"] = json.dumps(facts).replace("<", r"\u003c")
+    return re.sub(r"{{(\w+)}}", lambda marker: parts[marker[1]], PAGE)
+
+
+def write_page(path, data, order, scores, logits, explanations, *, num_review, by, cleaned):
+    """Writes the page of the first `num_review` suspects, or removes an earlier one where there are to be none.
+
+    The browser keeps decisions under the hash of ranking and paths: a page that has others begins without them.
+    """
+    if not num_review:
+        return path.unlink(missing_ok=True)
+    cards, shown = describe_suspects(
+        data, order[:num_review].tolist(), scores, logits, explanations, cleaned
+    )
+    ranking = data.digest, json.dumps(data.paths), *map(torch.from_numpy, (order, scores))
+    names, fingerprint = data.class_names, pipeline.sha256(*ranking)
+    keys = names if all(re.fullmatch("[0-9]", name) for name in names) else "1234567890"
+    digits = [
+        (key, name if key == name else f"{key} {name}")
+        for key, name in zip(keys, names, strict=False)
+    ]
+    facts = {
+        "fingerprint": fingerprint,
+        "column": "path" if any(data.paths) else "index",
+        "classes": names,
+    }
+    facts |= {"digits": digits if len(names) <= 10 else [], "cards": cards}
+    title = f"The {len(cards)} most suspicious of {len(data):,} training images by {by}."
+    hint = (
+        "The labels are those after cleaning: load your earlier corrections.csv first."
+        if cleaned
+        else ""
+    )
+    with pipeline.atomic_path(path) as temporary:
+        temporary.write_text(build_page(title, hint, data.images[shown], facts), encoding="utf-8")
+
+
+def main():
+    """Parses, loads, computes, reports."""
+    args = parse_arguments()
+    seconds, strategy, method = {}, args.factor_strategy, args.method
+    with pipeline.timed(seconds, "load"):
+        runs, metadata, data = pipeline.load_runs(args, seconds)
+        folder = pipeline.result_folder(runs)
+        suspects_csv, page_html, suspects_png = (
+            folder / f"suspects_{strategy}{s}" for s in (".csv", ".html", ".png")
+        )
+        curve_png, record_json = (
+            folder / f"detection_curve_{strategy}.png",
+            folder / f"detection_{strategy}.json",
+        )
+        explanations_csv = folder / f"explanations_{strategy}.csv"
+        require_unedited(suspects_csv)
+
+    found = [
+        measure(run, described, args.damping_factor)
+        for run, described in zip(runs, metadata, strict=True)
+    ]
+    measured, logits, score_paths = zip(*found, strict=True)
+    scores, predicted = rank(measured), sum(logits).argmax(1)
+    order, is_corrupted = np.argsort(-scores[method], kind="stable"), data.is_corrupted.numpy()
+    explanations = (
+        explain(runs, data, order[: args.explain], args.damping_factor) if args.explain else {}
+    )
+    if not pipeline.is_main_process():
+        return
+
+    with pipeline.timed(seconds, "report"):
+        write_suspects(suspects_csv, data, order, scores, predicted)
+        write_explanations(explanations_csv, data, explanations)
+        truth = is_corrupted.any() and not is_corrupted.all()
+        results = (
+            {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
+            if truth
+            else {}
+        )
+        fields = {
+            "num_train": len(data),
+            "num_corrupted": int(is_corrupted.sum()),
+            "rankings": results,
+        }
+        record = record_json, args, fields, runs[0].data.images.device, seconds
+        pipeline.write_record(
+            *record
+        )  # before the pictures, so that nothing is lost where one fails
+        by = RANKINGS[method].caption + f" ({strategy})" * (method == "self_influence")
+        about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
+        write_page(
+            page_html, data, order, scores[method], sum(logits) / len(logits), explanations, **about
+        )
+        plot_suspects(suspects_png, data, order, scores[method], predicted, by)
+        curve_png.unlink(missing_ok=True)
+        if truth:
+            plot_curves(curve_png, results, method, is_corrupted.mean(), strategy)
+            print_rankings(results, method)
+        else:
+            print(
+                "No labels are known to be wrong, so there is no truth to compare with: look at the suspects."
+            )
+
+    tables, pictures = [suspects_csv, explanations_csv], [page_html, suspects_png, curve_png]
+    paths = [*score_paths, *filter(Path.exists, tables + pictures), record_json]
+    pipeline.print_paths(pipeline.write_record(*record), paths)
+    print_next_steps(args, metadata[0], page_html)
 
 
 if __name__ == "__main__":

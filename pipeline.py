@@ -386,6 +386,9 @@ SYSTEM_NAMES = {
     "$recycle.bin",
 }
 SYSTEM_NAMES |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+# Of CIFAR-10's training images; values are scaled to 0..1 before.
+CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
+CHANNEL_STD = (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -395,7 +398,8 @@ class ImageData:
     images: uint8 [N, 3, 32, 32]; labels: int64 [N], those to train on; true_labels: int64 [N], without the ones made
     wrong on purpose or given by --noisy_labels; class_names: one per class; paths: one per image, empty where images
     have no files of their own; indices: int64 [N] on the CPU, each one's place among those loaded, by which the tables
-    call it; numbers: int64 [N] on the CPU, its place in the whole data set.
+    call it; numbers: int64 [N] on the CPU, its place in the whole data set; channel_mean, channel_std: of red, green
+    and blue, by which a network's input is standardised.
     """
 
     images: Tensor
@@ -405,6 +409,8 @@ class ImageData:
     paths: list
     indices: Tensor
     numbers: Tensor
+    channel_mean: tuple = CHANNEL_MEAN
+    channel_std: tuple = CHANNEL_STD
 
     def __len__(self):
         return len(self.labels)
@@ -416,8 +422,16 @@ class ImageData:
 
     @cached_property
     def digest(self):
-        """SHA-256 over images, labels and the names of the classes, as hex digits."""
-        return sha256(self.images, self.labels, json.dumps(self.class_names))
+        """SHA-256 over images, labels, class names and standardisation, as hex digits."""
+        names_and_numbers = [self.class_names, self.channel_mean, self.channel_std]
+        return sha256(self.images, self.labels, json.dumps(names_and_numbers))
+
+    def normalize(self, images):
+        """Converts uint8 images [B, 3, 32, 32] to standardised float32, channels last in memory."""
+        mean = torch.tensor(self.channel_mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.channel_std, device=images.device).view(1, 3, 1, 1)
+        scaled = images.to(torch.float32, memory_format=torch.channels_last) / 255
+        return (scaled - mean) / std
 
     def take(self, indices):
         """Returns the examples at `indices`, an int64 tensor [M], in that order."""
@@ -792,6 +806,186 @@ def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
     return replace(data, labels=labels, true_labels=true_labels).without(cleaning["excluded"])
 
 
+# ---- Labels and decisions in csv files ------------------------------------------------------------
+
+
+def read_rows(flag, path, column):
+    """Yields (place, row) of a csv file: `<flag> <path>, line 2` and a dictionary of its cells.
+
+    Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
+    any are passed over. Raises UserError where the file cannot be read or does not have the column.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has a NUL")
+        text, above = text.removeprefix("sep=;\n"), text.startswith("sep=;\n")  # a line for Excel
+        first = text.partition("\n")[0]
+        reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if column not in reader.fieldnames:
+            header = f"its first line must name the column '{column}', but is {first!r}"
+            raise UserError(f"{flag} {path}: {header}")
+        for row in reader:
+            place = f"{flag} {path}, line {reader.line_num + above}"
+            if None in row or None in row.values():
+                cells = "has another number of cells than the first line"
+                raise UserError(
+                    f"{place}: {cells}; where the last is empty, put another column behind it"
+                )
+            if any(row.values()):
+                yield place, row
+    except (OSError, ValueError, csv.Error) as error:
+        reason = first_line(error)
+        raise UserError(
+            f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})"
+        ) from error
+
+
+class ExampleFinder:
+    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by number.
+
+    A path may be absolute, or relative to the working directory, to the csv file or to `--dataset_dir`, with links on
+    the way. Where the file it names is gone, its last parts decide, such as `train/cat/1.png`: the data set was moved.
+    `test` are the images held out; `numbers`, int64 [N], are what the column `index` holds.
+    """
+
+    def __init__(self, data, test, dataset_dir, csv_path, numbers):
+        def below(path):
+            return Path(os.path.relpath(path, dataset_dir)).as_posix()
+
+        self.data, self.folders = data, ("", Path(csv_path).parent, dataset_dir)
+        self.places, self.found = {}, set()
+        self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
+        images = [
+            *((path, i) for i, path in enumerate(data.paths)),
+            *((path, None) for path in test.paths),
+        ]
+        for spelling in (os.path.abspath, os.path.realpath, below):
+            for path, index in images:
+                if path:
+                    self.places.setdefault(same_form(spelling(path)), index)
+
+    def spellings(self, path):
+        """Yields the ways to look a path up, the surest first."""
+        files = [Path(folder) / path for folder in self.folders]
+        for file in files:
+            yield from (os.path.abspath(file), os.path.realpath(file))
+        if not any(map(os.path.exists, files)):
+            parts = path.replace("\\", "/").split("/")
+            yield from ("/".join(parts[start:]) for start in range(len(parts)))
+
+    def __call__(self, place, row, passes_over=False):
+        """Returns the index of a row's image, or None where it is another image, if those are passed over.
+
+        Raises UserError where the row calls no training image, or one that was called before.
+        """
+        path, number = row.get("path", ""), row.get("index", "").strip()
+        if path.strip():
+            spellings = map(
+                same_form, itertools.chain(self.spellings(path), self.spellings(path.strip()))
+            )
+            known = next((spelling for spelling in spellings if spelling in self.places), None)
+            where = (
+                "held out for the test"
+                if known
+                else f"not among the {len(self.data)} training images"
+            )
+            index, problem = self.places.get(known), f"{path} is {where}"
+        elif any(self.data.paths):
+            raise UserError(
+                f"{place}: needs a path; an index is another image once files come or go"
+            )
+        elif not number or (passes_over and not number.isdecimal()):  # such as 1.0
+            raise UserError(f"{place}: needs an index, a whole number from 0 on")
+        else:
+            problem = f"there is no training image {number:.20}, only 0 to {len(self.data) - 1}"
+            index = self.numbered.get(number.lstrip("0") or "0")
+        if index is None and not passes_over:
+            raise UserError(f"{place}: {problem}")
+        if index in self.found:
+            raise UserError(f"{place}: image {index} has a row before this one")
+        if index is not None:
+            self.found.add(index)
+        return index
+
+
+def find_class(place, name, class_names):
+    """Returns the number of the class of that name, in any Unicode form, also with blanks around it."""
+    for spelled in map(same_form, (name, name.strip())):
+        if spelled in class_names:
+            return class_names.index(spelled)
+    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
+
+
+def read_noisy_labels(path, data, test, dataset_dir):
+    """Returns the labels to train on, int64 [N]: those in a csv file, where it has a row of an image.
+
+    Its columns are `label`, a class name, and `path` or `index`, the place in the whole data set. Rows of other images
+    are passed over. Prints what differs. Raises UserError, naming the line, for an unknown class or one image twice,
+    and where no row is about a training image.
+    """
+    find_example, others = ExampleFinder(data, test, dataset_dir, path, data.numbers), 0
+    labels, changes = data.labels.clone(), Counter()
+    for place, row in read_rows("--noisy_labels", path, "label"):
+        index = find_example(place, row, passes_over=True)
+        if index is None:
+            others += 1
+            continue
+        labels[index] = find_class(place, row["label"], data.class_names)
+        if labels[index] != data.labels[index]:
+            changes[
+                f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"
+            ] += 1
+    if not (used := len(find_example.found)):
+        raise UserError(
+            f"--noisy_labels {path}: none of its {others} rows is about a training image"
+        )
+    print(
+        f"{path}: {used} rows, and {others} of other images; {ten_largest(changes) or 'none differs'}"
+    )
+    return labels
+
+
+def read_corrections(path, data, test, dataset_dir):
+    """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
+
+    Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
+    where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
+    """
+    find_example, decided, changes = (
+        ExampleFinder(data, test, dataset_dir, path, data.indices),
+        {},
+        Counter(),
+    )
+    for place, row in read_rows("--corrections", path, "new_label"):
+        index = find_example(place, row)
+        old = data.class_names[data.labels[index]]
+        if (
+            row.get("label", "").strip()
+            and find_class(place, row["label"], data.class_names) != data.labels[index]
+        ):
+            said = f"image {index} has the label {old} before any cleaning, not {row['label']}"
+            flags = "give the data flags of that table, or drop its column label"
+            raise UserError(f"{place}: {said}: {flags}")
+        new = row["new_label"]
+        decided[index] = find_class(place, new, data.class_names) if new.strip() else None
+        if decided[index] not in (None, data.labels[index]):
+            changes[f"{old} → {data.class_names[decided[index]]}"] += 1
+    excluded = [index for index, label in decided.items() if label is None]
+    if len(excluded) > len(data) / 2:
+        most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
+        raise UserError(f"--corrections {path} {most}: delete rows that nothing was decided about")
+    print(
+        "Corrections: "
+        + ", ".join([ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"])
+    )
+    return {
+        "excluded": excluded,
+        "new_labels": {i: label for i, label in decided.items() if label is not None},
+    }
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -886,18 +1080,6 @@ def load_trained(path, device, clean, fraction, labels_file=None):
 
 
 # ---- Batches and the network ---------------------------------------------------------------------
-
-CHANNEL_MEAN, CHANNEL_STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2470, 0.2435, 0.2616),
-)  # of CIFAR-10's training images
-
-
-def normalize(images):
-    """Converts uint8 images [B, 3, 32, 32] to standardised float32, channels last in memory."""
-    mean = torch.tensor(CHANNEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(CHANNEL_STD, device=images.device).view(1, 3, 1, 1)
-    return (images.to(torch.float32, memory_format=torch.channels_last) / 255 - mean) / std
 
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
@@ -1001,7 +1183,7 @@ class InfluenceDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices, device=self.data.labels.device)
         return (
-            normalize(self.data.images[indices]),
+            self.data.normalize(self.data.images[indices]),
             self.data.labels[indices],
             self.uniforms[indices],
         )
@@ -1017,7 +1199,7 @@ def cpu_features():
     }
 
 
-def choose_dtype(precision, device):
+def configure_precision(precision, device):
     """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
 
     Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
@@ -1036,7 +1218,7 @@ def choose_dtype(precision, device):
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def choose_precision(dtype, strategy):
+def computation_dtypes(dtype, strategy):
     """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
@@ -1147,7 +1329,7 @@ def rounded_products(enabled):
 class BatchHooks:
     """Hands each batch's patches a [B, T, I] and output gradients g [B, T, O] to `update(a, g)`.
 
-    A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `choose_precision`.
+    A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `computation_dtypes`.
     """
 
     def input_dtype(self, is_cuda):
@@ -1315,7 +1497,7 @@ class InfluenceRun:
             dtype,
             seconds,
         )
-        self.precision = choose_precision(dtype, strategy)
+        self.precision = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
         self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
         factor_examples = min(factor_examples or len(data), len(data))
@@ -1521,7 +1703,7 @@ def load_runs(args, seconds):
     UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
-    dtype = choose_dtype(args.precision, device)
+    dtype = configure_precision(args.precision, device)
     print_machine(device, dtype)
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
@@ -1642,7 +1824,7 @@ def write_table(path, columns, rows):
 
 
 @contextlib.contextmanager
-def picture(path, width, height):
+def figure_file(path, width, height):
     """Yields a matplotlib figure of so many inches, which becomes a png file, whole or not at all.
 
     It depends on no setting of the user's matplotlib, and has letters of any script that a font is installed for.
@@ -1664,7 +1846,7 @@ def picture(path, width, height):
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw_sheet(path, images, texts, colours, columns, title):
+def draw_contact_sheet(path, images, texts, colours, columns, title):
     """Draws images, uint8 [N, 3, 32, 32], as one png file, `columns` a row, each under its text, in its colour.
 
     The texts have three lines at most.
@@ -1672,7 +1854,7 @@ def draw_sheet(path, images, texts, colours, columns, title):
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     width, height, top = 42, 54, 19  # of a cell; top is the height of its text
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    with picture(path, columns * width / 33, rows * height / 33) as figure:
+    with figure_file(path, columns * width / 33, rows * height / 33) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):

@@ -4,13 +4,7 @@ SGD without momentum, random crops and flips, a learning rate that rises for a f
 zero. `python train.py --help` lists the flags; their defaults are the recipe for CIFAR-10.
 """
 
-import csv
-import io
-import os
 import time
-from collections import Counter
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,188 +66,6 @@ def parse_arguments():
     decided = "columns path or index, and new_label: a class, or empty to leave the image out"
     parser.add_argument("--corrections", metavar="CSV", help=decided)
     return parser.parse_args()
-
-
-# ---- Labels and decisions in files ---------------------------------------------------------------
-
-
-def read_rows(flag, path, column):
-    """Yields (place, row) of a csv file: `<flag> <path>, line 2` and a dictionary of its cells.
-
-    Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
-    any are passed over. Raises UserError where the file cannot be read or does not have the column.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it has a NUL")
-        text, above = text.removeprefix("sep=;\n"), text.startswith("sep=;\n")  # a line for Excel
-        first = text.partition("\n")[0]
-        reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if column not in reader.fieldnames:
-            header = f"its first line must name the column '{column}', but is {first!r}"
-            raise pipeline.UserError(f"{flag} {path}: {header}")
-        for row in reader:
-            place = f"{flag} {path}, line {reader.line_num + above}"
-            if None in row or None in row.values():
-                cells = "has another number of cells than the first line"
-                raise pipeline.UserError(
-                    f"{place}: {cells}; where the last is empty, put another column behind it"
-                )
-            if any(row.values()):
-                yield place, row
-    except (OSError, ValueError, csv.Error) as error:
-        reason = pipeline.first_line(error)
-        raise pipeline.UserError(
-            f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})"
-        ) from error
-
-
-class ExampleFinder:
-    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by number.
-
-    A path may be absolute, or relative to the working directory, to the csv file or to `--dataset_dir`, with links on
-    the way. Where the file it names is gone, its last parts decide, such as `train/cat/1.png`: the data set was moved.
-    `test` are the images held out; `numbers`, int64 [N], are what the column `index` holds.
-    """
-
-    def __init__(self, data, test, dataset_dir, csv_path, numbers):
-        def below(path):
-            return Path(os.path.relpath(path, dataset_dir)).as_posix()
-
-        self.data, self.folders = data, ("", Path(csv_path).parent, dataset_dir)
-        self.places, self.found = {}, set()
-        self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
-        images = [
-            *((path, i) for i, path in enumerate(data.paths)),
-            *((path, None) for path in test.paths),
-        ]
-        for spelling in (os.path.abspath, os.path.realpath, below):
-            for path, index in images:
-                if path:
-                    self.places.setdefault(pipeline.same_form(spelling(path)), index)
-
-    def spellings(self, path):
-        """Yields the ways to look a path up, the surest first."""
-        files = [Path(folder) / path for folder in self.folders]
-        for file in files:
-            yield from (os.path.abspath(file), os.path.realpath(file))
-        if not any(map(os.path.exists, files)):
-            parts = path.replace("\\", "/").split("/")
-            yield from ("/".join(parts[start:]) for start in range(len(parts)))
-
-    def __call__(self, place, row, passes_over=False):
-        """Returns the index of a row's image, or None where it is another image, if those are passed over.
-
-        Raises UserError where the row calls no training image, or one that was called before.
-        """
-        path, number = row.get("path", ""), row.get("index", "").strip()
-        if path.strip():
-            spellings = map(
-                pipeline.same_form, chain(self.spellings(path), self.spellings(path.strip()))
-            )
-            known = next((spelling for spelling in spellings if spelling in self.places), None)
-            where = (
-                "held out for the test"
-                if known
-                else f"not among the {len(self.data)} training images"
-            )
-            index, problem = self.places.get(known), f"{path} is {where}"
-        elif any(self.data.paths):
-            raise pipeline.UserError(
-                f"{place}: needs a path; an index is another image once files come or go"
-            )
-        elif not number or (passes_over and not number.isdecimal()):  # such as 1.0
-            raise pipeline.UserError(f"{place}: needs an index, a whole number from 0 on")
-        else:
-            problem = f"there is no training image {number:.20}, only 0 to {len(self.data) - 1}"
-            index = self.numbered.get(number.lstrip("0") or "0")
-        if index is None and not passes_over:
-            raise pipeline.UserError(f"{place}: {problem}")
-        if index in self.found:
-            raise pipeline.UserError(f"{place}: image {index} has a row before this one")
-        if index is not None:
-            self.found.add(index)
-        return index
-
-
-def find_class(place, name, class_names):
-    """Returns the number of the class of that name, in any Unicode form, also with blanks around it."""
-    for spelled in map(pipeline.same_form, (name, name.strip())):
-        if spelled in class_names:
-            return class_names.index(spelled)
-    raise pipeline.UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
-
-
-def read_noisy_labels(path, data, test, dataset_dir):
-    """Returns the labels to train on, int64 [N]: those in a csv file, where it has a row of an image.
-
-    Its columns are `label`, a class name, and `path` or `index`, the place in the whole data set. Rows of other images
-    are passed over. Prints what differs. Raises UserError, naming the line, for an unknown class or one image twice,
-    and where no row is about a training image.
-    """
-    find_example, others = ExampleFinder(data, test, dataset_dir, path, data.numbers), 0
-    labels, changes = data.labels.clone(), Counter()
-    for place, row in read_rows("--noisy_labels", path, "label"):
-        index = find_example(place, row, passes_over=True)
-        if index is None:
-            others += 1
-            continue
-        labels[index] = find_class(place, row["label"], data.class_names)
-        if labels[index] != data.labels[index]:
-            changes[
-                f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"
-            ] += 1
-    if not (used := len(find_example.found)):
-        raise pipeline.UserError(
-            f"--noisy_labels {path}: none of its {others} rows is about a training image"
-        )
-    print(
-        f"{path}: {used} rows, and {others} of other images; {pipeline.ten_largest(changes) or 'none differs'}"
-    )
-    return labels
-
-
-def read_corrections(path, data, test, dataset_dir):
-    """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
-
-    Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
-    where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
-    """
-    find_example, decided, changes = (
-        ExampleFinder(data, test, dataset_dir, path, data.indices),
-        {},
-        Counter(),
-    )
-    for place, row in read_rows("--corrections", path, "new_label"):
-        index = find_example(place, row)
-        old = data.class_names[data.labels[index]]
-        if (
-            row.get("label", "").strip()
-            and find_class(place, row["label"], data.class_names) != data.labels[index]
-        ):
-            said = f"image {index} has the label {old} before any cleaning, not {row['label']}"
-            flags = "give the data flags of that table, or drop its column label"
-            raise pipeline.UserError(f"{place}: {said}: {flags}")
-        new = row["new_label"]
-        decided[index] = find_class(place, new, data.class_names) if new.strip() else None
-        if decided[index] not in (None, data.labels[index]):
-            changes[f"{old} → {data.class_names[decided[index]]}"] += 1
-    excluded = [index for index, label in decided.items() if label is None]
-    if len(excluded) > len(data) / 2:
-        most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
-        raise pipeline.UserError(
-            f"--corrections {path} {most}: delete rows that nothing was decided about"
-        )
-    print(
-        "Corrections: "
-        + ", ".join([pipeline.ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"])
-    )
-    return {
-        "excluded": excluded,
-        "new_labels": {i: label for i, label in decided.items() if label is not None},
-    }
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -334,7 +146,7 @@ def train(
                 zip(*plan, strict=True), start=epoch * steps_per_epoch
             ):
                 rate = optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, total_steps)
-                images = pipeline.normalize(crop_and_flip(data.images[order], offsets, flips))
+                images = data.normalize(crop_and_flip(data.images[order], offsets, flips))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits, labels = model(images), data.labels[order]
                 loss = F.cross_entropy(logits, labels)
@@ -369,12 +181,12 @@ def train(
 
 
 @torch.no_grad()
-def compute_logits(model, images, batch_size, dtype):
-    """Returns the logits, float32 [N, num_classes], of uint8 images [N, 3, 32, 32], without augmentation."""
+def compute_logits(model, data, batch_size, dtype):
+    """Returns the logits, float32 [N, num_classes], of ImageData, without augmentation."""
     model.eval()
-    batches = tqdm(images.split(batch_size), "Evaluating", leave=False)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model(pipeline.normalize(batch)) for batch in batches])
+    batches = tqdm(data.images.split(batch_size), "Evaluating", leave=False)
+    with torch.autocast(data.images.device.type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model(data.normalize(batch)) for batch in batches])
 
 
 def evaluate(logits, labels):
@@ -386,9 +198,7 @@ def evaluate(logits, labels):
 
 def print_accuracies(model, data, test, batch_size, dtype):
     """Prints and returns the accuracies, from 0 to 1, by name, on training images, ImageData, and on test images."""
-    logits, of_test = (
-        compute_logits(model, part.images, batch_size, dtype) for part in (data, test)
-    )
+    logits, of_test = (compute_logits(model, part, batch_size, dtype) for part in (data, test))
     results = {"train": evaluate(logits, data.labels)}
     if data.is_corrupted.any():
         results["train, true labels"] = evaluate(logits, data.true_labels)
@@ -418,10 +228,10 @@ def load_examples(args):
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
     given = cleaning = None
     if args.noisy_labels is not None:
-        given = read_noisy_labels(args.noisy_labels, clean, test, args.dataset_dir)
+        given = pipeline.read_noisy_labels(args.noisy_labels, clean, test, args.dataset_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage, given)
     if args.corrections is not None:
-        cleaning = read_corrections(args.corrections, data, test, args.dataset_dir)
+        cleaning = pipeline.read_corrections(args.corrections, data, test, args.dataset_dir)
         data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
     labels = {
         "given_labels": given,
@@ -436,7 +246,7 @@ def main():
     args = parse_arguments()
     start = time.perf_counter()
     device = pipeline.choose_device(args.device, several_processes=False)
-    dtype = pipeline.choose_dtype(args.precision, device)
+    dtype = pipeline.configure_precision(args.precision, device)
     pipeline.print_machine(device, dtype)
     data, test, labels = load_examples(args)
     if args.train_batch_size > len(data):

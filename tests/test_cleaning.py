@@ -52,7 +52,7 @@ def written(tmp_path):
 
 def read(path, data, test=None, dataset_dir="images"):
     """What train.py makes of a file."""
-    return train.read_corrections(
+    return pipeline.read_corrections(
         path, data, data.take(torch.arange(0)) if test is None else test, dataset_dir
     )
 
@@ -379,7 +379,7 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
 def test_a_sheet_shows_each_image_in_its_place(tmp_path):
     """Twelve images, ten a row, are twelve patches of their colours in their order, two of them in a second row."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
-    pipeline.draw_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
+    pipeline.draw_contact_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
     pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))
     areas = [(pixels == image[0, 0, 0]).sum().item() for image in images]
     assert min(areas) > 3000 and max(areas) < 2 * min(areas)

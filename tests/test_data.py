@@ -407,5 +407,5 @@ def test_normalize_standardises_each_channel():
     expected = (pixel / 255 - torch.tensor(pipeline.CHANNEL_MEAN)) / torch.tensor(
         pipeline.CHANNEL_STD
     )
-    found = pipeline.normalize(pixel.view(1, 3, 1, 1).expand(2, 3, 32, 32))
+    found = digits(1).normalize(pixel.view(1, 3, 1, 1).expand(2, 3, 32, 32))
     assert torch.allclose(found[1, :, 5, 7], expected, atol=1e-6)

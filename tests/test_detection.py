@@ -1,5 +1,6 @@
 """Detection curve, AUROC and average precision against values worked out by hand."""
 
+from dataclasses import replace
 from math import exp, log
 from types import SimpleNamespace
 from unittest import mock
@@ -89,10 +90,10 @@ def test_features_are_those_of_an_image_and_of_its_mirror_image():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     features, logits = detect.compute_features(run)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    flipped = train.compute_logits(model, data.images.flip(3), 5, torch.float32)
-    assert torch.allclose(
-        logits, train.compute_logits(model, data.images, 5, torch.float32), atol=1e-6
+    flipped = train.compute_logits(
+        model, replace(data, images=data.images.flip(3)), 5, torch.float32
     )
+    assert torch.allclose(logits, train.compute_logits(model, data, 5, torch.float32), atol=1e-6)
     together = (
         0.2 * features @ model.head.weight.T
     )  # the last layer is linear: in proportion to the sum of the logits
@@ -120,7 +121,7 @@ def test_average_precision_by_hand():
 def test_curve_by_hand():
     curve = detect.detection_curve(SCORES, CORRUPTED)
     assert [point["inspected"] for point in curve] == [p / 100 for p in range(1, 101)]
-    found = {point["inspected"]: point["found"] for point in curve}
+    found = {point["inspected"]: point["recall"] for point in curve}
     assert found[0.01] == found[0.2] == 0
     assert [found[f] for f in (0.4, 0.6, 0.8, 1.0)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
 
@@ -130,6 +131,6 @@ def test_perfect_and_reversed_rankings():
     corrupted = np.arange(100) < 50
     perfect = detect.evaluate_ranking(-np.arange(100.0), corrupted)
     assert perfect["auroc"] == perfect["average_precision"] == 1
-    assert (perfect["found_at_10"], perfect["found_at_20"]) == (0.2, 0.4)
+    assert (perfect["recall_at_10"], perfect["recall_at_20"]) == (0.2, 0.4)
     reversed_ = detect.evaluate_ranking(np.arange(100.0), corrupted)
-    assert reversed_["auroc"] == reversed_["found_at_20"] == 0
+    assert reversed_["auroc"] == reversed_["recall_at_20"] == 0

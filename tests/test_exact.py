@@ -8,7 +8,7 @@ output gradients, stand for the block kron(S, A), [O*I, O*I]. `-rP` shows what w
 
 import gc
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -41,7 +41,6 @@ pytestmark = pytest.mark.filterwarnings(
 def tiny_double_precision():
     """Images become float64, and what is done in parts is done in more than one part on tiny data, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "normalize", as_float64)
         patch.setattr(pipeline, "QUERY_CHUNK", QUERY_CHUNK)
         patch.setattr(pipeline, "CACHED_ELEMENTS", 400)  # 3 gradients of `strided`, 2 of `padded`
         # kronfluence collects garbage around every stage; walking torch's own objects takes most of a tiny run's time.
@@ -53,6 +52,13 @@ def tiny_double_precision():
 def as_float64(images):
     """Converts uint8 images to float64 in [-1, 1]."""
     return images.to(torch.float64) / 127.5 - 1
+
+
+class Float64Data(pipeline.ImageData):
+    """Images whose network computes in float64."""
+
+    def normalize(self, images):
+        return as_float64(images)
 
 
 def make_run(folder, model, data, strategy):
@@ -75,7 +81,8 @@ def random_data(count, seed, shape=(3, *SIZE), num_classes=NUM_CLASSES):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
-    return image_data(images, labels, [f"class {i}" for i in range(num_classes)])
+    data = image_data(images, labels, [f"class {i}" for i in range(num_classes)])
+    return Float64Data(**{field.name: getattr(data, field.name) for field in fields(data)})
 
 
 def joined_weight(derivatives, layer):

@@ -19,7 +19,7 @@ SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 def network():
     """A tiny network in float32, for digits; other pseudo-labels change its rankings as much as those of ResNet-9."""
     return tiny_network(
-        seed=3, channels=(8, 40), images=pipeline.normalize(digits(20).images)
+        seed=3, channels=(8, 40), images=digits(20).normalize(digits(20).images)
     ).float()
 
 
@@ -59,7 +59,7 @@ def gradients_by_torch_func(model, data, loss):
         return loss(functional_call(model, tracked | rest, (image[None],))[0], label)
 
     gradients = vmap(grad(loss_of_one), (None, 0, 0))(
-        tracked, pipeline.normalize(data.images), data.labels
+        tracked, data.normalize(data.images), data.labels
     )
     return [gradient.flatten(1) for gradient in gradients.values()]
 

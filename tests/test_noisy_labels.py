@@ -17,7 +17,6 @@ from conftest import (
 )
 
 import pipeline
-import train
 
 DATA = [*SYNTHETIC[: SYNTHETIC.index("--corrupt_percentage")], "--device", "cpu"]
 RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
@@ -95,7 +94,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
     numbered = data.take(torch.arange(5))
     numbered.numbers[:] = torch.arange(5)
     with pytest.raises(pipeline.UserError, match=message):
-        train.read_noisy_labels(path, numbered, digits(0, "test"), "")
+        pipeline.read_noisy_labels(path, numbered, digits(0, "test"), "")
 
 
 def test_files_call_images_by_path(class_folders, tmp_path, capsys):
@@ -107,7 +106,7 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
         "path,label\ntrain/cat/1.png,äpfel\ntest/cat/0.png,äpfel\ntrain/cat/2.png,cat\n",
         encoding="utf-8",
     )
-    labels = train.read_noisy_labels(path, data, test, class_folders)
+    labels = pipeline.read_noisy_labels(path, data, test, class_folders)
     (changed,) = (labels != data.labels).nonzero().flatten().tolist()
     assert (
         data.paths[changed].endswith("train/cat/1.png")

@@ -182,7 +182,7 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
     for backend, size in (("agg", 10), ("module://no_such_backend", 90)):
         monkeypatch.setenv("MPLBACKEND", backend)
         with matplotlib.rc_context({"font.size": size, "savefig.facecolor": "red"}):
-            pipeline.draw_sheet(
+            pipeline.draw_contact_sheet(
                 tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title"
             )
         pictures.append((tmp_path / "s.png").read_bytes())
@@ -197,7 +197,7 @@ def test_a_picture_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch,
         raise OSError("no font")
 
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(pipeline, "draw_sheet", draw)
+    monkeypatch.setattr(pipeline, "draw_contact_sheet", draw)
     finished = run(tmp_path, script, *SYNTHETIC, "--factor_strategy", "identity")
     assert finished.status == 1 and "no font" in finished.err
     names = [path.name for path in result_folder(tmp_path).glob("*_identity.*")]

@@ -110,7 +110,7 @@ def test_a_fold_is_judged_by_a_network_that_never_saw_it():
         clean=clean, logits=logits, train=lambda data, seed: (set(data.images.tolist()), None)
     )
     (found,) = study.Study.cross_validation(fake, 5, "uniform", 0.2, 1, seed=2)["methods"].values()
-    assert sorted(judged) == list(range(60)) and found["auroc"] == 1 and found["found_at_20"] == 1
+    assert sorted(judged) == list(range(60)) and found["auroc"] == 1 and found["recall_at_20"] == 1
 
 
 # ---- The linear datamodeling score ---------------------------------------------------------------

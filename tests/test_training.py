@@ -96,9 +96,7 @@ def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_s
         batch for _ in range(2) for batch in zip(*train.epoch_batches(4, 2, generator), strict=True)
     ]
     for step, (order, offsets, flips) in enumerate(batches):
-        images = pipeline.normalize(
-            train.crop_and_flip(data.images[order], offsets, flips)
-        ).flatten(1)
+        images = data.normalize(train.crop_and_flip(data.images[order], offsets, flips)).flatten(1)
         weights = [weight.requires_grad_() for weight in weights]
         loss = nn.functional.cross_entropy(
             nn.functional.linear(images, *weights), data.labels[order]

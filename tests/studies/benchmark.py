@@ -103,7 +103,7 @@ def reference_training(args, data, test, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     speed = steps * args.train_batch_size / (time.perf_counter() - start)
-    logits = train.compute_logits(model, test.images.to(device), 1000, torch.float32).cpu()
+    logits = train.compute_logits(model, test.to(device), 1000, torch.float32).cpu()
     return {"images_per_second": speed, "accuracy": train.evaluate(logits, test.labels)[1]}
 
 
@@ -232,7 +232,7 @@ def read_scores(path):
 def agreement(scores, reference, is_corrupted):
     """Returns how well scores [N] or [Q, N] agree with the reference's, NaN of others; [N] also by what they find."""
     if scores.shape != reference.shape:
-        return dict.fromkeys(("relative_error", "spearman", "found_at_10_difference"), math.nan)
+        return dict.fromkeys(("relative_error", "spearman", "recall_at_10_difference"), math.nan)
     rows = list(zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True))
     result = {
         "relative_error": float(np.linalg.norm(scores - reference) / np.linalg.norm(reference)),
@@ -240,10 +240,10 @@ def agreement(scores, reference, is_corrupted):
     }
     if scores.ndim == 1:
         found = [
-            detect.evaluate_ranking(values, is_corrupted)["found_at_10"]
+            detect.evaluate_ranking(values, is_corrupted)["recall_at_10"]
             for values in (scores, reference)
         ]
-        result["found_at_10_difference"] = found[0] - found[1]
+        result["recall_at_10_difference"] = found[0] - found[1]
     return result
 
 
@@ -351,7 +351,7 @@ def print_scores(figures, what):
         rows = figures[what, who]
         ours = median(rows, "seconds")
         difference = (
-            f"{100 * median(rows, 'found_at_10_difference'):+.2f} points" if what == "self" else ""
+            f"{100 * median(rows, 'recall_at_10_difference'):+.2f} points" if what == "self" else ""
         )
         print(
             f"| {who} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
@@ -450,7 +450,7 @@ def main():
     )
     recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
     device = pipeline.choose_device(args.device, several_processes=False)
-    dtypes = {torch.float32, pipeline.choose_dtype(args.precision, device)}
+    dtypes = {torch.float32, pipeline.configure_precision(args.precision, device)}
     speeds = {str(dtype): product_speed(device, dtype) for dtype in dtypes}
     machine = pipeline.environment(device) | {"product_speed": speeds}
     figures, scaled = {}, {}

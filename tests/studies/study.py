@@ -80,7 +80,7 @@ class Study:
         self.args, self.folder = args, args.folder
         pipeline.make_folder(self.folder)
         self.device = pipeline.choose_device("auto", several_processes=False)
-        self.dtype = pipeline.choose_dtype("auto", self.device)
+        self.dtype = pipeline.configure_precision("auto", self.device)
         place = args.dataset, args.dataset_dir
         self.clean = pipeline.load_data(*place, "train", args.num_train_examples, self.folder)
         self.test = pipeline.load_data(*place, "test", cache_dir=self.folder).to(self.device)
@@ -136,7 +136,7 @@ class Study:
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
-        return train.compute_logits(model, data.images.to(self.device), 1024, self.dtype).cpu()
+        return train.compute_logits(model, data.to(self.device), 1024, self.dtype).cpu()
 
     def accuracy(self, model):
         """Returns the accuracy on the test images, from 0 to 1."""
@@ -502,7 +502,7 @@ def print_detection(study):
             }
             cells = [
                 spread([100 * x for x in columns[key]], 1, " %")
-                for key in ("found_at_10", "found_at_20")
+                for key in ("recall_at_10", "recall_at_20")
             ]
             cells += [spread(columns[key], 3) for key in ("auroc", "average_precision")]
             order = statistics.mean(columns["average_precision"])
@@ -612,9 +612,7 @@ def print_factors(study):
         name = f"{row['examples'] or 'all'}" + ", other pseudo-labels" * (
             row["pseudo_label_seed"] != FIRST_SEED
         )
-        found = (
-            f"{100 * row['found_at_10']:.1f}, {100 * row['found_at_20']:.1f} % | {row['auroc']:.4f}"
-        )
+        found = f"{100 * row['recall_at_10']:.1f}, {100 * row['recall_at_20']:.1f} % | {row['auroc']:.4f}"
         lds, seconds = f"{row['lds']:.3f}" if "lds" in row else "", row["factor_seconds"]
         agree = f"{row['pairwise_spearman']:.4f} | {row['self_spearman']:.5f}"
         print(f"| {name} | {agree} | {found} | {lds} | {seconds:.1f} |")
