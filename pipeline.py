@@ -1749,11 +1749,12 @@ def load_runs(args, seconds):
 # ---- Results -------------------------------------------------------------------------------------
 
 PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+MAX_NAME = 16  # characters of a class name in a figure
 
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds that the block takes to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -1762,114 +1763,170 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder of tables and pictures: that of the run, or one of their own for the mean over several."""
+    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    if len(runs) == 1:
+        return runs[0].folder
     names = [run.folder.name for run in runs]
-    mean = f"{names[0].rpartition('-')[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}"
-    return runs[0].folder if len(runs) == 1 else runs[0].folder.with_name(mean)
+    model_name = names[0].rpartition("-")[0]
+    return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
+
+
+def peak_memory_bytes(device):
+    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
+    return peak if in_bytes else 1024 * peak
 
 
 def environment(device):
-    """Returns what a figure depends on beside the code, hardware and versions, and the peak of memory so far in bytes.
-
-    That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
-    """
-    peak, name = None, cpu_features().get("cpu_name") or platform.machine()
+    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
     else:
-        with contextlib.suppress(ImportError):
-            import resource  # in kilobytes on Linux, in bytes on macOS
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: version(package) for package in ("kronfluence", "numpy")}
-    where = {
+        device_name = cpu_features().get("cpu_name") or platform.machine()
+    return {
+        "peak_memory_bytes": peak_memory_bytes(device),
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name,
         "cpu_threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "kronfluence": version("kronfluence"),
+            "numpy": version("numpy"),
+        },
     }
-    return {"peak_memory_bytes": peak} | where
 
 
-def write_record(path, args, fields, device, seconds):
-    """Writes the json record of a run: flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
+def write_record(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Returns the seconds by phase, rounded.
+    Raises ValueError where a field is NaN or infinite.
     """
-    rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
-    rounded["total"] = round(sum(seconds.values()), 3)
-    record = {"flags": vars(args), **fields, "seconds": rounded, **environment(device)}
+    by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
+    by_phase["total"] = round(sum(seconds.values()), 3)
+    record = {"flags": flags, **fields, "seconds": by_phase, **environment(device)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return rounded
 
 
-def print_paths(rounded, paths):
-    """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
-    print(
-        f"{rounded['total']:.1f} s in all: "
-        + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES)
-    )
+@contextlib.contextmanager
+def recorded(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run before the block, and again after it with the final seconds.
+
+    The block draws figures. Where one fails, the record is there already.
+    """
+    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
+    write_record(path, **values)
+    yield
+    write_record(path, **values)
+
+
+def print_seconds(seconds):
+    """Prints the seconds by phase and their sum."""
+    by_phase = ", ".join(f"{phase} {seconds.get(phase, 0.0):.1f}" for phase in PHASES)
+    print(f"{sum(seconds.values()):.1f} s in all: {by_phase}")
+
+
+def print_paths(paths):
+    """Prints the paths of scores and of other results, one a line."""
     for path in paths:
-        print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
+        if path.suffix == ".safetensors":
+            print(f"scores in {path}")
+        else:
+            print(f"wrote {path}")
 
 
 def write_table(path, columns, rows):
     """Writes rows under the names of their columns to a csv file, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def import_matplotlib():
+    """Returns matplotlib, imported without the user's MPLBACKEND.
+
+    matplotlib refuses to be imported where that names a backend which is not installed, as
+    notebooks do for the processes that they start. Figures that are only saved need none.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 @contextlib.contextmanager
 def figure_file(path, width, height):
-    """Yields a matplotlib figure of so many inches, which becomes a png file, whole or not at all.
+    """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    It depends on no setting of the user's matplotlib, and has letters of any script that a font is installed for.
+    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
+    Letters of other scripts are drawn where a font for them is installed.
     """
-    import matplotlib
+    matplotlib = import_matplotlib()
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
-    style = {
-        **matplotlib.rcParamsDefault,
-        "font.family": fonts,
-        "text.parse_math": False,
-    }  # names may have a $
+    wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
+    style = dict(matplotlib.rcParamsDefault)
+    style["font.family"] = ["DejaVu Sans", *wide_fonts]
+    style["text.parse_math"] = False  # a class name may hold a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images, uint8 [N, 3, 32, 32], as one png file, `columns` a row, each under its text, in its colour.
+# Pixels of a contact sheet's cell, and the height of the text at its top.
+CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
+PIXELS_PER_INCH = 33
 
-    The texts have three lines at most.
+
+def draw_contact_sheet(path, images, texts, colours, columns, title):
+    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+
+    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
     """
-    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    width, height, top = 42, 54, 19  # of a cell; top is the height of its text
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    with figure_file(path, columns * width / 33, rows * height / 33) as figure:
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * CELL_HEIGHT, columns * CELL_WIDTH, 3), 255, np.uint8)
+    width = columns * CELL_WIDTH / PIXELS_PER_INCH
+    height = rows * CELL_HEIGHT / PIXELS_PER_INCH
+    with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            y, x = (
-                place // columns * height + top,
-                place % columns * width + (width - IMAGE_SIZE) // 2,
-            )
-            sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
+            row, column = divmod(place, columns)
+            top = row * CELL_HEIGHT + TEXT_HEIGHT
+            left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
+            pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
+            sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = pixels
             axes.text(
-                x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom"
+                left + IMAGE_SIZE / 2,
+                top - 1,
+                text,
+                fontsize=8,
+                color=colour,
+                ha="center",
+                va="bottom",
             )
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 
 
 def shorten(name):
-    """Returns a name of at most 16 characters: both ends of a longer one, since either may tell it apart."""
-    return name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}"
+    """Returns a name, or both ends of one that is longer than 16 characters."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:8]}…{name[-7:]}"
