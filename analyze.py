@@ -44,7 +44,7 @@ def number_list(text):
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.influence_parser(__doc__.splitlines()[0])
+    parser = pipeline.influence_parser(__doc__)
     parser.set_defaults(
         damping_factor=1e-6
     )  # with thousands of images it predicts retraining better than heuristic

@@ -124,9 +124,9 @@ def caption_of(name, strategy):
 def parse_arguments():
     """Reads the command line."""
     strategies = (*pipeline.STRATEGIES, NO_INFLUENCE)
-    parser = pipeline.influence_parser(__doc__.splitlines()[0], strategies)
+    parser = pipeline.influence_parser(__doc__, strategies)
     parser.set_defaults(factor_examples=1000)
-    report = parser.add_argument_group("report")
+    report = parser.groups["report"]
     meanings = "; ".join(f"{name}: {ranking.description}" for name, ranking in RANKINGS.items())
     report.add_argument(
         "--method",
@@ -490,7 +490,8 @@ def write_suspects(path, detection):
             data.class_names[predicted[position]],
         ]
         row += [values[position] for values in detection.scores.values()]
-        row += [int(is_corrupted[position]), duplicate_of[position]]
+        first_copy = duplicate_of[position]
+        row += [int(is_corrupted[position]), first_copy if first_copy >= 0 else ""]
         rows.append(row)
     pipeline.write_table(path, [*FIRST_COLUMNS, *detection.scores, *LAST_COLUMNS], rows)
 
