@@ -754,9 +754,6 @@ button {
 #digits button {
     max-width: 170px;
 }
-#notice:empty {
-    display: none;
-}
 main {
     display: grid;
     grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr));
@@ -1127,10 +1124,11 @@ function copy() {
     document.execCommand("copy");
 }
 
-// Returns the cells of a line, or null where its quotes are not closed or have text beside them.
+// Returns the cells of a line, or null where its quotes are wrong.
 function splitLine(line, separator) {
-    const pattern = `(?:"((?:[^"]|"")*)"|((?:[^"${separator}][^${separator}]*)?))${separator}`;
-    const nextCell = new RegExp(pattern, "y");
+    const quoted = `"((?:[^"]|"")*)"`;
+    const plain = `((?! *")[^\\${separator}]*)`;
+    const nextCell = new RegExp(`(?:${quoted}|${plain})\\${separator}`, "y");
     const text = line + separator;
     const cells = [];
     while (nextCell.lastIndex < text.length) {
@@ -1143,43 +1141,45 @@ function splitLine(line, separator) {
     return cells;
 }
 
-function mostFrequentSeparator(line) {
-    const count = (separator) => line.split(separator).length;
-    return [",", ";", "\t"].reduce((best, other) => (count(other) > count(best) ? other : best));
+// Returns the separator that divides the first line, and the names of the columns.
+function findColumns(header, separators) {
+    for (const separator of separators) {
+        const cells = splitLine(header, separator) ?? [];
+        const columns = cells.map((name) => name.trim().toLowerCase());
+        if (!columns.includes(column) || !columns.includes("new_label")) {
+            continue;
+        }
+        const doubled = columns.find((name, i) => name !== "" && columns.indexOf(name) !== i);
+        if (doubled !== undefined) {
+            throw new Error(`the column ${doubled} is there twice`);
+        }
+        return { separator, columns };
+    }
+    const needed = `the columns ${column} and new_label`;
+    throw new Error(`its first line must name ${needed}, but is “${header}”`);
 }
 
 // Yields the place and the cells, by name, of each row. Throws a sentence about the first mistake.
 function* readTable(text) {
-    const lines = text.split(/\r\n|\r|\n/);
-    const declared = /^sep=([,;\t])$/i.exec(lines[0]);
-    const first = declared === null ? 0 : 1;
-    const separator = declared === null ? mostFrequentSeparator(lines[0]) : declared[1];
-    const names = splitLine(lines[first] ?? "", separator) ?? [];
-    const columns = names.map((name) => name.trim().toLowerCase());
-    for (const name of [column, "new_label"]) {
-        if (!columns.includes(name)) {
-            throw new Error(`its first line must name the column ${name}, but is ${lines[first]}`);
-        }
+    const lines = text.split(/\r\n|\r|\n/).map((line, i) => ({ line, place: `line ${i + 1}` }));
+    const filled = lines.filter(({ line }) => line.trim() !== "");
+    const declared = /^"?sep=([^\w"])"?[,;\t]*$/i.exec(filled[0]?.line ?? "");
+    if (declared !== null) {
+        filled.shift();
     }
-    for (const name of [column, "label", "new_label"]) {
-        if (columns.indexOf(name) !== columns.lastIndexOf(name)) {
-            throw new Error(`it has two columns ${name}`);
-        }
-    }
-    for (const [index, line] of lines.entries()) {
-        if (index <= first || line === "") {
-            continue;
-        }
-        const place = `line ${index + 1}`;
+    const header = filled.shift()?.line ?? "";
+    const separators = declared === null ? [",", ";", "\t"] : [declared[1]];
+    const { separator, columns } = findColumns(header, separators);
+    for (const { line, place } of filled) {
         const cells = splitLine(line, separator);
         if (cells === null) {
-            throw new Error(`${place} has an open quote, or text beside a quoted cell`);
+            throw new Error(`${place}: a cell in quotes must end on its line, before a separator`);
         }
         if (cells.length !== columns.length) {
-            const counts = `${cells.length} cells, and the first line ${columns.length}`;
+            const counts = `${cells.length} cells, but the first line has ${columns.length}`;
             throw new Error(`${place} has ${counts}`);
         }
-        if (cells.some((cell) => cell !== "")) {
+        if (cells.some((cell) => cell.trim() !== "")) {
             yield { place, cells: Object.fromEntries(columns.map((name, i) => [name, cells[i]])) };
         }
     }
@@ -1208,37 +1208,32 @@ function findKey(place, name, cardsByKey) {
     return card?.key ?? key;
 }
 
-// The row of the file as this page keeps it, or null where nothing was decided.
+// The row of the file as this page keeps it. Throws where it does not fit the card.
 function readRow(place, cells, card) {
     const label = cells.label?.trim() ? findClass(place, cells.label) : "";
     if (label && card?.fileLabel && label !== card.fileLabel) {
         throw new Error(`${place}: the label here is “${card.fileLabel}”, not “${label}”`);
     }
-    const decision = cells.new_label.trim();
-    if (decision === "") {
-        return null;
-    }
-    const newLabel = decision === leaveOut ? leaveOut : findClass(place, cells.new_label);
+    const leavesOut = cells.new_label.trim() === leaveOut;
+    const newLabel = leavesOut ? leaveOut : findClass(place, cells.new_label);
     return [card?.fileLabel || label, newLabel];
 }
 
+// Returns the rows by path or index, and how many others have an empty new_label: undecided ones.
 function readDecisions(text) {
     const cardsByKey = new Map(cards.map((card) => [sameForm(card.key), card]));
     const rows = new Map();
-    const seen = new Set();
     let numEmpty = 0;
     for (const { place, cells } of readTable(text)) {
+        if (cells.new_label.trim() === "") {
+            numEmpty += 1;
+            continue;
+        }
         const key = findKey(place, cells[column], cardsByKey);
-        const row = readRow(place, cells, cardsByKey.get(sameForm(key)));
-        if (seen.has(key)) {
+        if (rows.has(key)) {
             throw new Error(`${place}: ${key} has a row before this one`);
         }
-        seen.add(key);
-        if (row === null) {
-            numEmpty += 1;
-        } else {
-            rows.set(key, row);
-        }
+        rows.set(key, readRow(place, cells, cardsByKey.get(sameForm(key))));
     }
     return { rows, numEmpty };
 }
@@ -1258,8 +1253,8 @@ async function load(file) {
         const numShown = cards.filter((card) => rows.has(card.key)).length;
         let notice = `Loaded ${rows.size} decisions, ${numShown} of them on this page.`;
         if (numEmpty > 0) {
-            notice += ` ${numEmpty} rows with an empty new_label were ignored:`;
-            notice += ` “${leaveOut}” leaves an image out.`;
+            notice += ` Ignored ${numEmpty} rows with an empty new_label: they decide nothing.`;
+            notice += ` To leave an image out, write “${leaveOut}”.`;
         }
         say(notice);
     } catch (error) {
