@@ -21,12 +21,13 @@ import shutil
 import stat
 import sys
 import time
+import types
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -170,6 +171,7 @@ def shared_parser(description):
     flag(
         "--dataset", choices=LOADERS, default="cifar10", help="which images (default: %(default)s)"
     )
+    flag("--model", choices=MODELS, default="resnet9", help="network (default: %(default)s)")
     flag(
         "--dataset_dir",
         default="./data",
@@ -986,100 +988,28 @@ def read_corrections(path, data, test, dataset_dir):
     }
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
+class Residual(nn.Sequential):
+    """Residual block: x + f(x)."""
 
-    A `noisy` one was trained on labels from a file, a `cleaned` one on what a person decided about them.
-    """
-    name = "model_noisy" if noisy else f"model_corrupt_{fraction}" if fraction else "model"
-    return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
+    def forward(self, x):
+        return x + super().forward(x)
 
 
-def file_digest(path):
-    """Returns the SHA-256 of the file of `--noisy_labels`, None where there is none. Raises UserError if unreadable."""
-    try:
-        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"--noisy_labels {path} cannot be read ({error.strerror}): name another file"
-        ) from error
+class Scale(nn.Module):
+    """Multiplies by a constant."""
 
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
 
-def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
-    torch.save({"weights": weights, "metadata": metadata}, content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    def forward(self, x):
+        return self.factor * x
 
-
-def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
-
-    Raises UserError where there is no checkpoint, or where the file is something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("model*.pth"))
-        there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(
-            f"there is no checkpoint {path}{there}: run train.py with the same data flags first"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"margins", "given_labels"}:
-            raise ValueError("written by an earlier train.py")
-        model = construct_resnet9(len(metadata["class_names"]))
-        model.load_state_dict(checkpoint["weights"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can fail in any way
-        reason = f"{first_line(error):.100}"
-        raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
-        ) from error
-    return model.to(device, memory_format=torch.channels_last).eval(), metadata
-
-
-def load_trained(path, device, clean, fraction, labels_file=None):
-    """Loads a checkpoint of a training on `clean`, the images as they were loaded.
-
-    It had a `fraction` of wrong labels, or those in the `labels_file` of `--noisy_labels`. Prints which one it is.
-    Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
-    """
-    model, metadata = load_checkpoint(path, device)
-    same = (metadata["num_loaded"], metadata["labels_sha256"]) == (
-        len(clean),
-        file_digest(labels_file),
-    )
-    data = (
-        training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        if same
-        else clean
-    )
-    if not same or (data.digest, data.class_names) != (
-        metadata["data_sha256"],
-        metadata["class_names"],
-    ):
-        labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
-        raise UserError(
-            f"{path} was trained on other images or labels ({was}): give its data flags, or train again"
-        )
-    if is_main_process():
-        wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
-        print(
-            f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %"
-        )
-    return model, metadata, data
-
-
-# ---- Batches and the network ---------------------------------------------------------------------
+    def extra_repr(self):
+        return str(self.factor)
 
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
@@ -1091,52 +1021,348 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     )
 
 
-class Residual(nn.Sequential):
-    """Adds its input to what its layers make of it."""
+def resnet9(num_classes):
+    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    features = nn.Sequential(
+        conv_block(3, 64),
+        conv_block(64, 128, kernel_size=5, stride=2, padding=2),
+        Residual(conv_block(128, 128), conv_block(128, 128)),
+        conv_block(128, 256),
+        nn.MaxPool2d(2),
+        Residual(conv_block(256, 256), conv_block(256, 256)),
+        conv_block(256, 128, padding=0),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+    )
+    head = nn.Sequential(nn.Linear(128, num_classes, bias=False), Scale(0.2))
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
-    def forward(self, x):
-        return x + super().forward(x)
+
+def resnet18(num_classes):
+    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    try:
+        from torchvision import models
+    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+        raise UserError(
+            f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
+            "install the one for this torch, or use --model resnet9"
+        ) from error
+    features = models.resnet18(num_classes=num_classes)
+    features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(features.conv1.weight, mode="fan_out", nonlinearity="relu")
+    features.maxpool = nn.Identity()
+    head = features.fc
+    features.fc = nn.Identity()
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-class ResNet9(nn.Module):
-    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
+# A network is a function of the number of classes. It returns a module with two parts, and nothing
+# else: `features`, images [B, 3, 32, 32] to [B, D], and `head`, [B, D] to logits [B, num_classes].
+MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
-    def __init__(self, num_classes):
+
+class ImageClassifier(nn.Module):
+    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+
+    def __init__(self, network):
         super().__init__()
-        self.features = nn.Sequential(
-            conv_block(3, 64),
-            conv_block(64, 128, kernel_size=5, stride=2, padding=2),
-            Residual(conv_block(128, 128), conv_block(128, 128)),
-            conv_block(128, 256),
-            nn.MaxPool2d(2),
-            Residual(conv_block(256, 256), conv_block(256, 256)),
-            conv_block(256, 128, padding=0),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(128, num_classes, bias=False)
+        self.features = network.features
+        self.head = network.head
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
         return self.logits(self.features(images))
 
-    def logits(self, features):  # (B, 128) -> (B, num_classes)
+    def logits(self, features):  # (B, D) -> (B, num_classes)
         # Logits in bfloat16 would tie, and losses and margins with them.
+        dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return 0.2 * self.head(features.to(self.head.weight.dtype))
+            return self.head(features.to(dtype))
 
 
-def construct_resnet9(num_classes=10):
-    """Returns a ResNet-9 with random weights, channels last in memory."""
-    return ResNet9(num_classes).to(memory_format=torch.channels_last)
+def construct_model(name, num_classes):
+    """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
+
+    Raises UserError where the function in MODELS does not return what a network has to be.
+    """
+    network = MODELS[name](num_classes)
+    problem = problem_of_network(network, num_classes)
+    if problem:
+        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    model = ImageClassifier(network)
+    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def problem_of_network(network, num_classes):
+    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+    for part in ("features", "head"):
+        if not isinstance(getattr(network, part, None), nn.Module):
+            return f"a module with the parts features and head, modules both, but {part} is none"
+    in_parts = {*network.features.parameters(), *network.head.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter not in in_parts:
+            return f"features and head that hold all parameters, but {name} is in neither"
+    was_training = network.training
+    model = ImageClassifier(network).eval()
+    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    logits = model.logits(features)
+    network.train(was_training)
+    if features.dim() != 2 or len(features) != 2:
+        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+    if logits.shape != (2, num_classes):
+        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
+    return None
 
 
 def margin(logits, labels, of_others=torch.logsumexp):
     """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al. 2020, section 3.1).
+    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
+    2020, section 3.1).
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+
+
+# ---- The code that scores depend on --------------------------------------------------------------
+#
+# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
+# is what Python compiled, which runs, and not the files: somebody may have edited them since.
+# Comments, layout and the docstrings of functions do not change it.
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+
+def code_digest(model):
+    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+
+    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
+    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
+    the settings of torch's own layers.
+    """
+    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    seen = {}  # by id; holds the values, so that no id is given twice
+    texts = [str(model)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CONSTANTS):
+            texts.append(repr(value))
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            waiting += parts_of(value)
+    return sha256("\n".join(texts))
+
+
+def network_code(model):
+    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
+
+    Classes of torch and torchvision are left out: the version of torch tells their code.
+    """
+    classes = {}  # a dictionary keeps their order
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if not is_of_library(cls):
+                classes[cls] = None
+    return [*classes, getattr(model, "constructed_by", None)]
+
+
+def is_of_library(value):
+    """Returns whether a function or class belongs to torch, torchvision or Python."""
+    package = str(value.__module__).partition(".")[0]
+    return package in {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+def is_code(value):
+    """Returns whether a value is a function or a class."""
+    return isinstance(value, (types.FunctionType, type))
+
+
+def parts_of(value):
+    """Returns what a function, class or container consists of; nothing of other values."""
+    if is_code(value) and is_of_library(value):
+        return []
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return parts(value)
+    return []
+
+
+def parts_of_code(code, docstring=None):
+    """Returns the instructions, names and constants of compiled code, without the docstring."""
+    constants = [constant for constant in code.co_consts if constant != docstring]
+    return [code.co_code, code.co_names, code.co_varnames, *constants]
+
+
+def parts_of_function(function):
+    """Returns the code, default values and closure of a function, and what it names in its file."""
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [function.__defaults__, function.__kwdefaults__, *closure]
+    for name in names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if not is_code(value) or value.__module__ == function.__module__:
+            values.append(value)
+    return parts_of_code(function.__code__, function.__doc__) + values
+
+
+def names_in(code):
+    """Returns the global names and attributes in compiled code, and in functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += names_in(constant)
+    return names
+
+
+def parts_of_class(cls):
+    """Returns the methods and constants of a class, and its base classes of the same file."""
+    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
+    for name, member in vars(cls).items():
+        if isinstance(member, types.FunctionType) or not name.startswith("__"):
+            parts.append(member)
+    return parts
+
+
+PARTS = {
+    types.CodeType: parts_of_code,
+    types.FunctionType: parts_of_function,
+    types.MethodType: lambda method: [method.__func__],
+    (staticmethod, classmethod): lambda method: [method.__func__],
+    property: lambda attribute: [attribute.fget],
+    cached_property: lambda attribute: [attribute.func],
+    partial: lambda call: [call.func, call.args, call.keywords],
+    type: parts_of_class,
+    (tuple, list): list,
+    dict: lambda entries: [*entries.items()],
+    (set, frozenset): lambda members: sorted(map(repr, members)),
+    Tensor: lambda tensor: [sha256(tensor)],
+}
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
+    """Returns the path of the checkpoint of a training.
+
+    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
+    one used corrections as well.
+    """
+    if noisy:
+        name = "model_noisy"
+    elif fraction:
+        name = f"model_corrupt_{fraction}"
+    else:
+        name = "model"
+    if cleaned:
+        name += "_cleaned"
+    return Path(checkpoint_dir) / f"{name}.pth"
+
+
+def file_digest(path):
+    """Returns the SHA-256 of the file of `--noisy_labels`, None if there is none.
+
+    Raises UserError where the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"--noisy_labels {path} cannot be read ({error.strerror}): name another file"
+        ) from error
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+
+    The metadata must tell `model`, the name in MODELS.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+
+    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
+    has no such network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint {path}{checkpoints_beside(path)}: "
+            "run train.py with the same data flags first"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        metadata = checkpoint["metadata"]
+        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+            raise ValueError("written by an earlier train.py")
+        if metadata["model"] not in MODELS:
+            raise UserError(
+                f"{path} holds a network '{metadata['model']}', which MODELS does not have: "
+                "add it there, or train again"
+            )
+        model = construct_model(metadata["model"], len(metadata["class_names"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        reason = f"{first_line(error):.100}"
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def checkpoints_beside(path):
+    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    names = sorted(other.name for other in path.parent.glob("model*.pth"))
+    if not names:
+        return ""
+    if len(names) > 3:
+        names = [*names[:3], "…"]
+    return f", only {', '.join(names)}"
+
+
+def load_trained(path, device, clean, *, model_name, fraction, labels_sha256=None):
+    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+
+    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
+    from a file of `--noisy_labels` with that hash. Returns the model, its metadata, and the
+    ImageData that it was trained on. Raises UserError where any of these was another one.
+    """
+    model, metadata = load_checkpoint(path, device)
+    if metadata["model"] != model_name:
+        raise UserError(
+            f"{path} was trained with --model {metadata['model']}, not {model_name}: "
+            "give that, or train again"
+        )
+    data = clean
+    loaded = metadata["num_loaded"], metadata["labels_sha256"]
+    is_same = loaded == (len(clean), labels_sha256)
+    if is_same:
+        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+        trained_on = metadata["data_sha256"], metadata["class_names"]
+        is_same = trained_on == (data.digest, data.class_names)
+    if not is_same:
+        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
+        raise UserError(
+            f"{path} was trained on other images or labels ({metadata['num_train']} of "
+            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
+            "give its data flags, or train again"
+        )
+    if is_main_process():
+        print(
+            f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
+            f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
+        )
+    return model, metadata, data
 
 
 # ---- Influence: what is measured, and in which precision -----------------------------------------
@@ -1513,17 +1739,13 @@ class InfluenceRun:
             sha256(*weights, data.digest),
             [version("torch"), version("kronfluence")],
         )
-        source = inspect.getsource(
-            sys.modules[__name__]
-        )  # factors and scores depend on these sections of it
-        code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
         self.depends_on = [
             fingerprint,
             strategy,
             str(dtype),
             seed,
             factor_examples,
-            code,
+            code_digest(model),
             *versions,
         ]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
@@ -1699,8 +1921,8 @@ def is_whole(folder):
 def load_runs(args, seconds):
     """Returns what the flags of `influence_parser` name, ready to compute influence.
 
-    That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
-    UserError where models were not trained alike, or one comes twice.
+    That is an InfluenceRun for each model, the metadata of each, and their training images,
+    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -1708,42 +1930,66 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    if args.noisy_labels is not None:
-        args.corrupt_percentage = None  # has a default in the detection
-    which = {
-        "fraction": args.corrupt_percentage,
-        "noisy": args.noisy_labels is not None,
-        "cleaned": args.cleaned,
-    }
-    paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
-    loaded = [
-        load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels)
-        for path in paths
-    ]
-    models, metadata, trained_on = zip(*loaded, strict=True)
-    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-        for path, other in zip(paths, metadata, strict=True):
-            if other[name] != metadata[0][name]:
-                models = f"--checkpoint_dir: {path} and {paths[0]}"
-                raise UserError(
-                    f"{models} differ in their {words}: give models that were trained alike"
-                )
-    settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
-    settings |= {
-        "seconds": seconds,
-        "batch_size": args.train_batch_size,
-        "factor_examples": args.factor_examples,
-    }
-    on_device = trained_on[0].to(device)
+    models, metadata, data = load_models(args, device, clean)
+    on_device = data.to(device)
+    model_name = next(iter(models)).stem
     runs = [
-        InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings)
-        for model in models
+        InfluenceRun(
+            model,
+            on_device,
+            Path(args.output_dir) / model_name,
+            strategy=args.factor_strategy,
+            dtype=dtype,
+            seed=args.seed,
+            seconds=seconds,
+            batch_size=args.train_batch_size,
+            factor_examples=args.factor_examples,
+        )
+        for model in models.values()
     ]
-    if len({run.folder for run in runs}) < len(runs):
+    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    return runs, metadata, trained_on[0]
+    return runs, [*metadata.values()], data
+
+
+def load_models(args, device, clean):
+    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+
+    Raises UserError where models were not trained alike.
+    """
+    labels_sha256 = file_digest(args.noisy_labels)
+    models, metadata = {}, {}
+    for checkpoint_dir in args.checkpoint_dir:
+        path = checkpoint_path(
+            checkpoint_dir,
+            args.corrupt_percentage,
+            noisy=args.noisy_labels is not None,
+            cleaned=args.cleaned,
+        )
+        models[path], metadata[path], data = load_trained(
+            path,
+            device,
+            clean,
+            model_name=args.model,
+            fraction=args.corrupt_percentage,
+            labels_sha256=labels_sha256,
+        )
+    require_trained_alike(metadata)
+    return models, metadata, data
+
+
+def require_trained_alike(metadata):
+    """Raises UserError where models, metadata by path, differ in training data or recipe."""
+    first_path, first = next(iter(metadata.items()))
+    for path, other in metadata.items():
+        for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    "give models that were trained alike"
+                )
 
 
 # ---- Results -------------------------------------------------------------------------------------

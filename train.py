@@ -263,7 +263,7 @@ def main():
 
     data, test = data.to(device), test.to(device)
     torch.manual_seed(args.seed)
-    model = pipeline.construct_resnet9(len(data.class_names)).to(device)
+    model = pipeline.construct_model(args.model, len(data.class_names)).to(device)
     recipe, train_start = {name: getattr(args, name) for name in RECIPE}, time.perf_counter()
     margins = train(model, data, **recipe, seed=args.seed, dtype=dtype)
     train_seconds = time.perf_counter() - train_start
