@@ -12,7 +12,6 @@ import copy
 import csv
 import ctypes
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -26,13 +25,14 @@ import shutil
 import stat
 import sys
 import time
+import types
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -1451,87 +1451,28 @@ def print_cleaning(excluded, new_labels, num_ignored, data):
         )
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
+class Residual(nn.Sequential):
+    """Residual block: x + f(x)."""
 
-    A `noisy` one was trained on labels from a file, a `cleaned` one on what a person decided about them.
-    """
-    name = "model_noisy" if noisy else f"model_corrupt_{fraction}" if fraction else "model"
-    return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
+    def forward(self, x):
+        return x + super().forward(x)
 
 
-def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
-    torch.save({"weights": weights, "metadata": metadata}, content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+class Scale(nn.Module):
+    """Multiplies by a constant."""
 
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
 
-def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
+    def forward(self, x):
+        return self.factor * x
 
-    Raises UserError where there is no checkpoint, or where the file is something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("model*.pth"))
-        there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(
-            f"there is no checkpoint {path}{there}: run train.py with the same data flags first"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"margins", "given_labels"}:
-            raise ValueError("written by an earlier train.py")
-        model = construct_resnet9(len(metadata["class_names"]))
-        model.load_state_dict(checkpoint["weights"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can fail in any way
-        reason = f"{first_line(error):.100}"
-        raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
-        ) from error
-    return model.to(device, memory_format=torch.channels_last).eval(), metadata
-
-
-def load_trained(path, device, clean, fraction, labels_file=None):
-    """Loads a checkpoint of a training on `clean`, the images as they were loaded.
-
-    It had a `fraction` of wrong labels, or those in the `labels_file` of `--noisy_labels`. Prints which one it is.
-    Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
-    """
-    model, metadata = load_checkpoint(path, device)
-    same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
-    data = (
-        training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        if same
-        else clean
-    )
-    if not same or (data.digest, data.class_names) != (
-        metadata["data_sha256"],
-        metadata["class_names"],
-    ):
-        labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
-        raise UserError(
-            f"{path} was trained on other images or labels ({was}): give its data flags, or train again"
-        )
-    if is_main_process():
-        wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
-        print(
-            f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %"
-        )
-    return model, metadata, data
-
-
-# ---- Batches and the network ---------------------------------------------------------------------
+    def extra_repr(self):
+        return str(self.factor)
 
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
@@ -1543,60 +1484,332 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     )
 
 
-class Residual(nn.Sequential):
-    """Adds its input to what its layers make of it."""
+def resnet9(num_classes):
+    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    features = nn.Sequential(
+        conv_block(3, 64),
+        conv_block(64, 128, kernel_size=5, stride=2, padding=2),
+        Residual(conv_block(128, 128), conv_block(128, 128)),
+        conv_block(128, 256),
+        nn.MaxPool2d(2),
+        Residual(conv_block(256, 256), conv_block(256, 256)),
+        conv_block(256, 128, padding=0),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+    )
+    head = nn.Sequential(nn.Linear(128, num_classes, bias=False), Scale(0.2))
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
-    def forward(self, x):
-        return x + super().forward(x)
+
+def resnet18(num_classes):
+    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    try:
+        from torchvision import models
+    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+        raise UserError(
+            f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
+            "install the one for this torch, or use --model resnet9"
+        ) from error
+    features = models.resnet18(num_classes=num_classes)
+    features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(features.conv1.weight, mode="fan_out", nonlinearity="relu")
+    features.maxpool = nn.Identity()
+    head = features.fc
+    features.fc = nn.Identity()
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-class ResNet9(nn.Module):
-    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
+# A network is a function of the number of classes. It returns a module with two parts, and nothing
+# else: `features`, images [B, 3, 32, 32] to [B, D], and `head`, [B, D] to logits [B, num_classes].
+MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
-    def __init__(self, num_classes):
+
+class ImageClassifier(nn.Module):
+    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+
+    def __init__(self, network):
         super().__init__()
-        self.features = nn.Sequential(
-            conv_block(3, 64),
-            conv_block(64, 128, kernel_size=5, stride=2, padding=2),
-            Residual(conv_block(128, 128), conv_block(128, 128)),
-            conv_block(128, 256),
-            nn.MaxPool2d(2),
-            Residual(conv_block(256, 256), conv_block(256, 256)),
-            conv_block(256, 128, padding=0),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(128, num_classes, bias=False)
+        self.features = network.features
+        self.head = network.head
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
         return self.logits(self.features(images))
 
-    def logits(self, features):  # (B, 128) -> (B, num_classes)
+    def logits(self, features):  # (B, D) -> (B, num_classes)
         # Logits in bfloat16 would tie, and losses and margins with them.
+        dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return 0.2 * self.head(features.to(self.head.weight.dtype))
-
-
-def construct_resnet9(num_classes=10):
-    """Returns a ResNet-9 with random weights, channels last in memory."""
-    return ResNet9(num_classes).to(memory_format=torch.channels_last)
-
-
-MODELS = {"resnet9": construct_resnet9}
+            return self.head(features.to(dtype))
 
 
 def construct_model(name, num_classes):
-    """Returns the network of a `--model` value."""
-    return MODELS[name](num_classes)
+    """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
+
+    Raises UserError where the function in MODELS does not return what a network has to be.
+    """
+    network = MODELS[name](num_classes)
+    problem = problem_of_network(network, num_classes)
+    if problem:
+        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    model = ImageClassifier(network)
+    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def problem_of_network(network, num_classes):
+    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+    for part in ("features", "head"):
+        if not isinstance(getattr(network, part, None), nn.Module):
+            return f"a module with the parts features and head, modules both, but {part} is none"
+    in_parts = {*network.features.parameters(), *network.head.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter not in in_parts:
+            return f"features and head that hold all parameters, but {name} is in neither"
+    was_training = network.training
+    model = ImageClassifier(network).eval()
+    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    logits = model.logits(features)
+    network.train(was_training)
+    if features.dim() != 2 or len(features) != 2:
+        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+    if logits.shape != (2, num_classes):
+        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
+    return None
 
 
 def margin(logits, labels, of_others=torch.logsumexp):
     """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al. 2020, section 3.1).
+    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
+    2020, section 3.1).
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+
+
+# ---- The code that scores depend on --------------------------------------------------------------
+#
+# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
+# is what Python compiled, which runs, and not the files: somebody may have edited them since.
+# Comments, layout and the docstrings of functions do not change it.
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+
+def code_digest(model):
+    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+
+    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
+    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
+    the settings of torch's own layers.
+    """
+    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    seen = {}  # by id; holds the values, so that no id is given twice
+    texts = [str(model)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CONSTANTS):
+            texts.append(repr(value))
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            waiting += parts_of(value)
+    return sha256("\n".join(texts))
+
+
+def network_code(model):
+    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
+
+    Classes of torch and torchvision are left out: the version of torch tells their code.
+    """
+    classes = {}  # a dictionary keeps their order
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if not is_of_library(cls):
+                classes[cls] = None
+    return [*classes, getattr(model, "constructed_by", None)]
+
+
+def is_of_library(value):
+    """Returns whether a function or class belongs to torch, torchvision or Python."""
+    package = str(value.__module__).partition(".")[0]
+    return package in {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+def is_code(value):
+    """Returns whether a value is a function or a class."""
+    return isinstance(value, (types.FunctionType, type))
+
+
+def parts_of(value):
+    """Returns what a function, class or container consists of; nothing of other values."""
+    if is_code(value) and is_of_library(value):
+        return []
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return parts(value)
+    return []
+
+
+def parts_of_code(code, docstring=None):
+    """Returns the instructions, names and constants of compiled code, without the docstring."""
+    constants = [constant for constant in code.co_consts if constant != docstring]
+    return [code.co_code, code.co_names, code.co_varnames, *constants]
+
+
+def parts_of_function(function):
+    """Returns the code, default values and closure of a function, and what it names in its file."""
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [function.__defaults__, function.__kwdefaults__, *closure]
+    for name in names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if not is_code(value) or value.__module__ == function.__module__:
+            values.append(value)
+    return parts_of_code(function.__code__, function.__doc__) + values
+
+
+def names_in(code):
+    """Returns the global names and attributes in compiled code, and in functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += names_in(constant)
+    return names
+
+
+def parts_of_class(cls):
+    """Returns the methods and constants of a class, and its base classes of the same file."""
+    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
+    for name, member in vars(cls).items():
+        if isinstance(member, types.FunctionType) or not name.startswith("__"):
+            parts.append(member)
+    return parts
+
+
+PARTS = {
+    types.CodeType: parts_of_code,
+    types.FunctionType: parts_of_function,
+    types.MethodType: lambda method: [method.__func__],
+    (staticmethod, classmethod): lambda method: [method.__func__],
+    property: lambda attribute: [attribute.fget],
+    cached_property: lambda attribute: [attribute.func],
+    partial: lambda call: [call.func, call.args, call.keywords],
+    type: parts_of_class,
+    (tuple, list): list,
+    dict: lambda entries: [*entries.items()],
+    (set, frozenset): lambda members: sorted(map(repr, members)),
+    Tensor: lambda tensor: [sha256(tensor)],
+}
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
+    """Returns the path of the checkpoint of a training.
+
+    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
+    one used corrections as well.
+    """
+    if noisy:
+        name = "model_noisy"
+    elif fraction:
+        name = f"model_corrupt_{fraction}"
+    else:
+        name = "model"
+    if cleaned:
+        name += "_cleaned"
+    return Path(checkpoint_dir) / f"{name}.pth"
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+
+    The metadata must tell `model`, the name in MODELS.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+
+    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
+    has no such network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint {path}{checkpoints_beside(path)}: "
+            "run train.py with the same data flags first"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        metadata = checkpoint["metadata"]
+        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+            raise ValueError("written by an earlier train.py")
+        if metadata["model"] not in MODELS:
+            raise UserError(
+                f"{path} holds a network '{metadata['model']}', which MODELS does not have: "
+                "add it there, or train again"
+            )
+        model = construct_model(metadata["model"], len(metadata["class_names"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        reason = f"{first_line(error):.100}"
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def checkpoints_beside(path):
+    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    names = sorted(other.name for other in path.parent.glob("model*.pth"))
+    if not names:
+        return ""
+    if len(names) > 3:
+        names = [*names[:3], "…"]
+    return f", only {', '.join(names)}"
+
+
+def load_trained(path, device, clean, *, model_name, fraction, labels_file=None):
+    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+
+    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
+    from the `labels_file` of `--noisy_labels`. Returns the model, its metadata, and the
+    ImageData that it was trained on. Raises UserError where any of these was another one.
+    """
+    model, metadata = load_checkpoint(path, device)
+    if metadata["model"] != model_name:
+        raise UserError(
+            f"{path} was trained with --model {metadata['model']}, not {model_name}: "
+            "give that, or train again"
+        )
+    data = clean
+    is_same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
+    if is_same:
+        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+        trained_on = metadata["data_sha256"], metadata["class_names"]
+        is_same = trained_on == (data.digest, data.class_names)
+    if not is_same:
+        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
+        raise UserError(
+            f"{path} was trained on other images or labels ({metadata['num_train']} of "
+            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
+            "give its data flags, or train again"
+        )
+    if is_main_process():
+        print(
+            f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
+            f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
+        )
+    return model, metadata, data
 
 
 # ---- Influence: what is measured, and in which precision -----------------------------------------
@@ -1974,17 +2187,13 @@ class InfluenceRun:
             sha256(*weights, data.digest),
             [version("torch"), version("kronfluence")],
         )
-        source = inspect.getsource(
-            sys.modules[__name__]
-        )  # factors and scores depend on these sections of it
-        code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
         self.depends_on = [
             fingerprint,
             strategy,
             str(dtype),
             seed,
             factor_examples,
-            code,
+            code_digest(model),
             *versions,
         ]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
@@ -2162,8 +2371,8 @@ def is_whole(folder):
 def load_runs(args, seconds):
     """Returns what the flags of `influence_parser` name, ready to compute influence.
 
-    That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
-    UserError where models were not trained alike, or one comes twice.
+    That is an InfluenceRun for each model, the metadata of each, and their training images,
+    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -2171,52 +2380,76 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    if args.noisy_labels is not None:
-        args.corrupt_percentage = None  # has a default in the detection
-    which = {
-        "fraction": args.corrupt_percentage,
-        "noisy": args.noisy_labels is not None,
-        "cleaned": args.cleaned,
-    }
-    paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
-    loaded = [
-        load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels)
-        for path in paths
-    ]
-    models, metadata, trained_on = zip(*loaded, strict=True)
-    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-        for path, other in zip(paths, metadata, strict=True):
-            if other[name] != metadata[0][name]:
-                models = f"--checkpoint_dir: {path} and {paths[0]}"
-                raise UserError(
-                    f"{models} differ in their {words}: give models that were trained alike"
-                )
-    settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
-    settings |= {
-        "seconds": seconds,
-        "batch_size": args.train_batch_size,
-        "factor_examples": args.factor_examples,
-    }
-    on_device = trained_on[0].to(device)
+    models, metadata, data = load_models(args, device, clean)
+    on_device = data.to(device)
+    model_name = next(iter(models)).stem
     runs = [
-        InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings)
-        for model in models
+        InfluenceRun(
+            model,
+            on_device,
+            Path(args.output_dir) / model_name,
+            strategy=args.factor_strategy,
+            dtype=dtype,
+            seed=args.seed,
+            seconds=seconds,
+            batch_size=args.train_batch_size,
+            factor_examples=args.factor_examples,
+        )
+        for model in models.values()
     ]
-    if len({run.folder for run in runs}) < len(runs):
+    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    return runs, metadata, trained_on[0]
+    return runs, [*metadata.values()], data
+
+
+def load_models(args, device, clean):
+    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+
+    Raises UserError where models were not trained alike.
+    """
+    models, metadata = {}, {}
+    for checkpoint_dir in args.checkpoint_dir:
+        path = checkpoint_path(
+            checkpoint_dir,
+            args.corrupt_percentage,
+            noisy=args.noisy_labels is not None,
+            cleaned=args.cleaned,
+        )
+        models[path], metadata[path], data = load_trained(
+            path,
+            device,
+            clean,
+            model_name=args.model,
+            fraction=args.corrupt_percentage,
+            labels_file=args.noisy_labels,
+        )
+    require_trained_alike(metadata)
+    return models, metadata, data
+
+
+def require_trained_alike(metadata):
+    """Raises UserError where models, metadata by path, differ in training data or recipe."""
+    first_path, first = next(iter(metadata.items()))
+    for path, other in metadata.items():
+        for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    "give models that were trained alike"
+                )
 
 
 # ---- Results -------------------------------------------------------------------------------------
 
 PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+MAX_NAME = 16  # characters of a class name in a figure
 
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds that the block takes to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -2225,114 +2458,170 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder of tables and pictures: that of the run, or one of their own for the mean over several."""
+    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    if len(runs) == 1:
+        return runs[0].folder
     names = [run.folder.name for run in runs]
-    mean = f"{names[0].rpartition('-')[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}"
-    return runs[0].folder if len(runs) == 1 else runs[0].folder.with_name(mean)
+    model_name = names[0].rpartition("-")[0]
+    return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
+
+
+def peak_memory_bytes(device):
+    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
+    return peak if in_bytes else 1024 * peak
 
 
 def environment(device):
-    """Returns what a figure depends on beside the code, hardware and versions, and the peak of memory so far in bytes.
-
-    That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
-    """
-    peak, name = None, cpu_features().get("cpu_name") or platform.machine()
+    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
     else:
-        with contextlib.suppress(ImportError):
-            import resource  # in kilobytes on Linux, in bytes on macOS
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: version(package) for package in ("kronfluence", "numpy")}
-    where = {
+        device_name = cpu_features().get("cpu_name") or platform.machine()
+    return {
+        "peak_memory_bytes": peak_memory_bytes(device),
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name,
         "cpu_threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "kronfluence": version("kronfluence"),
+            "numpy": version("numpy"),
+        },
     }
-    return {"peak_memory_bytes": peak} | where
 
 
-def write_record(path, args, fields, device, seconds):
-    """Writes the json record of a run: flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
+def write_record(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Returns the seconds by phase, rounded.
+    Raises ValueError where a field is NaN or infinite.
     """
-    rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
-    rounded["total"] = round(sum(seconds.values()), 3)
-    record = {"flags": vars(args), **fields, "seconds": rounded, **environment(device)}
+    by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
+    by_phase["total"] = round(sum(seconds.values()), 3)
+    record = {"flags": flags, **fields, "seconds": by_phase, **environment(device)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return rounded
 
 
-def print_paths(rounded, paths):
-    """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
-    print(
-        f"{rounded['total']:.1f} s in all: "
-        + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES)
-    )
+@contextlib.contextmanager
+def recorded(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run before the block, and again after it with the final seconds.
+
+    The block draws figures. Where one fails, the record is there already.
+    """
+    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
+    write_record(path, **values)
+    yield
+    write_record(path, **values)
+
+
+def print_seconds(seconds):
+    """Prints the seconds by phase and their sum."""
+    by_phase = ", ".join(f"{phase} {seconds.get(phase, 0.0):.1f}" for phase in PHASES)
+    print(f"{sum(seconds.values()):.1f} s in all: {by_phase}")
+
+
+def print_paths(paths):
+    """Prints the paths of scores and of other results, one a line."""
     for path in paths:
-        print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
+        if path.suffix == ".safetensors":
+            print(f"scores in {path}")
+        else:
+            print(f"wrote {path}")
 
 
 def write_table(path, columns, rows):
     """Writes rows under the names of their columns to a csv file, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def import_matplotlib():
+    """Returns matplotlib, imported without the user's MPLBACKEND.
+
+    matplotlib refuses to be imported where that names a backend which is not installed, as
+    notebooks do for the processes that they start. Figures that are only saved need none.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 @contextlib.contextmanager
 def figure_file(path, width, height):
-    """Yields a matplotlib figure of so many inches, which becomes a png file, whole or not at all.
+    """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    It depends on no setting of the user's matplotlib, and has letters of any script that a font is installed for.
+    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
+    Letters of other scripts are drawn where a font for them is installed.
     """
-    import matplotlib
+    matplotlib = import_matplotlib()
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
-    style = {
-        **matplotlib.rcParamsDefault,
-        "font.family": fonts,
-        "text.parse_math": False,
-    }  # names may have a $
+    wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
+    style = dict(matplotlib.rcParamsDefault)
+    style["font.family"] = ["DejaVu Sans", *wide_fonts]
+    style["text.parse_math"] = False  # a class name may hold a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images, uint8 [N, 3, 32, 32], as one png file, `columns` a row, each under its text, in its colour.
+# Pixels of a contact sheet's cell, and the height of the text at its top.
+CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
+PIXELS_PER_INCH = 33
 
-    The texts have three lines at most.
+
+def draw_contact_sheet(path, images, texts, colours, columns, title):
+    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+
+    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
     """
-    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    width, height, top = 42, 54, 19  # of a cell; top is the height of its text
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    with figure_file(path, columns * width / 33, rows * height / 33) as figure:
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * CELL_HEIGHT, columns * CELL_WIDTH, 3), 255, np.uint8)
+    width = columns * CELL_WIDTH / PIXELS_PER_INCH
+    height = rows * CELL_HEIGHT / PIXELS_PER_INCH
+    with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            y, x = (
-                place // columns * height + top,
-                place % columns * width + (width - IMAGE_SIZE) // 2,
-            )
-            sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
+            row, column = divmod(place, columns)
+            top = row * CELL_HEIGHT + TEXT_HEIGHT
+            left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
+            pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
+            sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = pixels
             axes.text(
-                x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom"
+                left + IMAGE_SIZE / 2,
+                top - 1,
+                text,
+                fontsize=8,
+                color=colour,
+                ha="center",
+                va="bottom",
             )
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 
 
 def shorten(name):
-    """Returns a name of at most 16 characters: both ends of a longer one, since either may tell it apart."""
-    return name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}"
+    """Returns a name, or both ends of one that is longer than 16 characters."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:8]}…{name[-7:]}"

@@ -78,7 +78,7 @@ class TransformedImages(torch.utils.data.Dataset):
 def reference_training(args, data, test, device):
     """Trains by the reference loop. Returns images per second, workers' start included, and the test accuracy."""
     torch.manual_seed(args.seed)
-    model = pipeline.construct_resnet9(len(data.class_names)).to(
+    model = pipeline.construct_model("resnet9", len(data.class_names)).to(
         device, memory_format=torch.contiguous_format
     )
     loader = torch.utils.data.DataLoader(

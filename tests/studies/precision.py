@@ -137,7 +137,7 @@ def main():
     args = parser.parse_args()
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
     clean = pipeline.load_data("synthetic", "", "train", args.num_train_examples)
-    _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
+    _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, model_name="resnet9", fraction=0.1)
     queries = pipeline.load_data("synthetic", "", "test").take(
         torch.arange(args.num_query_examples)
     )

@@ -129,7 +129,7 @@ class Study:
                 f"argument --train_batch_size: there are only {len(data)} images to train on"
             )
         torch.manual_seed(seed)
-        model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
+        model = pipeline.construct_model("resnet9", len(data.class_names)).to(self.device)
         return model, train.train(
             model, data.to(self.device), **self.recipe, seed=seed, dtype=self.dtype
         )
@@ -272,7 +272,7 @@ class Study:
                 for name, tensor in self.train(data, seed)[0].state_dict().items()
             }
 
-        model = pipeline.construct_resnet9(len(data.class_names)).to(self.device)
+        model = pipeline.construct_model("resnet9", len(data.class_names)).to(self.device)
         found = self.kept("model", weights, data.digest, seed)
         model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
         return model.eval()
