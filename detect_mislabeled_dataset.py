@@ -25,8 +25,6 @@ from tqdm import tqdm
 
 import pipeline
 
-NO_INFLUENCE = "none"  # the value of --factor_strategy that leaves influence out
-
 
 class Ranking(NamedTuple):
     """One way to order the training images by suspicion.
@@ -123,16 +121,18 @@ def caption_of(name, strategy):
 
 def parse_arguments():
     """Reads the command line."""
-    strategies = (*pipeline.STRATEGIES, NO_INFLUENCE)
+    strategies = (*pipeline.STRATEGIES, pipeline.NO_INFLUENCE)
     parser = pipeline.influence_parser(__doc__, strategies)
     parser.set_defaults(factor_examples=1000)
     report = parser.groups["report"]
     meanings = "; ".join(f"{name}: {ranking.description}" for name, ranking in RANKINGS.items())
+    needing = ", ".join(name for name, ranking in RANKINGS.items() if ranking.needs_influence)
     report.add_argument(
         "--method",
         choices=RANKINGS,
         default=DEFAULT_METHOD,
-        help=f"what to rank the images by. {meanings} (default: %(default)s)",
+        help=f"what to rank the images by. {meanings}. --factor_strategy {pipeline.NO_INFLUENCE} "
+        f"skips influence, and with it {needing} (default: %(default)s)",
     )
     report.add_argument(
         "--num_review",
@@ -150,8 +150,8 @@ def parse_arguments():
         "the label (default: %(default)s)",
     )
     args = parser.parse_args()
-    if args.factor_strategy == NO_INFLUENCE:
-        needs = f"--factor_strategy {NO_INFLUENCE} computes no influence, which it needs"
+    if args.factor_strategy == pipeline.NO_INFLUENCE:
+        needs = f"--factor_strategy {pipeline.NO_INFLUENCE} computes no influence, which it needs"
         if args.explain:
             parser.error(f"argument --explain: {needs}; choose another strategy")
         if RANKINGS[args.method].needs_influence:
@@ -176,7 +176,7 @@ def measure(run, metadata, damping_factor):
     """
     signals = {}
     scores_path = None
-    if run.strategy != NO_INFLUENCE:
+    if run.strategy != pipeline.NO_INFLUENCE:
         signals["self_influence"], scores_path = run.self_influence(damping_factor)
     with pipeline.timed(run.seconds, "report"):
         labels = run.data.labels
