@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 from collections import OrderedDict
@@ -85,6 +86,11 @@ def refused(folder, name, *flags):
     assert finished.status == 2, finished.err
     assert finished.err.startswith(f"{name}: error: ") and finished.err.count("\n") == 1
     return finished.err
+
+
+def printed_commands(output):
+    """The commands in what a script printed, as lists of words without `python`."""
+    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  python ")]
 
 
 def influence_run(
