@@ -171,6 +171,10 @@ SPOILED = {  # what is done to the folders, and what must be named
         "cannot be read (no regular file)",
     ),
     "no folder": (shutil.rmtree, "my images"),
+    "a test folder that is a link to nothing": (
+        lambda root: (root / "test").rename(root.parent / "t") and (root / "test").symlink_to("x"),
+        "my images/test must be a folder with a folder of images per class",
+    ),
 }
 
 

@@ -121,6 +121,7 @@ SPREADSHEETS = {  # the first bytes, what stands between cells, and how lines en
     "a line for Excel that was saved again": ("SEP=,,,\n", ",", "\n"),
     "lines of an old Mac": ("", ",", "\r"),
     "blank lines": ("\n \n", ";", "\n\n"),
+    "two marks of UTF-8": ("\ufeff\ufeff", ",", "\n"),
 }
 
 
@@ -310,7 +311,7 @@ MISTAKES = {  # lines of the file, and what the sentence must say
     "neither": (["index,new_label", ",cat"], "line 2: needs an index"),
     "class": (
         ["index,new_label", "1,dog"],
-        "line 2: 'dog' is none of the classes cat, grey owl, äpfel",
+        "line 2: 'dog' is none of the classes cat, grey owl, äpfel, nor 'leave out'",
     ),
     "twice": (
         ["index,new_label", "1,cat", "2,cat", "1,leave out"],
@@ -333,6 +334,10 @@ MISTAKES = {  # lines of the file, and what the sentence must say
     "index of a table by pandas": (
         ["index,new_label", "1.0,cat"],
         "line 2: there is no training image 1.0",
+    ),
+    "nothing decided": (
+        ["index,new_label", "0,", "1,"],
+        "decides nothing: write a class or 'leave",
     ),
     "empty file": ([], "its first line must name the column 'new_label'"),
 }
