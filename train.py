@@ -16,6 +16,8 @@ import pipeline
 
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
+positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+
 
 def parse_arguments():
     """Reads the command line."""
@@ -38,9 +40,6 @@ def parse_arguments():
 
 def add_training_flags(group):
     """Adds the hyperparameters."""
-    positive_float = pipeline.number(
-        float, "a number above 0", lambda value: 0 < value < float("inf")
-    )
     group.add_argument(
         "--train_batch_size",
         type=pipeline.positive_int,

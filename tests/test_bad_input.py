@@ -1,6 +1,6 @@
-"""Mistakes of the user: exit status 2, one sentence that names what is wrong, no traceback, and no file written.
+"""Mistakes of the user: exit status 2, one sentence, no traceback, and no file written.
 
-The scripts run in this process, through their `main`, because a process per case would take minutes.
+The scripts run in this process, through their `main`, since a process per case takes minutes.
 """
 
 import importlib
@@ -22,7 +22,7 @@ import pipeline
 
 @pytest.fixture
 def fails(tmp_path):
-    """Runs a script in a folder that must stay as it is; checks how it ends, and returns the sentence."""
+    """Runs a script, which must refuse and write nothing into its folder; returns the sentence."""
 
     def call(name, *flags):
         before = sorted(tmp_path.rglob("*"))
@@ -81,19 +81,10 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
-PROCESSES = {  # script, number of GPUs, what torchrun says which one is this process's, and what the sentence must say
-    "training on the CPU": (
-        TRAIN,
-        0,
-        "1",
-        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
-    ),
-    "detection on the CPU": (
-        DETECT,
-        0,
-        "1",
-        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
-    ),
+ON_CPU = "WORLD_SIZE is 2, but a run on the CPU takes one process only"
+PROCESSES = {  # script, number of GPUs, LOCAL_RANK of this process, and what the sentence must say
+    "training on the CPU": (TRAIN, 0, "1", ON_CPU),
+    "detection on the CPU": (DETECT, 0, "1", ON_CPU),
     "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script takes one process only"),
     "more than GPUs": (DETECT, 1, "1", "start them with torchrun"),
     "not by torchrun": (DETECT, 2, "", "start them with torchrun"),
@@ -189,7 +180,7 @@ def test_a_spoiled_image_folder_is_named(fails, folders, how, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
-    """Such a one inside a class, or of classes; a hidden one is passed over like all that is hidden."""
+    """One inside a class, or one of classes; a hidden one is skipped like all that is hidden."""
     scandir, closed = os.scandir, ["2019"]
 
     def scan(path):
@@ -237,7 +228,7 @@ def test_results_beside_train_and_test_are_not_among_the_images(folders):
 
 
 def test_classes_that_change_while_they_are_read_are_named(folders, monkeypatch):
-    """A class that comes after the training images were listed would shift the numbers of others."""
+    """A class that comes after training images were listed would shift the numbers of others."""
     read_images = pipeline.read_images
 
     def read(paths, split, cache_dir):
@@ -306,7 +297,7 @@ def test_a_mistake_is_named(fails, trained, tmp_path, mistake):
 
 
 def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
-    """The tiny archive does not have the checksums of the real one, and there is no network to fetch that from."""
+    """The tiny archive lacks the checksums of the real one, and there is no network to fetch it."""
 
     def no_network(self):
         raise OSError("no network")

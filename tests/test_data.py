@@ -119,7 +119,7 @@ def png(colour_type, channels, bits):
 
 
 def tiff(order, channels, bits, planes=False):
-    """The bytes of a TIFF file of 8 x 8 pixels, by byte order, `<` or `>`; colours may be planes."""
+    """The bytes of a TIFF file of 8 x 8 pixels, by byte order, `<` or `>`; colours as planes."""
     strips = channels if planes else 1
     size = 8 * 8 * channels * bits // 8
     values = 8 + 2 + 12 * 9 + 4  # where what is longer than 4 bytes stands: bits, strips, sizes
@@ -295,11 +295,8 @@ def test_class_folders_in_two_unicode_forms_are_one_class(folders):
     (folders / "test" / "äpfel").rename(folders / "test" / apart)
     train, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
     assert train.class_names == test.class_names == ["cat", "grey owl", "äpfel"]
-    assert all(
-        f"/{apart}/" in path
-        for path, label in zip(test.paths, test.labels, strict=True)
-        if label == 2
-    )
+    apples = [path for path, label in zip(test.paths, test.labels, strict=True) if label == 2]
+    assert all(f"/{apart}/" in path for path in apples)
     shutil.copytree(folders / "test" / apart, folders / "train" / apart)
     with pytest.raises(pipeline.UserError, match="has the same name as another class"):
         pipeline.load_data("imagefolder", folders, "train")
@@ -335,29 +332,22 @@ def without_test(tmp_path):
 
 def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without_test, capsys):
     train = pipeline.load_data("imagefolder", without_test, "train")
-    assert (
-        "4 images, a tenth of each class, are held out as the test split" in capsys.readouterr().out
-    )
+    sentence = "4 images, a tenth of each class, are held out as the test split"
+    assert sentence in capsys.readouterr().out
     test = pipeline.load_data("imagefolder", without_test, "test")
     assert train.class_names == ["many", "one", "some"]
-    assert train.labels.bincount().tolist() == [27, 1, 6] and test.labels.bincount().tolist() == [
-        3,
-        0,
-        1,
-    ]
+    assert train.labels.bincount().tolist() == [27, 1, 6]
+    assert test.labels.bincount().tolist() == [3, 0, 1]
     assert len({*train.paths, *test.paths}) == 38
 
 
 def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
-    """Of 31 files a tenth is 3, as of 30; at most the new one takes the place of one, in its class."""
+    """A tenth of 31 files is 3, as of 30; at most the new one replaces another of its class."""
     before = pipeline.load_data("imagefolder", without_test, "test")
     Image.new("RGB", (8, 8)).save(without_test / "train" / "many" / "a new one.png")
     after = pipeline.load_data("imagefolder", without_test, "test")
-    assert len({*before.paths} & {*after.paths}) >= 3 and after.labels.bincount().tolist() == [
-        3,
-        0,
-        1,
-    ]
+    assert len({*before.paths} & {*after.paths}) >= 3
+    assert after.labels.bincount().tolist() == [3, 0, 1]
 
 
 # ---- Images that were read before ----------------------------------------------------------------
@@ -365,7 +355,10 @@ def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
 
 @pytest.fixture
 def cached(folders, tmp_path, monkeypatch):
-    """A function that loads a copy of the class folders and says how many images were decoded; the copy; the cache."""
+    """A function that loads a copy of the class folders and returns how many images it decodes.
+
+    Also the copy, and the cache.
+    """
     decoded = []
     read_image = pipeline.read_image
     monkeypatch.setattr(
@@ -375,9 +368,8 @@ def cached(folders, tmp_path, monkeypatch):
     def load(num_examples=None):
         decoded.clear()
         data = pipeline.load_data("imagefolder", folders, "train", num_examples, tmp_path / "cache")
-        expected = pipeline.load_data(
-            "imagefolder", folders, "train", num_examples
-        )  # decodes each of them again
+        # Without a cache, so each image is decoded again.
+        expected = pipeline.load_data("imagefolder", folders, "train", num_examples)
         assert torch.equal(data.images, expected.images) and data.paths == expected.paths
         return len(decoded) - len(data)
 
@@ -392,7 +384,7 @@ def test_images_are_decoded_once_and_nothing_is_written_among_them(cached):
 
 
 def trade_places(folders, name):
-    """What is called `name` in two classes, files of one size and time of change, each under the other's name."""
+    """Swaps what is called `name` in two classes: files of one size and time of change."""
     one, other = (folders / "train" / label / name for label in ("cat", "grey owl"))
     one.rename(folders / "aside")
     other.rename(one)
@@ -471,17 +463,14 @@ def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
 def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_work(
     class_folders, monkeypatch
 ):
-    for name in (
-        "torchvision",
-        "torchvision.datasets",
-    ):  # their import fails, as beside a torch of another build
+    # Their import fails, as beside a torch of another build.
+    for name in ("torchvision", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(pipeline.UserError, match="torchvision cannot load it"):
         pipeline.load_data("cifar10", "nowhere", "train")
     assert not Path("nowhere").exists()
-    assert (
-        len(digits(3)) == 3 and len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
-    )
+    assert len(digits(3)) == 3
+    assert len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
 
 
 def test_synthetic_digits_are_fixed_balanced_and_different():
@@ -611,11 +600,10 @@ def test_corruption_is_uniform_over_the_other_classes():
 def test_true_labels_stay_with_their_images():
     data = pipeline.training_examples(digits(50), 0.2)
     part = data.take(torch.tensor([7, 3, 30])).without([1])
-    assert (
-        part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist()
-        and data.is_corrupted.sum() == 10
-    )
-    assert torch.equal(data.true_labels, digits(50).labels) and part.indices.tolist() == [7, 30]
+    assert data.is_corrupted.sum() == 10
+    assert part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist()
+    assert torch.equal(data.true_labels, digits(50).labels)
+    assert part.indices.tolist() == [7, 30]
     assert part.to("cpu").digest == part.digest != data.digest
 
 

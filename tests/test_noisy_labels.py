@@ -28,7 +28,7 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """A folder with labels.csv, of all 5,000 digits but the first that was drawn, and a training on it."""
+    """A folder with labels.csv, of all 5,000 digits but the first one drawn, and a training on it."""
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
@@ -102,7 +102,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
 
 
 def test_files_call_images_by_path(class_folders, tmp_path, capsys):
-    """Rows of images that are held out are passed over, and images without a row keep their label."""
+    """Rows of test images are counted as others, and images without a row keep their label."""
     place = "imagefolder", class_folders
     data, test = (pipeline.load_data(*place, split) for split in ("train", "test"))
     path = tmp_path / "labels.csv"
