@@ -751,6 +751,9 @@ button {
     min-width: 60px;
     max-width: 200px;
 }
+header b:empty, #warning:empty {
+    display: none;
+}
 #digits button {
     max-width: 170px;
 }
@@ -867,6 +870,7 @@ On a keyboard with other letters, the keys in the same places work.
 <input id="other" list="classes" placeholder="another class" aria-label="Another class">
 <span id="digits"></span>
 <b id="notice" role="status" aria-label="Notice"></b>
+<b id="warning" role="alert"></b>
 </nav>
 <main id="cards"></main>
 <datalist id="classes"></datalist>
@@ -876,6 +880,7 @@ If your browser saved no file, copy this text into a file called corrections.csv
 <textarea id="text" rows="12" readonly aria-label="Text of corrections.csv"></textarea>
 <button value="copy">Copy</button>
 <button value="close">Close</button>
+<span id="copied" role="status"></span>
 </dialog>
 <img id="sprite" alt="" hidden src="{{tiles}}">
 <script type="application/json" id="data">{{data}}</script>
@@ -895,7 +900,16 @@ let storage = {};
 let current = cards[0];
 
 function say(text) {
-    byId("notice").replaceChildren(text);
+    byId("notice").textContent = text;
+}
+
+// What remains true stays in sight beside the latest notice.
+function warn(text) {
+    byId("warning").textContent = text;
+}
+
+function count(number, noun) {
+    return number === 1 ? `1 ${noun}` : `${number} ${noun}s`;
 }
 
 // Another window of this page may have decided in the meantime.
@@ -907,7 +921,7 @@ function readStorage() {
     try {
         decisions = new Map(JSON.parse(stored));
     } catch {
-        say("What the browser kept of earlier decisions is damaged: load your saved file.");
+        warn("What the browser kept of earlier decisions is damaged: load your saved file.");
     }
 }
 
@@ -917,7 +931,7 @@ function writeStorage() {
         storage[fingerprint] = text;
     } catch {
         storage = { [fingerprint]: text };
-        say("The browser keeps no more: save the file before you close the page.");
+        warn("The browser keeps no more: save the file before you close the page.");
     }
 }
 
@@ -1081,6 +1095,9 @@ function goToUndecided() {
     const start = cards.indexOf(current);
     const shown = [...cards.slice(start), ...cards.slice(0, start)].filter(isShown);
     const undecided = shown.find((card) => !decisions.has(card.key));
+    if (shown.length === 0) {
+        say("No suspect is left here: save the file, or show other suspects.");
+    }
     go(undecided ?? shown[0] ?? current);
 }
 
@@ -1111,8 +1128,10 @@ function save() {
     const text = fileText();
     const url = URL.createObjectURL(new Blob([text]));
     make("a", { href: url, download: "corrections.csv" }).click();
-    say(`Saved ${decisions.size} decisions.`);
+    say(`Saved ${count(decisions.size, "decision")}.`);
     if (mayBeSandboxed()) {
+        say("");
+        byId("copied").textContent = "";
         byId("text").value = text;
         byId("copy").showModal();
         byId("text").select();
@@ -1121,7 +1140,8 @@ function save() {
 
 function copy() {
     byId("text").select();
-    document.execCommand("copy");
+    const isCopied = document.execCommand("copy");
+    byId("copied").textContent = isCopied ? "Copied." : "Press Ctrl+C to copy.";
 }
 
 // Returns the cells of a line, or null where its quotes are wrong.
@@ -1251,9 +1271,9 @@ async function load(file) {
         const { rows, numEmpty } = readDecisions(decode(await file.arrayBuffer()));
         change(rows);
         const numShown = cards.filter((card) => rows.has(card.key)).length;
-        let notice = `Loaded ${rows.size} decisions, ${numShown} of them on this page.`;
+        let notice = `Loaded ${count(rows.size, "decision")}, ${numShown} about images shown here.`;
         if (numEmpty > 0) {
-            notice += ` Ignored ${numEmpty} rows with an empty new_label: they decide nothing.`;
+            notice += ` Ignored ${count(numEmpty, "row")} whose new_label is empty.`;
             notice += ` To leave an image out, write “${leaveOut}”.`;
         }
         say(notice);
@@ -1390,7 +1410,7 @@ addEventListener("load", () => {
     try {
         storage = localStorage;
     } catch {
-        say("This browser keeps nothing: save the file before you close the page.");
+        warn("This browser keeps nothing: save the file before you close the page.");
     }
     readStorage();
     draw();

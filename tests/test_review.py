@@ -228,7 +228,7 @@ def test_decisions_survive_a_reload_and_reach_the_model(browser, folder):
     assert rows == [[card["key"], card["label"], decided[card["key"]]] for card in cards[:10]]
     assert train_with(folder, path) == decided
     open_page(browser, result_folder(folder, "model-") / PAGE)
-    load(browser, path, "Loaded 10 decisions, 10 of them on this page.")
+    load(browser, path, "Loaded 10 decisions, 10 about images shown here.")
     assert texts(browser, "h2") == headings and texts(browser, "#counts") == counts
 
 
@@ -248,7 +248,7 @@ def test_a_second_round_goes_on_with_the_file_of_the_first(browser, folder):
     succeed(folder, *DETECTION, "--cleaned")
     cards = open_page(browser, result_folder(folder, "model_cleaned-") / PAGE)
     assert "load your earlier corrections.csv first" in texts(browser, "header")[0]
-    load(browser, path, "Loaded 2 decisions, 1 of them on this page.")
+    load(browser, path, "Loaded 2 decisions, 1 about images shown here.")
     new = next(card for card in cards if card["key"] not in first)
     decide(browser, new, "leave out")
     expected = first | {new["key"]: LEAVE_OUT}
@@ -296,6 +296,50 @@ def test_a_decision_keeps_those_that_another_window_stored_before(browser, tmp_p
     browser.execute_script(script)
     press(browser, "x")
     assert texts(browser, "#counts") == ["3 of 12 decided, 1 changed, 1 left out"]
+
+
+@in_browser
+def test_decisions_that_the_browser_cannot_store_are_saved_in_the_file(browser, tmp_path):
+    """Its storage is full; a warning stays, whatever is done next."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k")
+    fill = """
+        for (let size = 2 ** 24; size >= 1; size /= 2) {
+            try {
+                localStorage["x" + size] = "x".repeat(size);
+            } catch {}
+        }
+    """
+    browser.execute_script(fill)
+    press(browser, "x", "k", "u", "a")
+    assert "keeps no more: save the file" in texts(browser, "#warning")[0]
+    assert texts(browser, "#counts") == ["3 of 12 decided, 1 changed, 1 left out"]
+    assert [row["new_label"] for row in read_table(save(browser))[1]] == ["cat", LEAVE_OUT, "dog"]
+    assert texts(browser, "#warning")
+    browser.execute_script("localStorage.clear()")
+
+
+@in_browser
+def test_damaged_storage_is_said_and_hinders_nothing(browser, tmp_path):
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k")
+    script = "for (const key of Object.keys(localStorage)) localStorage[key] = '[[\"photos'"
+    browser.execute_script(script)
+    browser.refresh()
+    assert "is damaged: load your saved file" in texts(browser, "#warning")[0]
+    press(browser, "x")
+    browser.refresh()
+    assert texts(browser, "#counts") == ["1 of 12 decided, 0 changed, 1 left out"]
+
+
+@in_browser
+def test_the_end_of_the_undecided_suspects_is_said(browser, tmp_path):
+    open_new_page(browser, tmp_path, ["cat", "dog"], count=2)
+    browser.find_element("id", "undecided").click()
+    press(browser, "k", "x")
+    assert notice(browser) == "No suspect is left here: save the file, or show other suspects."
+    press(browser, "a", "k")
+    assert texts(browser, "#counts") == ["2 of 2 decided, 0 changed, 1 left out"]
 
 
 @in_browser
@@ -446,8 +490,8 @@ def test_the_page_loads_what_train_reads(browser, tmp_path, text):
     no_test = found.data.take(torch.arange(0))
     cleaning = pipeline.read_corrections(path, found.data, no_test, ".")
     assert cleaning == {"excluded": [2], "new_labels": {0: 1, 3: 2}}
-    said = load(browser, path, "Loaded 3 decisions, 3 of them on this page.")
-    assert ("Ignored 2 rows with an empty new_label" in said) == ("photos/5.png" in text)
+    said = load(browser, path, "Loaded 3 decisions, 3 about images shown here.")
+    assert ("Ignored 2 rows whose new_label is empty" in said) == ("photos/5.png" in text)
     headings = texts(browser, "h2")
     assert [headings[0], headings[2], headings[3]] == ["1. → owl", "3. left out", "4. → äpfel"]
     assert texts(browser, "#counts") == ["3 of 12 decided, 2 changed, 1 left out"]
@@ -494,12 +538,14 @@ def test_a_page_in_a_sandbox_offers_the_text_of_the_file(browser, tmp_path):
     (tmp_path / "notebook.html").write_text(frame)
     browser.get((tmp_path / "notebook.html").as_uri())
     browser.switch_to.frame(0)
-    assert "keeps nothing: save the file before you close" in notice(browser)
     press_layout(browser, "k", "KeyK")
+    assert "keeps nothing: save the file before you close" in texts(browser, "#warning")[0]
     browser.find_element("css selector", "[value=save]").click()
     text = browser.find_element("id", "text")
     expected = "path,label,new_label\nphotos/0.png,cat,cat\n"
     assert text.is_displayed() and text.get_attribute("value") == expected
+    browser.find_element("css selector", "[value=copy]").click()
+    assert texts(browser, "#copied") == ["Copied."]
     browser.find_element("css selector", "[value=close]").click()
     assert not text.is_displayed()
     press_layout(browser, "x", "KeyX")
