@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import pipeline
 
+# ---- Rankings ------------------------------------------------------------------------------------
+
 
 class Ranking(NamedTuple):
     """One way to order the training images by suspicion.
@@ -106,7 +108,7 @@ RANKINGS = {
     ),
 }
 DEFAULT_METHOD = "aum_vote"
-# The published ranking, the default, and the simplest one: drawn in full strength in every figure.
+# The published ranking, the default, and the simplest one have thick lines in every figure.
 MAIN_METHODS = ("self_influence", DEFAULT_METHOD, "loss")
 
 
@@ -218,7 +220,7 @@ def knn_vote(features, labels, num_classes):
 
     It is the share of the k nearest images that have the label, less the largest share of another
     one. features: float32 [N, D] of unit length; labels: int64 [N]. Similarity is the cosine; k is
-    300 of 50,000 images, and falls with the square root of N.
+    300 of 50,000 images, and proportional to the square root of N.
     """
     k = round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)
     k = max(1, min(len(features) - 1, k))
@@ -264,18 +266,17 @@ def explain(runs, data, suspects, damping_factor):
     (rank, position, score) by suspect, opposing images first. A score is the influence on the
     log-odds of the label, the mean over the models; that of a suspect on itself is left out.
     """
-    chosen = suspects.tolist()
-    if not chosen:
+    if len(suspects) == 0:
         return {}
     # Rounding might give each process other suspects, and all must share the same queries.
-    chosen = runs[0].from_main(chosen)
-    queries = data.take(torch.tensor(chosen)).to(runs[0].data.images.device)
+    positions = runs[0].from_main(suspects.tolist())
+    queries = data.take(torch.tensor(positions)).to(runs[0].data.images.device)
     by_model = [
         run.pairwise_influence(queries, NUM_QUERIES_HELD, damping_factor)[0] for run in runs
     ]
     mean = sum(by_model) / len(by_model)  # (M, N)
     explanations = {}
-    for suspect, influence in zip(chosen, mean, strict=True):
+    for suspect, influence in zip(positions, mean, strict=True):
         influence[suspect] = 0
         opposing = strongest(-influence, influence)
         supporting = strongest(influence, influence)
