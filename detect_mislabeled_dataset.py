@@ -1114,9 +1114,12 @@ function countColumns() {
 // ---- The file: as train.py reads it ----
 
 function fileText() {
-    const rows = [...decisions].map(([key, row]) => [key, ...row]);
+    // A cell must end on its line: a name with a line break is percent-encoded.
+    const encode = (key) => (/[\r\n]/.test(key) ? encodeURI(key) : key);
+    const rows = [...decisions].map(([key, row]) => [encode(key), ...row]);
     const table = [[column, "label", "new_label"], ...rows];
-    const quote = (cell) => (/[",;\s]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
+    const needsQuotes = /[",;\t]|^ | $/;
+    const quote = (cell) => (needsQuotes.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
     return table.map((cells) => `${cells.map(quote)}\n`).join("");
 }
 
@@ -1220,13 +1223,25 @@ function findClass(place, name) {
     throw new Error(`${place}: “${name}” is no class`);
 }
 
+// The path in a URL, as label tools write it.
+function decodePath(path) {
+    try {
+        return decodeURIComponent(path.replace(/^file:(\/\/(localhost)?)?/, ""));
+    } catch {
+        return path;
+    }
+}
+
 function findKey(place, name, cardsByKey) {
     if (name.trim() === "") {
         throw new Error(`${place} has no ${column}`);
     }
-    const key = column === "index" ? name.trim().replace(/^0+(?=\d)/, "") : name;
-    const card = cardsByKey.get(sameForm(key)) ?? cardsByKey.get(sameForm(key.trim()));
-    return card?.key ?? key;
+    if (column === "index") {
+        return name.trim().replace(/^0+(?=\d)/, "");
+    }
+    const spellings = [name, name.trim(), decodePath(name.trim())];
+    const known = spellings.map(sameForm).find((spelled) => cardsByKey.has(spelled));
+    return cardsByKey.get(known)?.key ?? name;
 }
 
 // The row of the file as this page keeps it. Throws where it does not fit the card.

@@ -477,6 +477,7 @@ FILES = {
     "other columns": PLAIN.replace("\n", ',"a, ""b""; c"\n').replace('"a, ""b""; c"', "note", 1),
     "a name within quotes": PLAIN.replace("owl\n", '"owl"\n'),
     "decomposed letters": unicodedata.normalize("NFD", PLAIN),
+    "percent-encoded": PLAIN.replace("photos/3", "file:photos/%33"),
     "nothing decided": PLAIN + "photos/5.png,\nphotos/6.png, \n",
 }
 
@@ -519,6 +520,30 @@ def test_a_file_that_does_not_fit_is_refused(browser, tmp_path, lines, problem):
     (tmp_path / "decided.csv").write_text("\n".join(lines))
     assert problem in load(browser, tmp_path / "decided.csv", "Nothing was loaded: ")
     assert texts(browser, "#counts") == ["0 of 12 decided, 0 changed, 0 left out"]
+
+
+@in_browser
+def test_odd_names_of_files_come_back_from_the_saved_file(browser, tmp_path):
+    """To train.py and to another browser, also with a line break in a name."""
+    names = [
+        "a#1?%41.png",
+        'ü "q", x;y.png',
+        "new\nline %.png",
+        " blank .png ",
+        "=1+1.png",
+        "\t.png",
+    ]
+    found = detection(["cat", "dog"], count=6)
+    found = found._replace(data=replace(found.data, paths=[f"photos/{name}" for name in names]))
+    detect.write_page(tmp_path / "page.html", found, num_review=6, cleaned=False)
+    open_page(browser, tmp_path / "page.html")
+    press(browser, *"xkxkxk")
+    path = save(browser)
+    no_test = found.data.take(torch.arange(0))
+    cleaning = pipeline.read_corrections(path, found.data, no_test, ".")
+    assert cleaning == {"excluded": [0, 2, 4], "new_labels": {1: 1, 3: 1, 5: 1}}
+    open_page(browser, tmp_path / "page.html")
+    load(browser, path, "Loaded 6 decisions, 6 about images shown here.")
 
 
 @in_browser
