@@ -157,7 +157,11 @@ def test_detect_json_agrees_with_its_csv(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
     check_record(
-        record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults
+        record,
+        corrupt_percentage=0.1,
+        factor_strategy="ekfac",
+        damping_factor="heuristic",
+        **defaults,
     )
     fields = documented("detection_<strategy>.json")
     assert (
