@@ -47,7 +47,7 @@ from kronfluence.module.tracker.self_score import SelfScoreTracker
 from kronfluence.task import Task
 from kronfluence.utils import constants
 from kronfluence.utils.dataset import DataLoaderKwargs, find_executable_batch_size
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -1371,15 +1371,20 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_sha256=Non
 class ClassificationTask(Task):
     """Cross-entropy as training loss, and minus the margin as what influence is measured on.
 
-    With that sign a positive score means: training on this image more would raise the query's margin.
-    A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    With that sign a positive score means: training on this image more would raise the query's
+    margin. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    `layer_names` are those of the layers that kronfluence tracks, None for all that it can.
     """
 
-    def compute_train_loss(self, batch, model, sample=False):
-        """Returns the summed cross-entropy, against labels drawn from the model's own distribution if `sample`.
+    def __init__(self, layer_names=None):
+        self.layer_names = layer_names
 
-        A pseudo-label is where the example's own uniform number falls in the cumulative distribution, so it
-        depends neither on the batch it comes in nor on the process.
+    def compute_train_loss(self, batch, model, sample=False):
+        """Returns the summed cross-entropy, with `sample` against pseudo-labels.
+
+        Pseudo-labels are drawn from the model's own distribution: the class in whose part of the
+        cumulative distribution the example's uniform number falls. So a pseudo-label depends
+        neither on the other images of the batch nor on the process.
         """
         images, labels, uniforms = batch
         logits = model(images)
@@ -1389,34 +1394,37 @@ class ClassificationTask(Task):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
-        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, with the opposite sign)."""
+        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, sign changed)."""
         images, labels, _ = batch
         return -margin(model(images), labels).sum()
 
+    def get_influence_tracked_modules(self):
+        """Returns the names of the layers to track, for kronfluence."""
+        return self.layer_names
+
 
 class InfluenceDataset(torch.utils.data.Dataset):
-    """ImageData as kronfluence takes it: whole batches by index, each example with its uniform random number."""
+    """ImageData as kronfluence reads it: whole batches by index.
+
+    Each example comes with a uniform random number, which draws its pseudo-label.
+    """
 
     def __init__(self, data, seed):
         self.data, self.seed = data, seed
-        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(
-            data.labels.device
-        )
+        uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed))
+        self.uniforms = uniforms.to(data.labels.device)
 
     def __len__(self):
         return len(self.data)
 
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices, device=self.data.labels.device)
-        return (
-            self.data.normalize(self.data.images[indices]),
-            self.data.labels[indices],
-            self.uniforms[indices],
-        )
+        images = self.data.normalize(self.data.images[indices])
+        return images, self.data.labels[indices], self.uniforms[indices]
 
 
 def cpu_features():
-    """Returns what the processor can do, a dictionary by name; an older torch tells just what is needed here."""
+    """Returns the processor's capabilities by name; an older torch tells only those used here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -1426,9 +1434,10 @@ def cpu_features():
 
 
 def configure_precision(precision, device):
-    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
+    """Sets torch's global precision for a `--precision` value, and returns the compute dtype.
 
-    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
+    That is torch.float32 or torch.bfloat16. CUDA may round what stays float32 to TF32 only beside
+    bfloat16. Sums inside a product of bfloat16 matrices stay float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -1436,35 +1445,38 @@ def configure_precision(precision, device):
         else:
             fast = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    tensor_float = "tf32" if precision == "bf16" else "ieee"
+    float32 = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
-        tensor_float
-    )
+    torch.backends.cuda.matmul.fp32_precision = float32
+    torch.backends.cudnn.conv.fp32_precision = float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def computation_dtypes(dtype, strategy):
-    """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
+    """Returns the dtype of each kind of computation, by name, for a compute dtype and strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes of self-influence.
-        # Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by pairwise scores do not survive bfloat16.
+        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes
+        # of self-influence. Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by
+        # pairwise scores do not survive bfloat16.
         products=dtype,
-        # What goes into the products of a covariance; on a CPU the product rounds it. EKFAC fits its eigenvalues anew;
-        # KFAC inverts the covariances, whose small eigenvalues rounding would drown.
+        # The inputs of a covariance's product, which a CPU rounds inside the product. EKFAC fits
+        # its eigenvalues anew. KFAC inverts the covariances, whose small eigenvalues rounding
+        # would drown.
         covariances=dtype if strategy == "ekfac" else sums,
-        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred terms, and scores tie.
+        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred
+        # terms, and scores tie.
         sums=sums,
     )
 
 
 # ---- Influence: per-sample gradients -------------------------------------------------------------
 #
-# A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
-# G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
-# two covariances, R = Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed. Where the strategy has no eigenvectors (diagonal, identity), nothing is rotated.
+# A layer with input patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the
+# per-sample gradients G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs
+# them in the eigenbasis Q_G, Q_A of the two covariances, R = Q_G^T G Q_A. kronfluence forms G and
+# rotates it there and back; the trackers below form it where it is needed. Where the strategy has
+# no eigenvectors (diagonal, identity), nothing is rotated.
 #
 # tracker              of a batch                                       shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
@@ -1472,48 +1484,94 @@ def computation_dtypes(dtype, strategy):
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
+#
+# In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
+# are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-SYMMETRIC_BLOCKS = {
-    "cpu": 256,
-    "cuda": 512,
-}  # measured: smaller ones leave less to compute, larger ones run faster
-# kronfluence resets the compiler after each stage, and that would import it: 0.8 s, from a slow disk 6 s, for nothing.
-torch.compiler.reset = lambda: None
+# Measured: smaller blocks leave less to compute, larger ones run faster.
+SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
+
+
+def padding_sides(layer):
+    """Returns a convolution's padding as torch's F.pad takes it: (left, right, top, bottom)."""
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    if layer.padding == "same":
+        rows, columns = (
+            dilation * (size - 1)
+            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
+        )
+        left, top = columns // 2, rows // 2
+        return left, columns - left, top, rows - top
+    rows, columns = layer.padding
+    return columns, columns, rows, rows
 
 
 def patches(layer, inputs):
-    """Returns what each position of a convolution or linear layer sees, [B, T, I], with a column of ones for a bias.
+    """Returns the input patches (im2col) per output position, with a column of ones for a bias.
 
-    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as kronfluence's:
-    so they are copied in runs of channels from inputs [B, C, H, W] that are channels last in memory.
+    inputs: [B, C, H, W] of a convolution, or [B, ..., I] of a linear layer, whose positions are all
+    its middle dimensions. Returns [B, T, I], or [B, groups, T, I] of a convolution with groups.
+
+    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row,
+    column) as kronfluence's: so they are copied in runs of channels from channels-last memory.
     """
-    if isinstance(layer, nn.Conv2d):
-        (height, width), (top, left), (stride, column_stride) = (
-            layer.kernel_size,
-            layer.padding,
-            layer.stride,
-        )
-        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
-        windows = images.unfold(1, height, stride).unfold(
-            2, width, column_stride
-        )  # (B, H', W', C, height, width)
-        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(
-            len(images), -1, height * width * images.shape[3]
-        )
+    if isinstance(layer, nn.Linear):
+        a = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     else:
-        a = inputs[:, None]
+        a = convolution_patches(layer, inputs)
     return a if layer.bias is None else F.pad(a, (0, 1), value=1)
 
 
-def rotated_gradient(a, g, q_a, q_g):
-    """Returns Q_G^T G Q_A, [B, O, I]; q_a [I, I] and q_g [O, O] hold eigenvectors in columns, None for no rotation."""
-    if q_a is None:
+def convolution_patches(layer, inputs):
+    """Returns the patches of a convolution, [B, T, I] or [B, groups, T, I], as `patches` says."""
+    left, right, top, bottom = padding_sides(layer)
+    if layer.padding_mode == "zeros":
+        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
+    else:
+        padded = F.pad(inputs, (left, right, top, bottom), mode=layer.padding_mode)
+        images = padded.permute(0, 2, 3, 1)  # (B, H, W, C)
+    windows = images
+    for axis in (0, 1):
+        size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        windows = windows.unfold(axis + 1, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # windows: (B, H', W', C, kernel height, kernel width)
+    batch, height, width, channels = windows.shape[:4]
+    if layer.groups == 1:
+        return windows.permute(0, 1, 2, 4, 5, 3).reshape(batch, height * width, -1)
+    windows = windows.unflatten(3, (layer.groups, channels // layer.groups))
+    windows = windows.permute(0, 3, 1, 2, 5, 6, 4)  # (B, groups, H', W', height, width, C / groups)
+    return windows.reshape(batch, layer.groups, height * width, -1)
+
+
+def by_position(layer, gradient):
+    """Returns the gradient of a layer's output, [B, O, H', W'] or [B, ..., O], as [B, T, O]."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(len(gradient), -1, gradient.shape[-1])
+    return gradient.flatten(2).mT
+
+
+def per_sample_gradient(a, g):
+    """Returns G, [B, O, I], of g [B, T, O] and of a [B, T, I], or [B, groups, T, I]."""
+    if a.dim() == 3:
         return g.mT @ a
+    g = g.mT.unflatten(1, (a.shape[1], -1))  # (B, groups, O / groups, T)
+    return (g @ a).flatten(1, 2)
+
+
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, I].
+
+    q_a [I, I] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
+    """
+    if q_a is None:
+        return per_sample_gradient(a, g)
+    if a.dim() == 4:  # Q_G mixes the outputs of all groups
+        return q_g.T @ (per_sample_gradient(a, g) @ q_a)
     g = g @ q_g
-    if (
-        a.shape[1] < g.shape[2]
-    ):  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    if a.shape[1] < g.shape[2]:
         return g.mT @ (a @ q_a)
     return g.mT @ a @ q_a
 
@@ -1521,7 +1579,7 @@ def rotated_gradient(a, g, q_a, q_g):
 def symmetric_product(rows):
     """Returns rows^T rows, [I, I], of rows [R, I], on CUDA in float32 also of bfloat16 ones.
 
-    Those are the blocks from the diagonal on, and their mirror images.
+    Computes the blocks from the diagonal on, and mirrors them.
     """
     wide = {"out_dtype": torch.float32} if rows.dtype == torch.bfloat16 else {}
     product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=wide.get("out_dtype", rows.dtype))
@@ -1534,18 +1592,27 @@ def symmetric_product(rows):
 
 
 def squares(gradient, dtype):
-    """Yields the squares of gradients [B, O, I] in `dtype`, on a CPU in parts that stay in its cache: saves a fifth."""
-    part = len(gradient) if gradient.is_cuda else max(1, CACHED_ELEMENTS // gradient[0].numel())
+    """Yields the squares of gradients [B, O, I] in `dtype`.
+
+    On a CPU it yields parts that stay in its cache, which saves a fifth of the time.
+    """
+    part = len(gradient)
+    if not gradient.is_cuda:
+        part = max(1, CACHED_ELEMENTS // gradient[0].numel())
     for gradients in gradient.split(part):
         yield gradients.to(dtype).square()
 
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices round their inputs, not their sums, to bfloat16 on a CPU, and never on CUDA."""
+    """Lets products of float32 matrices round their inputs to bfloat16 on a CPU, never on CUDA.
+
+    Their sums stay float32.
+    """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = "bf16" if enabled else "ieee", "ieee"
+    cpu.fp32_precision = "bf16" if enabled else "ieee"
+    cuda.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -1553,15 +1620,18 @@ def rounded_products(enabled):
 
 
 class BatchHooks:
-    """Hands each batch's patches a [B, T, I] and output gradients g [B, T, O] to `update(a, g)`.
+    """Hands each batch's patches a and output gradients g to `update(a, g)`, in shapes as above.
 
-    A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `computation_dtypes`.
+    A mixin for kronfluence's trackers, whose modules carry the run's `dtypes`, as
+    `computation_dtypes` returns them.
     """
 
     def input_dtype(self, is_cuda):
-        return self.module.precision.products
+        return self.module.dtypes.products
 
     def register_hooks(self):
+        layer = self.module.original_module
+
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
             outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
@@ -1569,25 +1639,22 @@ class BatchHooks:
         @torch.no_grad()
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
-            g = (
-                gradient.to(dtype).flatten(2).mT
-                if gradient.dim() == 4
-                else gradient.to(dtype)[:, None]
-            )
-            self.update(patches(self.module.original_module, activation.to(dtype)), g)
+            g = by_position(layer, gradient.to(dtype))
+            self.update(patches(layer, activation.to(dtype)), g)
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
     def factors(self, g):
-        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I], None where the strategy has none.
+        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I].
 
-        They are moved once to the device of g, eigenvectors also to its dtype.
+        They are None where the strategy has none. They are moved once to the device of g,
+        eigenvectors also to its dtype.
         """
-        storage, c = self.module.storage, constants
+        storage = self.module.storage
         places = {
-            c.ACTIVATION_EIGENVECTORS_NAME: g,
-            c.GRADIENT_EIGENVECTORS_NAME: g,
-            c.LAMBDA_MATRIX_NAME: g.device,
+            constants.ACTIVATION_EIGENVECTORS_NAME: g,
+            constants.GRADIENT_EIGENVECTORS_NAME: g,
+            constants.LAMBDA_MATRIX_NAME: g.device,
         }
         for name, place in places.items():
             if storage[name] is not None:
@@ -1602,25 +1669,24 @@ class BatchHooks:
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
-        return self.module.precision.covariances if is_cuda else self.module.precision.sums
+        return self.module.dtypes.covariances if is_cuda else self.module.dtypes.sums
 
     def update(self, a, g):
-        with rounded_products(self.module.precision.covariances == torch.bfloat16):
-            self.add(
-                constants.ACTIVATION_COVARIANCE_MATRIX_NAME, symmetric_product(a.flatten(0, 1))
-            )
-            self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
-        for name in (
-            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
-            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
-        ):
-            self.add(name, torch.tensor([g.shape[0] * g.shape[1]]))
+        activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
+        gradients = g.flatten(0, 1)  # (B * T, O)
+        with rounded_products(self.module.dtypes.covariances == torch.bfloat16):
+            a_product, g_product = symmetric_product(activations), symmetric_product(gradients)
+        self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
+        self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, g_product)
+        a_count, g_count = torch.tensor([len(activations)]), torch.tensor([len(gradients)])
+        self.add(constants.NUM_ACTIVATION_COVARIANCE_PROCESSED, a_count)
+        self.add(constants.NUM_GRADIENT_COVARIANCE_PROCESSED, g_count)
 
 
 class LambdaSums(BatchHooks, LambdaTracker):
     def update(self, a, g):
         q_a, q_g, _ = self.factors(g)
-        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums):
+        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.dtypes.sums):
             self.add(constants.LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(constants.NUM_LAMBDA_PROCESSED, torch.tensor([len(g)]))
 
@@ -1628,9 +1694,10 @@ class LambdaSums(BatchHooks, LambdaTracker):
 class SelfInfluence(BatchHooks, SelfScoreTracker):
     def update(self, a, g):
         q_a, q_g, weights = self.factors(g)
+        gradient = rotated_gradient(a, g, q_a, q_g)
         scores = [
             squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
-            for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums)
+            for squared in squares(gradient, self.module.dtypes.sums)
         ]
         self.module.storage[constants.SELF_SCORE_VECTOR_NAME] = torch.cat(scores)
 
@@ -1648,7 +1715,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Keeps the batches of queries in a list: joining each to those before would copy and hold them all twice."""
+        """Keeps the batches of queries in a list: joining them would copy and hold them twice."""
         storage, held = self.module.storage, constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
         storage[held] = [*(storage[held] or []), storage[constants.PRECONDITIONED_GRADIENT_NAME]]
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
@@ -1656,18 +1723,16 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
-        gradient = (g.mT @ a).flatten(1)  # (B, O*I)
-        queries = self.module.storage[
-            constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
-        ]  # a list of (Q', O, I)
+        storage = self.module.storage
+        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        # A list of (Q', O, I)
+        queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
-        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(
-            self.module.precision.sums
-        )
+        storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
 
-def install_trackers(module, precision):
-    """Gives a module of kronfluence the trackers above, and zero for eigenvalues that rounding made negative."""
+def install_trackers(module, dtypes):
+    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero."""
 
     def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
@@ -1675,7 +1740,7 @@ def install_trackers(module, precision):
                 module.storage[name].clamp_(min=0)
         prepare(device)
 
-    module.precision, module.prepare_storage = precision, prepare_storage
+    module.dtypes, module.prepare_storage = dtypes, prepare_storage
     module._trackers |= {
         ModuleMode.COVARIANCE: CovarianceSums(module),
         ModuleMode.LAMBDA: LambdaSums(module),
@@ -1685,22 +1750,146 @@ def install_trackers(module, precision):
     }
 
 
+# ---- Influence: which layers are tracked ---------------------------------------------------------
+#
+# Influence is computed for the weights and biases of Conv2d and Linear layers. That their
+# per-sample gradients are right is checked on two images of the data, before anything is computed.
+
+CHECKED_IMAGES = 2
+LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
+
+
+def find_tracked_layers(model, images):
+    """Returns the names of the layers that influence is computed for, in the order of the model.
+
+    Those are the Conv2d and Linear layers (no subclasses) that `model` uses. One pass on `images`,
+    [B, 3, 32, 32], compares their per-sample gradients, as the trackers form them, with autograd's.
+    Raises UserError that names the layer where these differ, or where there is no layer.
+    """
+    kinds = (nn.Conv2d, nn.Linear)
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
+    model.requires_grad_(True)
+    calls, values = record_calls(model, layers, images)
+    exact = [layer_gradients(value, layers) for value in values]
+    tracked = []
+    for name, layer in layers.items():
+        expected = [gradients[name] for gradients in exact]  # of each image
+        if expected[0] is None:  # the layer does not take part in the logits
+            continue
+        reason = refusal(model, layer, calls[name], values, expected)
+        if reason:
+            raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
+        tracked.append(name)
+    if not tracked:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+    return tracked
+
+
+def record_calls(model, layers, images):
+    """Returns each layer's calls by name, lists of (input, output), and a value per image, [B].
+
+    The value is a sum of the logits with a different weight for each, so that its gradient does not
+    vanish where the network is certain of a class.
+    """
+    calls = {name: [] for name in layers}
+
+    def record(name):
+        return lambda _, inputs, output: calls[name].append((inputs[0], output))
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    with torch.enable_grad():
+        logits = model(images)
+        values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+    for hook in hooks:
+        hook.remove()
+    return calls, values
+
+
+def layer_gradients(value, layers):
+    """Returns the gradient of a value by each layer's weights, [O, I], in the order of `patches`.
+
+    It is None for a layer that does not take part in the value.
+    """
+    weights = [layer.weight for layer in layers.values()]
+    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+    found = torch.autograd.grad(value, weights + biases, retain_graph=True, allow_unused=True)
+    of_weights, of_biases = found[: len(weights)], iter(found[len(weights) :])
+    gradients = {}
+    for (name, layer), gradient in zip(layers.items(), of_weights, strict=True):
+        of_bias = None if layer.bias is None else next(of_biases)
+        if gradient is not None and gradient.dim() == 4:
+            gradient = gradient.permute(0, 2, 3, 1).flatten(1)
+        if gradient is not None and of_bias is not None:
+            gradient = torch.cat([gradient, of_bias[:, None]], 1)
+        gradients[name] = gradient
+    return gradients
+
+
+def refusal(model, layer, calls, values, expected):
+    """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
+
+    calls: its (input, output) in one pass; values [B]: one per image; expected: the layer's
+    gradient of each value, [O, I], by autograd.
+    """
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
+    if len(names) > 1:
+        return f"it is also registered as '{names[1]}'; register it once"
+    if len(calls) != 1:
+        return f"it is called {len(calls)} times in one pass; call each layer exactly once"
+    (inputs, outputs), batch = calls[0], len(values)
+    if len(inputs) != batch:
+        return f"its input has {len(inputs)} rows for {batch} images; keep a row for each image"
+    (gradient,) = torch.autograd.grad(
+        values.sum(), outputs, retain_graph=True, materialize_grads=True
+    )
+    with torch.no_grad():
+        found = per_sample_gradient(patches(layer, inputs), by_position(layer, gradient))
+    for image, exact in zip(found, expected, strict=True):
+        if (image - exact).norm() > LARGEST_ERROR * exact.norm():
+            return (
+                "its gradients are not those of its input and output; "
+                "do not share or recompute its weight, and do not mix images"
+            )
+    return None
+
+
+def fixed_parameters(model, tracked):
+    """Returns what influence takes as fixed, as text: parameters that no tracked layer holds.
+
+    Modules of torch.nn are counted by kind, other parameters named. Empty where there are none.
+    """
+    kinds, names = Counter(), []
+    for name, module in model.named_modules():
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if not own or name in tracked:
+            continue
+        if type(module).__module__.startswith("torch.nn"):
+            kinds[type(module).__name__] += 1
+        else:
+            names += [f"{name}.{parameter}".removeprefix(".") for parameter in own]
+    shown = [f"{count} {kind}" for kind, count in kinds.items()] + names[:3]
+    if len(names) > 3:
+        shown.append(f"{len(names) - 3} more")
+    return ", ".join(shown)
+
+
 # ---- Influence: factors and scores ---------------------------------------------------------------
 
 FACTORS_SEED = 17  # draws --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = (
-    50  # queries per backward pass; --query_batch_size says of how many the gradients are held
-)
+# Queries per backward pass; --query_batch_size says of how many the gradients are held.
+QUERY_CHUNK = 50
 
 
 class InfluenceRun:
-    """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
+    """Influence by kronfluence's Analyzer, for one model and its training images.
 
-    All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
-    fitted on `factor_examples` drawn at random, or on all where there are no more; `seed` draws the pseudo-labels.
-    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where `folder`
-    cannot be made.
+    Factors and scores are cached in `folder`, `<path>-<fingerprint>`, by a hash of all that they
+    depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
+    `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
+    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
+    the parameters that influence takes as fixed. Raises UserError, before anything is written,
+    where influence cannot be computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -1714,102 +1903,123 @@ class InfluenceRun:
         seed,
         seconds,
         batch_size=None,
-        factor_examples=None,
+        factor_examples="all",
     ):
-        self.model, self.data, self.strategy, self.dtype, self.seconds = (
-            model,
-            data,
-            strategy,
-            dtype,
-            seconds,
-        )
-        self.precision = computation_dtypes(dtype, strategy)
+        self.model, self.data, self.seconds = model, data, seconds
+        self.strategy, self.dtype = strategy, dtype
+        self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
-        self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
-        factor_examples = min(factor_examples or len(data), len(data))
-        if factor_examples < len(data):
-            chosen = torch.randperm(
-                len(data), generator=torch.Generator().manual_seed(FACTORS_SEED)
-            )[:factor_examples]
-            self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
+        self.dataset = InfluenceDataset(data, seed)
+        self.factor_dataset = self.draw_factor_examples(factor_examples)
+        tracked_model, layer_names = self.track_layers()
+        self.fixed = fixed_parameters(model, layer_names)
+        layers = [model.get_submodule(name) for name in layer_names]
+        self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
         weights = [
             part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
         ]
-        fingerprint, versions = (
-            sha256(*weights, data.digest),
-            [version("torch"), version("kronfluence")],
-        )
+        fingerprint = sha256(*weights, data.digest)
         self.depends_on = [
             fingerprint,
             strategy,
             str(dtype),
             seed,
-            factor_examples,
+            len(self.factor_dataset),
             code_digest(model),
-            *versions,
+            version("torch"),
+            version("kronfluence"),
         ]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
-
-        tracked = prepare_model(copy.deepcopy(model), ClassificationTask())
-        for module in tracked.modules():
-            if isinstance(module, TrackedModule):
-                install_trackers(module, self.precision)
-        place = {"cpu": not data.images.is_cuda, "output_dir": str(self.folder.parent)}
-        self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), **place)
+        self.analyzer = Analyzer(
+            self.folder.name,
+            tracked_model,
+            ClassificationTask(),
+            cpu=not data.images.is_cuda,
+            output_dir=str(self.folder.parent),
+        )
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
-    def computed(self, kind, settings, compute):
-        """Returns the folder of a kind of factors or scores, made by `compute(name, batch_size)` where there is none.
+    def draw_factor_examples(self, count):
+        """Returns a data set of `count` random training images, or of all if there are no more."""
+        total = len(self.dataset)
+        if count in ("all", None) or count >= total:
+            return self.dataset
+        generator = torch.Generator().manual_seed(FACTORS_SEED)
+        chosen = torch.randperm(total, generator=generator)[:count]
+        return torch.utils.data.Subset(self.dataset, chosen.tolist())
 
-        It is named by the hash of all that it depends on. It is made under another name and renamed when whole, so that
-        what exists is complete. While memory runs out, the batch size is halved, but not under torchrun.
-        """
+    def track_layers(self):
+        """Returns a copy of the model whose layers have our trackers, and the layers' names."""
+        images, _, _ = self.dataset.__getitems__(range(min(CHECKED_IMAGES, len(self.dataset))))
+        model = copy.deepcopy(self.model).eval()
+        layer_names = find_tracked_layers(model, images)
+        tracked_model = prepare_model(model, ClassificationTask(layer_names))
+        for module in tracked_model.modules():
+            if isinstance(module, TrackedModule):
+                install_trackers(module, self.dtypes)
+        return tracked_model, layer_names
 
-        def attempt(batch_size):
-            if batch_size < self.batch_size:
-                print(f"Out of memory; going on with batches of {batch_size}")
-            compute(
-                unfinished.name.partition("_")[2], batch_size
-            )  # kronfluence puts factors_ or scores_ before it
-
-        state, main, dtype = (
-            self.analyzer.state,
-            is_main_process(),
-            str(self.dtype).removeprefix("torch."),
-        )
-        digest = sha256(json.dumps([*self.depends_on, *settings]))
-        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
-        decided = [
-            None if main and is_whole(final) else f"{kind}_unfinished-{secrets.token_hex(8)}"
-        ]
+    def from_main(self, value):
+        """Returns the main process's `value` in every process."""
+        values, state = [value], self.analyzer.state
         if state.use_distributed:
-            torch.distributed.broadcast_object_list(decided, device=state.device)
-        if decided[0] is None:
+            torch.distributed.broadcast_object_list(values, device=state.device)
+        return values[0]
+
+    def computed(self, kind, settings, compute):
+        """Returns the folder of factors or scores, made by `compute(name, batch_size)` if missing.
+
+        Its name holds the hash of all that it depends on. It is made under another name and renamed
+        when complete, so a folder of that name is complete.
+        """
+        digest = sha256(json.dumps([*self.depends_on, *settings]))
+        dtype = str(self.dtype).removeprefix("torch.")
+        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
+        main = is_main_process()
+        if main:
+            remove_if_damaged(final)
+        if self.from_main(final.exists()):
             if main:
                 print(f"Reusing {final}")
             return final
-        unfinished = self.folder / decided[0]
+        unfinished = self.folder / self.from_main(f"{kind}_unfinished-{secrets.token_hex(8)}")
         try:
-            if state.use_distributed:
-                attempt(self.batch_size)
-            else:
-                find_executable_batch_size(attempt, self.batch_size)
-            state.wait_for_everyone()
+            # kronfluence puts "factors_" or "scores_" before the name that it is given.
+            self.compute_in_batches(partial(compute, unfinished.name.partition("_")[2]))
+            self.analyzer.state.wait_for_everyone()
             if main:
-                with contextlib.suppress(
-                    OSError
-                ):  # another process was faster; its folder holds the same
+                with contextlib.suppress(OSError):  # another run was faster, with the same result
                     unfinished.rename(final)
-            state.wait_for_everyone()
+            self.analyzer.state.wait_for_everyone()
         finally:
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return final
 
+    def compute_in_batches(self, compute):
+        """Calls `compute(batch_size)`, again with half the batch size while memory is full.
+
+        Under torchrun a full memory is an error: the other processes would wait.
+        """
+
+        def attempt(batch_size):
+            if batch_size < self.batch_size:
+                print(f"Out of memory; going on with batches of {batch_size}")
+            compute(batch_size)
+
+        with no_compiler_reset():
+            if self.analyzer.state.use_distributed:
+                attempt(self.batch_size)
+            else:
+                find_executable_batch_size(attempt, self.batch_size)
+
     @contextlib.contextmanager
     def phase(self, phase, name):
-        """Times the block as a phase. Raises NumericalError where factors or scores of that name are not finite."""
+        """Times the block as a phase.
+
+        Raises NumericalError where factors or scores of that name are not finite.
+        """
         with timed(self.seconds, phase):
             yield
             self.analyzer.state.wait_for_everyone()
@@ -1821,41 +2031,47 @@ class InfluenceRun:
                         raise NumericalError(f"NaN or infinity {where}: {remedy}")
 
     def fit_factors(self):
-        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
+        """Fits the factors that the strategy needs, and returns their folder.
+
+        Those are covariances, their eigendecompositions, and lambda.
+        """
         args = FactorArguments(
             strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None
         )
 
         def compute(name, batch_size):
+            images = self.factor_dataset
             with self.phase("covariance", name):
-                self.analyzer.fit_covariance_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_covariance_matrices(name, images, batch_size, factor_args=args)
             with self.phase("eigendecomposition", name):
                 self.analyzer.perform_eigendecomposition(name, args)
             with self.phase("lambda", name):
-                self.analyzer.fit_lambda_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_lambda_matrices(name, images, batch_size, factor_args=args)
 
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments; the identity has nothing to damp. Other dtypes our trackers know."""
-        damping_factor = 0.0 if self.strategy == "identity" else damping_factor
+        """Returns kronfluence's ScoreArguments for a damping factor, a number or "heuristic".
+
+        The identity has nothing to damp. Our trackers know the other dtypes.
+        """
+        if self.strategy == "identity":
+            damping_factor = 0.0
+        elif damping_factor == "heuristic":
+            damping_factor = None  # kronfluence's word for it
         return ScoreArguments(
-            damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings
+            damping_factor=damping_factor, precondition_dtype=self.dtypes.sums, **settings
         )
 
     def self_influence(self, damping_factor):
-        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.
+        """Returns the self-influence of every training image, float32 [num_train], and its file.
 
-        Raises NumericalError where a score is not a number.
+        `damping_factor` is a number or "heuristic". Raises NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        rounded = self.precision.products != self.precision.sums
+        rounded = self.dtypes.products != self.dtypes.sums
         args = self.score_arguments(
-            damping_factor, amp_dtype=self.precision.products if rounded else None
+            damping_factor, amp_dtype=self.dtypes.products if rounded else None
         )
 
         def compute(name, batch_size):
@@ -1864,58 +2080,86 @@ class InfluenceRun:
                     name, factors_name, self.dataset, batch_size, score_args=args
                 )
 
-        path = (
-            self.computed("scores_self", ["self", args.damping_factor], compute)
-            / "self_scores.safetensors"
-        )
+        folder = self.computed("scores_self", ["self", args.damping_factor], compute)
+        path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
-        """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
+    def queries_held(self, query_batch_size):
+        """Returns of how many queries this process holds the preconditioned gradients at a time.
 
-        `query_batch_size` query gradients (9 MB each in float32) are held at a time, on a CPU at most 2 GB of them; the
-        training gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
+        That is `query_batch_size`, on a CPU at most as many as fit into CPU_QUERY_BYTES. Each
+        process also gets the gradients of the others.
+        """
+        if not self.data.images.is_cuda:
+            fitting = CPU_QUERY_BYTES // (self.num_weights * self.dtype.itemsize)
+            query_batch_size = min(query_batch_size, fitting)
+        return max(1, query_batch_size // self.analyzer.state.num_processes)
+
+    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+        """Returns the influence of each training image on each query, and its file.
+
+        Scores are float32 [num_query, num_train]. `query_batch_size` query gradients (9 MB each in
+        float32) are held at a time, on a CPU at most 2 GB of them. The training gradients are
+        formed anew for each such batch. `damping_factor` is a number or "heuristic". Raises
+        NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        if not query_data.images.is_cuda:
-            parameters = sum(
-                parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1
-            )
-            query_batch_size = min(
-                query_batch_size, CPU_QUERY_BYTES // (parameters * self.dtype.itemsize)
-            )
-        held = max(
-            1, query_batch_size // self.analyzer.state.num_processes
-        )  # each process gets the others' too
+        held = self.queries_held(query_batch_size)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
-        data = InfluenceDataset(query_data, self.dataset.seed), self.dataset
+        queries = InfluenceDataset(query_data, self.dataset.seed)
         args = self.score_arguments(damping_factor, query_gradient_accumulation_steps=steps)
 
         def compute(name, batch_size):
-            sizes = max(1, chunk * batch_size // self.batch_size), batch_size
             with self.phase("scores", name):
                 self.analyzer.compute_pairwise_scores(
-                    name, factors_name, *data, *sizes, score_args=args
+                    name,
+                    factors_name,
+                    queries,
+                    self.dataset,
+                    max(1, chunk * batch_size // self.batch_size),
+                    batch_size,
+                    score_args=args,
                 )
 
         settings = ["pairwise", args.damping_factor, query_data.digest]
-        path = self.computed("scores_pairwise", settings, compute) / "pairwise_scores.safetensors"
+        folder = self.computed("scores_pairwise", settings, compute)
+        path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
-def is_whole(folder):
-    """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
-    for path in sorted(
-        [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]
-    ):  # a person may add others
+@contextlib.contextmanager
+def no_compiler_reset():
+    """Lets torch.compiler.reset do nothing in the block.
+
+    kronfluence calls it after each stage. That imports the compiler, for nothing: it takes 0.8 s,
+    from a slow disk 6 s.
+    """
+    reset = torch.compiler.reset
+    torch.compiler.reset = lambda: None
+    try:
+        yield
+    finally:
+        torch.compiler.reset = reset
+
+
+def remove_if_damaged(folder):
+    """Removes the folder of factors or scores if one of its files was damaged, and says which.
+
+    Of tensors only the header and the size of the file are checked. Files that a person added, of
+    other kinds or hidden, are ignored.
+    """
+    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):
         try:
-            load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            else:
+                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                    pass
         except (SafetensorError, ValueError):
             print(f"{path} is damaged: it is computed anew")
             shutil.rmtree(folder)
-            break
-    return folder.exists()
+            return
 
 
 def load_runs(args, seconds):
@@ -1951,6 +2195,8 @@ def load_runs(args, seconds):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
+    if runs[0].fixed and is_main_process():
+        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
     return runs, [*metadata.values()], data
 
 
