@@ -47,26 +47,23 @@ def number_list(text):
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.influence_parser(
-        "Computes how much each training image influences the prediction for each test image."
-    )
+    parser = pipeline.influence_parser(__doc__)
     # With thousands of images this predicts retraining better than the heuristic.
     parser.set_defaults(damping_factor=1e-6)
-    group = parser.add_argument_group("queries")
-    chosen = group.add_mutually_exclusive_group()
-    chosen.add_argument(
+    queries = parser.groups["data"].add_mutually_exclusive_group()
+    queries.add_argument(
         "--num_query_examples",
         type=pipeline.positive_int,
         metavar="N",
         help=f"explain the first N test images (default: {DEFAULT_QUERIES})",
     )
-    chosen.add_argument(
+    queries.add_argument(
         "--query_indices",
         type=number_list,
         metavar="LIST",
         help="explain only these test images, such as 3,17,40-59",
     )
-    group.add_argument(
+    parser.groups["model"].add_argument(
         "--query_batch_size",
         type=pipeline.positive_int,
         default=1000,

@@ -63,8 +63,8 @@ COLUMNS = ["rank", "index", "path", "label", "predicted_label", *RANKINGS, "is_c
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.influence_parser(__doc__.splitlines()[0])
-    parser.set_defaults(corrupt_percentage=0.1, factor_examples=1000)
+    parser = pipeline.influence_parser(__doc__)
+    parser.set_defaults(factor_examples=1000)
     meanings = "; ".join(f"{name}: {ranking.caption}" for name, ranking in RANKINGS.items())
     parser.add_argument(
         "--method", choices=RANKINGS, default=DEFAULT, help=f"{meanings} (default: %(default)s)"
