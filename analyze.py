@@ -55,13 +55,13 @@ def parse_arguments():
         "--num_query_examples",
         type=pipeline.positive_int,
         metavar="N",
-        help=f"explain the first N test images (default: {DEFAULT_QUERIES})",
+        help=f"compute the influence on the first N test images (default: {DEFAULT_QUERIES})",
     )
     queries.add_argument(
         "--query_indices",
         type=number_list,
         metavar="LIST",
-        help="explain only these test images, such as 3,17,40-59",
+        help="compute the influence on these test images only, such as 3,17,40-59",
     )
     parser.groups["model"].add_argument(
         "--query_batch_size",
