@@ -2369,16 +2369,8 @@ class InfluenceRun:
             part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
         ]
         fingerprint = sha256(*weights, data.digest)
-        self.depends_on = [
-            fingerprint,
-            strategy,
-            str(dtype),
-            seed,
-            len(self.factor_dataset),
-            code_digest(model),
-            version("torch"),
-            version("kronfluence"),
-        ]
+        self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
+        self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
         self.analyzer = Analyzer(
