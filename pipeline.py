@@ -1579,8 +1579,11 @@ def problem_of_network(network, num_classes):
             return f"features and head that hold all parameters, but {name} is in neither"
     was_training = network.training
     model = ImageClassifier(network).eval()
-    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    logits = model.logits(features)
+    try:
+        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        logits = model.logits(features)
+    except RuntimeError as error:  # shapes that do not fit
+        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
     network.train(was_training)
     if features.dim() != 2 or len(features) != 2:
         return f"features of shape [B, D], not {[*features.shape]} for 2 images"
