@@ -1542,6 +1542,8 @@ def find_tracked_layers(model, images):
     """
     kinds = (nn.Conv2d, nn.Linear)
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
+    if not layers:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
     model.requires_grad_(True)
     calls, values = record_calls(model, layers, images)
     exact = [layer_gradients(value, layers) for value in values]
@@ -1554,8 +1556,6 @@ def find_tracked_layers(model, images):
         if reason:
             raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
         tracked.append(name)
-    if not tracked:
-        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
     return tracked
 
 
