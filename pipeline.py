@@ -2382,7 +2382,7 @@ class InfluenceRun:
     def draw_factor_examples(self, count):
         """Returns a data set of `count` random training images, or of all if there are no more."""
         total = len(self.dataset)
-        if count in ("all", None) or count >= total:
+        if count == "all" or count >= total:
             return self.dataset
         generator = torch.Generator().manual_seed(FACTORS_SEED)
         chosen = torch.randperm(total, generator=generator)[:count]

@@ -4,6 +4,7 @@ Each network is a stem, the layer in question, and a head. Its scores are compar
 gradients by torch.func; `-rP` shows the errors.
 """
 
+import dense
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,12 +223,15 @@ def test_bfloat16_scores_of_every_kind_of_input_are_close_to_float32(tmp_path, n
     assert torch.corrcoef(torch.stack(scores))[0, 1] > 0.98
 
 
-def test_patches_do_not_depend_on_the_memory_format():
-    layer = conv(6, 3, padding=1, groups=2)
-    images = torch.randn(3, CHANNELS, *SIZE)
-    contiguous = pipeline.patches(layer, images)
-    channels_last = pipeline.patches(layer, images.to(memory_format=torch.channels_last))
-    assert torch.equal(contiguous, channels_last)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@EVERY_NETWORK
+def test_patches_are_those_of_torchs_unfold_in_every_memory_format(name, memory_format):
+    for layer in dense.named_layers(make_network(name)).values():
+        if isinstance(layer, nn.Conv2d):
+            images = torch.randn(3, layer.in_channels, *SIZE, dtype=torch.float64)
+            images = images.to(memory_format=memory_format)
+            found = pipeline.patches(layer, images).flatten(0, -2)
+            assert torch.equal(found, dense.patches(layer, images))
 
 
 # ---- Refused -------------------------------------------------------------------------------------
