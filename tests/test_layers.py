@@ -143,6 +143,7 @@ NETWORKS = {
     "tokens": lambda: around(Tokens(nn.Linear(CHANNELS, 5))),
     "tokens in rows and columns": lambda: around(ChannelsLast(nn.Linear(CHANNELS, 5))),
     "attention": lambda: around(Tokens(Attention())),
+    "output changed in place": lambda: around(nn.Sequential(conv(5, 3), nn.ReLU(inplace=True))),
     "resnet18": narrow_resnet18,
 }
 EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
@@ -299,7 +300,7 @@ REFUSED = {
     "a layer under two names": (TwoNames, "'3.first': it is also registered as '3.layers.0'"),
     "a weight of two layers": (TiedWeights, "'3.one': its gradients are not"),
     "a weight used without its layer": (WeightUsedDirectly, "'3.filters': it is called 0 times"),
-    "another first dimension": (RowsAsImages, "'3.mix': its input has 14 rows for 2 images"),
+    "another first dimension": (RowsAsImages, "'3.mix': the first dimension of its input is 14"),
     "images mixed": (ImagesMixed, "'0': its gradients are not"),
 }
 
@@ -328,22 +329,25 @@ def test_a_network_without_a_convolution_or_linear_layer_is_refused(tmp_path):
 
 
 class Unused(nn.Module):
-    """A layer that is not called, or whose output is thrown away, does not change the logits."""
+    """Layers that are not called, whose output is thrown away, or that are not differentiated."""
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(CHANNELS, 1, 1))
         self.auxiliary, self.discarded = nn.Linear(3, 2), conv(2, 1)
+        self.constant = nn.Linear(1, CHANNELS)
 
     def forward(self, x):
         self.discarded(x)
-        return x * self.scale
+        with torch.no_grad():
+            shift = self.constant(x.new_ones(len(x), 1))
+        return x * self.scale + shift[:, :, None, None]
 
 
 def test_parameters_that_no_tracked_layer_holds_are_named_as_fixed(tmp_path):
     middle = nn.Sequential(Tokens(Attention()), nn.BatchNorm2d(CHANNELS), Unused())
     run = influence_run(tmp_path, random_data(5, 1, kind=Float32Data), model=around(middle).eval())
-    kinds = "2 BatchNorm2d, 1 LayerNorm, 1 Linear, 1 Conv2d"
+    kinds = "2 BatchNorm2d, 1 LayerNorm, 2 Linear, 1 Conv2d"
     assert run.fixed == f"{kinds}, 3.0.module.position, 3.2.scale"
 
 
