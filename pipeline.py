@@ -65,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
 FULL_MEMORY = (
@@ -2364,8 +2365,9 @@ class InfluenceRun:
     depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
     `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
     `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
-    the parameters that influence takes as fixed. Raises UserError, before anything is written,
-    where influence cannot be computed for a layer, or `folder` cannot be made.
+    the parameters that influence takes as fixed. With the strategy "none" there is only the folder,
+    and any network will do. Raises UserError, before anything is written, where influence cannot be
+    computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -2385,19 +2387,23 @@ class InfluenceRun:
         self.strategy, self.dtype = strategy, dtype
         self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
+        weights = [
+            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
+        ]
+        fingerprint = sha256(*weights, data.digest)
+        self.folder = Path(f"{path}-{fingerprint[:8]}")
+        if strategy == NO_INFLUENCE:
+            self.fixed = ""
+            make_folder(self.folder)
+            return
         self.dataset = InfluenceDataset(data, seed)
         self.factor_dataset = self.draw_factor_examples(factor_examples)
         tracked_model, layer_names = self.track_layers()
         self.fixed = fixed_parameters(model, layer_names)
         layers = [model.get_submodule(name) for name in layer_names]
         self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        weights = [
-            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
-        ]
-        fingerprint = sha256(*weights, data.digest)
         self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
         self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
-        self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
         self.analyzer = Analyzer(
             self.folder.name,
