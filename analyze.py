@@ -44,7 +44,7 @@ def number_list(text):
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.influence_parser(__doc__.splitlines()[0])
+    parser = pipeline.influence_parser(__doc__)
     parser.set_defaults(
         damping_factor=1e-6
     )  # with thousands of images it predicts retraining better than heuristic
@@ -164,34 +164,35 @@ def main():
     if not pipeline.is_main_process():
         return
 
+    folder = pipeline.result_folder(runs)
+    strategy = args.factor_strategy
+    scores, scores_path = found[0]
+    if len(runs) > 1:
+        scores = sum(own for own, _ in found) / len(runs)
+        scores_path = folder / f"pairwise_{strategy}.safetensors"
+    top_csv = folder / f"top_influences_{strategy}.csv"
+    top_png = folder / f"top_influences_{strategy}.png"
+    record_json = folder / f"pairwise_{strategy}.json"
+
     with pipeline.timed(seconds, "report"):
-        folder, strategy, (scores, scores_path) = (
-            pipeline.result_folder(runs),
-            args.factor_strategy,
-            found[0],
-        )
         if len(runs) > 1:
-            scores = sum(own for own, _ in found) / len(runs)
-            scores_path = folder / f"pairwise_{strategy}.safetensors"
             with pipeline.atomic_path(scores_path) as temporary:
                 save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
-        top_csv, top_png = (
-            folder / f"top_influences_{strategy}.{suffix}" for suffix in ("csv", "png")
-        )
         write_top_influences(top_csv, scores, queries, data)
-        record_json, fields = (
-            folder / f"pairwise_{strategy}.json",
-            {"num_train": len(data), "num_query": len(queries)},
-        )
-        record = record_json, args, fields, on_device.images.device, seconds
-        pipeline.write_record(
-            *record
-        )  # before the picture, so that nothing is lost where that fails
+    with (
+        pipeline.recorded(
+            record_json,
+            flags=vars(args),
+            fields={"num_train": len(data), "num_query": len(queries)},
+            device=on_device.images.device,
+            seconds=seconds,
+        ),
+        pipeline.timed(seconds, "report"),
+    ):
         plot_top_influences(top_png, scores, queries, data, strategy)
 
-    pipeline.print_paths(
-        pipeline.write_record(*record), [scores_path, top_csv, top_png, record_json]
-    )
+    pipeline.print_seconds(seconds)
+    pipeline.print_paths([scores_path, top_csv, top_png, record_json])
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ COLUMNS = ["rank", "index", "path", "label", "predicted_label", *RANKINGS, "is_c
 
 def parse_arguments():
     """Reads the command line."""
-    parser = pipeline.influence_parser(__doc__.splitlines()[0])
-    parser.set_defaults(corrupt_percentage=0.1, factor_examples=1000)
+    parser = pipeline.influence_parser(__doc__)
+    parser.set_defaults(factor_examples=1000)
     meanings = "; ".join(f"{name}: {ranking.caption}" for name, ranking in RANKINGS.items())
     parser.add_argument(
         "--method", choices=RANKINGS, default=DEFAULT, help=f"{meanings} (default: %(default)s)"
@@ -271,8 +271,6 @@ def plot_curves(path, results, method, fraction, strategy):
 
     The published ranking, the default, the loss and the `method` are drawn in full strength.
     """
-    from matplotlib.ticker import PercentFormatter
-
     end = min(1, max(0.2, 3 * fraction))
     with pipeline.figure_file(path, 6.4, 6.2) as figure:
         axes = figure.add_subplot(xlim=(0, end), ylim=(0, 1.02))
@@ -294,7 +292,7 @@ def plot_curves(path, results, method, fraction, strategy):
             f"Mislabeled images found by inspecting the top of a ranking ({strategy})", fontsize=10
         )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=4)
 
@@ -681,10 +679,16 @@ def main():
             "num_corrupted": int(is_corrupted.sum()),
             "rankings": results,
         }
-        record = record_json, args, fields, runs[0].data.images.device, seconds
-        pipeline.write_record(
-            *record
-        )  # before the pictures, so that nothing is lost where one fails
+    with (
+        pipeline.recorded(
+            record_json,
+            flags=vars(args),
+            fields=fields,
+            device=runs[0].data.images.device,
+            seconds=seconds,
+        ),
+        pipeline.timed(seconds, "report"),
+    ):
         by = RANKINGS[method].caption + f" ({strategy})" * (method == "self_influence")
         about = {"num_review": args.num_review, "by": by, "cleaned": args.cleaned}
         write_page(
@@ -701,8 +705,8 @@ def main():
             )
 
     tables, pictures = [suspects_csv, explanations_csv], [page_html, suspects_png, curve_png]
-    paths = [*score_paths, *filter(Path.exists, tables + pictures), record_json]
-    pipeline.print_paths(pipeline.write_record(*record), paths)
+    pipeline.print_seconds(seconds)
+    pipeline.print_paths([*score_paths, *filter(Path.exists, tables + pictures), record_json])
     print_next_steps(args, metadata[0], page_html)
 
 

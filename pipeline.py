@@ -1,36 +1,47 @@
-"""What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order in which data meets it:
-command line ► files ► images and labels ► label corruption ► checkpoints ► batches ► network ► influence ► results.
+"""What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order data meets it.
+
+Command line ► files ► images and labels ► label corruption ► csv files ► checkpoints ► batches ►
+network ► influence ► results.
 """
+# ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
 import ctypes
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
 import stat
 import sys
 import time
+import types
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
+
+# The text of this file as it is imported; None where there is only compiled code. Results are
+# cached under a hash of the code that computes them, and the file may be edited during a run.
+SOURCE = __spec__.loader.get_source(__name__)
 
 import numpy as np
 import torch
@@ -46,7 +57,7 @@ from kronfluence.module.tracker.self_score import SelfScoreTracker
 from kronfluence.task import Task
 from kronfluence.utils import constants
 from kronfluence.utils.dataset import DataLoaderKwargs, find_executable_batch_size
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -65,75 +76,88 @@ FULL_MEMORY = (
 
 
 class UserError(Exception):
-    """A mistake only the user can put right; its text is one sentence that says what to do."""
+    """A mistake that only the user can correct; its text is one sentence that says what to do."""
 
     status = 2
 
 
 class NumericalError(UserError):
-    """A NaN or an infinity where a number was due; its text is one sentence that says where and why."""
+    """A NaN or an infinity; its text is one sentence that says where it arose and what to do."""
 
     status = 1
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage text."""
+    """An argument parser whose errors are one line, and whose help shows the flags in groups."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        titles = ("data", "model", "curvature", "training", "report")  # in the order of --help
+        self.groups = {title: self.add_argument_group(title) for title in titles}
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def run(main):
-    """Calls `main` and turns what can go wrong into one line on standard error.
+    """Calls `main`; turns what can go wrong into one line on standard error.
 
-    Exit status 2 for a mistake of the user, 130 for Ctrl-C, 1 for a failure of the machine or a NaN.
+    Exit status: 2 for a mistake of the user, 130 for Ctrl-C, 1 for a failure of the machine or NaN.
     """
-    # kronfluence constructs a GradScaler by its old name, in float32 and bfloat16 too, where it does nothing.
-    warnings.filterwarnings("ignore", message=r".*GradScaler")
-    with contextlib.suppress(AttributeError):  # a stream of a notebook
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # names of files that the console has no letters for
-    with contextlib.suppress(
-        AttributeError, TypeError
-    ):  # glibc keeps freed memory: saves 3 to 16 % on AVX2
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    prepare_process()
     try:
+        if SOURCE is None:
+            raise UserError("only compiled code is there: the .py files are needed beside it")
         return main()
     except UserError as error:
         status, message = error.status, f"error: {error}"
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; nothing is half-written, the same command starts again"
+        status, message = 130, "interrupted; no file is half-written, so run the same command again"
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
-        status, message = 1, f"error: {first_line(error)}; what earlier runs wrote is unharmed"
+        status = 1
+        message = f"error: {first_line(error)}; the results of earlier runs are unharmed"
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in FULL_MEMORY)):
+        if not is_out_of_memory(error):
             raise
-        status, message = (
-            1,
-            "error: out of memory: free some, lower the batch sizes, or leave a GPU by --device cpu",
-        )
+        status = 1
+        message = "error: out of memory: free some, lower the batch sizes, or use --device cpu"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
+def prepare_process():
+    """Sets warnings, the console's encoding and the allocator of this process."""
+    # kronfluence constructs a GradScaler by its old name, even where it has no effect.
+    warnings.filterwarnings("ignore", message=r".*GradScaler")
+    with contextlib.suppress(AttributeError):  # the stream of a notebook has no such method
+        # Names of files may have letters that the console lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # glibc then keeps freed memory, which saves 3 to 16 % of the time on AVX2.
+    with contextlib.suppress(AttributeError, TypeError):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def is_out_of_memory(error):
+    """Returns whether an exception says that memory is full."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in FULL_MEMORY)
+
+
 def first_line(error):
-    """Returns the first line of an exception's text, or its type where it has none."""
+    """Returns the first line of an exception's text, or its type if it has no text."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def number(kind, description, allowed, word=None):
-    """Returns an argparse type: `kind(text)` where `allowed` holds of it, else an error that asks for `description`.
+def number(kind, description, allowed):
+    """Returns an argparse type: `kind(text)` if `allowed` holds of it.
 
-    Where there is a `word` that stands for no number, that is None.
+    Otherwise argparse reports that the text is not `description`.
     """
 
     def parse(text):
-        if text == word:
-            return None
         with contextlib.suppress(ValueError):
-            if allowed(value := kind(text)):
+            value = kind(text)
+            if allowed(value):
                 return value
         raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
 
@@ -147,193 +171,257 @@ whole_number = number(
     int, "a whole number of at least 0 and below 2**32", lambda value: 0 <= value < 2**32
 )
 non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
-damping = number(
-    float,
-    "a number of at least 0, or 'heuristic'",
-    lambda value: 0 <= value < math.inf,
-    "heuristic",
-)
-some_or_all = number(
-    int, "a whole number of at least 1, or 'all'", lambda value: 1 <= value < 2**31, "all"
-)
 corrupt_fraction = number(
     float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1
 )
 
 
-def shared_parser(description):
-    """Returns a parser with the flags that all scripts have."""
+def damping(text):
+    """Parses a `--damping_factor`: a number of at least 0, or the word `heuristic`."""
+    if text == "heuristic":
+        return text
+    try:
+        return non_negative_float(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor 'heuristic'") from error
+
+
+def some_or_all(text):
+    """Parses a `--factor_examples`: a whole number of at least 1, or the word `all`."""
+    if text == "all":
+        return text
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor 'all'") from error
+
+
+def shared_parser(docstring):
+    """Returns a parser with the flags of all scripts; `docstring` is a script's, None under -OO."""
+    description = (docstring or "").partition("\n")[0]
     parser = OneLineParser(description=description, allow_abbrev=False)
-    flag = parser.add_argument
-    wrong = {"type": corrupt_fraction, "metavar": "FRACTION"}
-    labels = parser.add_mutually_exclusive_group().add_argument
-    flag(
-        "--dataset", choices=LOADERS, default="cifar10", help="which images (default: %(default)s)"
+    add_data_flags(parser.groups["data"])
+    model = parser.groups["model"]
+    model.add_argument(
+        "--model",
+        choices=MODELS,
+        default="resnet9",
+        help="network to train or to explain (default: %(default)s)",
     )
-    flag(
-        "--dataset_dir",
-        default="./data",
-        help="class folders lie in its train/ and test/ (default: %(default)s)",
-    )
-    flag(
-        "--output_dir",
-        default="./influence_results",
-        help="gets the results (default: %(default)s)",
-    )
-    labels(
-        "--corrupt_percentage",
-        **wrong,
-        help="fraction of wrong labels; 0 means none (default: %(default)s)",
-    )
-    labels(
-        "--noisy_labels",
-        metavar="CSV",
-        help="labels to train on, by path or by index in the whole data set",
-    )
-    flag(
-        "--num_train_examples",
-        type=positive_int,
-        metavar="N",
-        help="use N training images, the same in every script",
-    )
-    flag(
+    model.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto: bfloat16 where that is fast",
+        help="number format of the computation; auto: bfloat16 where it is fast, else float32",
     )
-    flag(
+    model.add_argument(
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="auto: CUDA where there is one",
+        help="where to compute; auto: a GPU is used if one is available",
+    )
+    parser.groups["report"].add_argument(
+        "--output_dir",
+        default="./influence_results",
+        help="directory for results and for cached images (default: %(default)s)",
     )
     return parser
 
 
-def influence_parser(description):
+def add_data_flags(group):
+    """Adds the flags that choose images and labels, the same in every script."""
+    group.add_argument(
+        "--dataset",
+        choices=LOADERS,
+        default="cifar10",
+        help="data set to train on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dataset_dir",
+        default="./data",
+        help="directory of the data set; an imagefolder has train/ and, if you like, test/ in it, "
+        "each with one folder per class (default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_train_examples",
+        type=positive_int,
+        metavar="N",
+        help="use N randomly drawn training images, the same ones in every script (default: all)",
+    )
+    labels = group.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--corrupt_percentage",
+        type=corrupt_fraction,
+        metavar="FRACTION",
+        help="fraction of the training labels to corrupt, such as 0.1 (default: none)",
+    )
+    labels.add_argument(
+        "--noisy_labels",
+        metavar="CSV",
+        help="file with the labels to train on: columns label, and path or index "
+        "(default: the labels of the data set)",
+    )
+
+
+def influence_parser(docstring, strategies=STRATEGIES):
     """Returns a parser with the flags that analyze.py and detect_mislabeled_dataset.py share."""
-    parser = shared_parser(description)
-    flag = parser.add_argument
-    several = {"nargs": "+", "default": [CHECKPOINT_DIR], "metavar": "DIR"}
-    eigenvalues = {"type": damping, "default": "heuristic", "metavar": "X"}
-    part = {"type": some_or_all, "default": "all", "metavar": "N"}
-    flag(
+    parser = shared_parser(docstring)
+    model = parser.groups["model"]
+    model.add_argument(
         "--checkpoint_dir",
-        **several,
-        help=f"the model's folder; of several, mean scores (default: {CHECKPOINT_DIR})",
+        nargs="+",
+        default=[CHECKPOINT_DIR],
+        metavar="DIR",
+        help="directory of the trained model; with several, their scores are averaged "
+        f"(default: {CHECKPOINT_DIR})",
     )
-    flag("--cleaned", action="store_true", help="take the model of train.py --corrections")
-    flag(
-        "--factor_strategy",
-        choices=STRATEGIES,
-        default="ekfac",
-        help="the curvature (default: %(default)s)",
+    model.add_argument(
+        "--cleaned",
+        action="store_true",
+        help="use the model that was trained with corrections",
     )
-    flag(
-        "--factor_examples",
-        **part,
-        help="fit the curvature on N random images, or on all (default: %(default)s)",
-    )
-    flag(
+    model.add_argument(
         "--train_batch_size",
         type=positive_int,
         metavar="N",
-        help="images per step (default: 64, on CUDA 1024)",
+        help="training images per step (default: 64, on a GPU 1024)",
     )
-    rule = "added to each eigenvalue; heuristic: 0.1 x the layer's mean one (default: %(default)s)"
-    flag("--damping_factor", **eigenvalues, help=rule)
-    flag(
-        "--seed",
-        type=whole_number,
-        default=1004,
-        help="of the Fisher matrix's pseudo-labels (default: %(default)s)",
-    )
+    add_curvature_flags(parser.groups["curvature"], strategies)
     return parser
 
 
-def command(script, args, **values):
-    """Returns the command that runs a script with the flags of `args` that all scripts have, and others, `values`.
+def add_curvature_flags(group, strategies):
+    """Adds the flags that say how the curvature of the loss is approximated."""
+    group.add_argument(
+        "--factor_strategy",
+        choices=strategies,
+        default="ekfac",
+        help="approximation of the curvature (default: %(default)s)",
+    )
+    group.add_argument(
+        "--factor_examples",
+        type=some_or_all,
+        default="all",
+        metavar="N",
+        help="fit the curvature on N random training images, or on all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--damping_factor",
+        type=damping,
+        default="heuristic",
+        metavar="X",
+        help="number added to each eigenvalue of the curvature; heuristic: a tenth of the layer's "
+        "mean eigenvalue (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=whole_number,
+        default=1004,
+        help="seed of the pseudo-labels that estimate the Fisher matrix (default: %(default)s)",
+    )
 
-    Defaults are left out, and flags whose value is None or False.
+
+def command(script, args, **values):
+    """Returns the command that runs a script with the shared flags of `args` and other `values`.
+
+    Flags that have their default value, None or False are left out.
     """
     defaults = vars(shared_parser("").parse_args([]))
-    flags = {name: getattr(args, name) for name in defaults} | values
+    flags = {name: getattr(args, name) for name in defaults}
+    flags.update(values)
     defaults["checkpoint_dir"] = CHECKPOINT_DIR
     words = ["python", script]
     for name, value in flags.items():
-        if value is not None and value is not False and value != defaults.get(name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if value is None or value is False or value == defaults.get(name):
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
     return shlex.join(words)
 
 
+def number_of_processes():
+    """Returns how many processes compute together: more than one under torchrun."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_main_process():
-    """Returns whether this process is the one that prints and writes: the first one under torchrun."""
-    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or int(os.environ.get("RANK") or 0) == 0
+    """Returns whether this process prints and writes: the first one under torchrun."""
+    return number_of_processes() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
-    Raises UserError for `cuda` where there is none. Several processes are refused where the script cannot use them, or
-    has no GPU for each: kronfluence sums its factors over processes on CUDA only.
+    Raises UserError for `cuda` without a usable GPU, and for several processes where the script
+    cannot use them or lacks a GPU for each: kronfluence sums over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"argument --device: {unusable_gpu() or 'there is no NVIDIA GPU here'}; use cpu or auto"
-        )
-    on_gpu, count = (
-        name != "cpu" and torch.cuda.is_available(),
-        int(os.environ.get("WORLD_SIZE") or 1),
-    )
+        reason = unusable_gpu() or "there is no NVIDIA GPU here"
+        raise UserError(f"argument --device: {reason}; use cpu or auto")
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    count = number_of_processes()
     if count > 1 and not (on_gpu and several_processes):
         place = "this script" if on_gpu else "a run on the CPU"
         raise UserError(
             f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun"
         )
+    # Without torchrun no process knows its own GPU; the count itself is then too high a number.
     if count > 1 and int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
         raise UserError(
-            "each process needs a GPU of its own: start them with torchrun, as many as there are GPUs"
+            "each process needs its own GPU: start them with torchrun, as many as there are GPUs"
         )
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
-        if on_gpu
-        else torch.device("cpu")
-    )
+    if not on_gpu:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def unusable_gpu():
-    """Returns why torch cannot use an NVIDIA GPU that is there, as a sentence; empty where it can or there is none."""
-    there = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
-    if torch.cuda.is_available() or not there:
+    """Returns why torch cannot use the NVIDIA GPU of this machine, as a sentence.
+
+    The text is empty where torch can use it, or where there is none.
+    """
+    has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+    if torch.cuda.is_available() or not has_driver:
         return ""
     reason = "it finds none"
     try:
         torch.cuda.init()
     except Exception as error:  # in torch's own words
         reason = first_line(error).rstrip(".")
-    return f"torch cannot use the NVIDIA GPU ({reason}): install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
+    remedy = "install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
+    return f"torch cannot use the NVIDIA GPU ({reason}): {remedy}"
 
 
 def print_machine(device, dtype):
-    """Prints where and how the script computes, and why not on a GPU that is there."""
-    if is_main_process():
-        on_cpu = device.type == "cpu"
-        name = (
-            f"{torch.get_num_threads()} CPU threads"
-            if on_cpu
-            else torch.cuda.get_device_name(device)
-        )
-        print(f"{name}, {str(dtype).removeprefix('torch.')}")
-        if on_cpu and (reason := unusable_gpu()):
-            print(f"On the CPU: {reason}")
+    """Prints which hardware and dtype the script computes with, and why not on the GPU it finds."""
+    if not is_main_process():
+        return
+    if device.type == "cpu":
+        name = f"{torch.get_num_threads()} CPU threads"
+    else:
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}, {str(dtype).removeprefix('torch.')}")
+    if device.type == "cpu" and (reason := unusable_gpu()):
+        print(f"On the CPU: {reason}")
 
 
 # ---- Files: whole or not at all ------------------------------------------------------------------
 
 
+def code_of(*names):
+    """Returns the code of functions and classes of this file as it was imported, without comments.
+
+    Caches are found by a hash of it: a changed comment leaves them valid, a changed statement not.
+    """
+    definitions = ast.parse(SOURCE).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    code = {node.name: ast.unparse(node) for node in definitions if isinstance(node, kinds)}
+    return "\n".join(code[name] for name in names)
+
+
 def make_folder(path):
-    """Creates a folder with its parents. Raises UserError where that is impossible."""
+    """Creates a folder and its parents. Raises UserError where that is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -344,12 +432,11 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path beside `path` that takes its place when the block succeeds, and vanishes otherwise."""
+    """Yields a temporary path that replaces `path` if the block succeeds, else is removed."""
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(
-        f".{secrets.token_hex(8)}.{path.name}"
-    )  # containers share folders, but not their pids
+    # Random, because containers that share a folder may have the same process ids.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
     try:
         yield temporary
         temporary.replace(path)
@@ -361,9 +448,10 @@ def sha256(*parts):
     """Returns the SHA-256, as hex digits, over tensors and strings in the order given."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy()
-        )
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -374,7 +462,7 @@ IMAGE_SIZE = 32
 ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED = 11, 12, 13
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
-# What systems put beside images, in lower case; and all that begins with a dot.
+# Folders and files that systems put beside images, in lower case; hidden ones begin with a dot.
 SYSTEM_NAMES = {
     "@eadir",
     "@tmp",
@@ -384,22 +472,44 @@ SYSTEM_NAMES = {
     "lost+found",
     "__macosx",
     "$recycle.bin",
+    "system volume information",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
 }
-SYSTEM_NAMES |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-# Of CIFAR-10's training images; values are scaled to 0..1 before.
+# Of CIFAR-10's training images, whose values were scaled to 0..1.
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
 CHANNEL_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """What a loader returns: the labels of one split, and a function that reads its images.
+
+    labels: int64 [N]; class_names: names of all classes, at least two; read: function of indices,
+    int64 [M], that returns their images, uint8 [M, 32, 32, 3]; paths: one per image, or None where
+    images have no files of their own; channel_mean, channel_std: of red, green and blue in 0..1.
+    """
+
+    labels: Tensor
+    class_names: list
+    read: Callable
+    paths: list | None = None
+    channel_mean: tuple = CHANNEL_MEAN
+    channel_std: tuple = CHANNEL_STD
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Labelled images in memory.
 
-    images: uint8 [N, 3, 32, 32]; labels: int64 [N], those to train on; true_labels: int64 [N], without the ones made
-    wrong on purpose or given by --noisy_labels; class_names: one per class; paths: one per image, empty where images
-    have no files of their own; indices: int64 [N] on the CPU, each one's place among those loaded, by which the tables
-    call it; numbers: int64 [N] on the CPU, its place in the whole data set; channel_mean, channel_std: of red, green
-    and blue, by which a network's input is standardised.
+    images: uint8 [N, 3, 32, 32]; labels: int64 [N], those to train on; true_labels: int64 [N],
+    those of the data set, without corruption; class_names: one per class; paths: one per image,
+    empty where images have no files of their own; indices: int64 [N] on the CPU, positions among
+    the loaded images, which the tables show; numbers: int64 [N] on the CPU, positions in the whole
+    data set; channel_mean, channel_std: of red, green and blue, by which a network's input is
+    standardised; num_available: number of images in the whole data set, None if unknown.
     """
 
     images: Tensor
@@ -411,6 +521,7 @@ class ImageData:
     numbers: Tensor
     channel_mean: tuple = CHANNEL_MEAN
     channel_std: tuple = CHANNEL_STD
+    num_available: int | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -435,9 +546,15 @@ class ImageData:
 
     def take(self, indices):
         """Returns the examples at `indices`, an int64 tensor [M], in that order."""
-        names = "images", "labels", "true_labels", "indices", "numbers"
-        tensors = {name: getattr(self, name)[indices] for name in names}
-        return replace(self, **tensors, paths=[self.paths[i] for i in indices.tolist()])
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            true_labels=self.true_labels[indices],
+            paths=[self.paths[i] for i in indices.tolist()],
+            indices=self.indices[indices],
+            numbers=self.numbers[indices],
+        )
 
     def without(self, indices):
         """Returns all examples but those at `indices`."""
@@ -446,103 +563,208 @@ class ImageData:
         return self.take(kept.nonzero().squeeze(1))
 
     def to(self, device):
-        """Returns the same with images and labels on `device`, and with its digest, which takes long to compute."""
-        tensors = {
-            name: getattr(self, name).to(device) for name in ("images", "labels", "true_labels")
-        }
-        moved = replace(self, **tensors)
+        """Returns the same with images and labels on `device`, and its digest, which is slow."""
+        moved = replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            true_labels=self.true_labels.to(device),
+        )
         vars(moved)["digest"] = self.digest
         return moved
 
 
 def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
-    """Loads the `train` or `test` images of a `--dataset`, or `num_examples` of them, as ImageData on the CPU.
+    """Loads the `train` or `test` split of a `--dataset`, or `num_examples` of it, as ImageData.
 
-    What is decoded from class folders is kept in `cache_dir`, if there is one. Raises UserError where they cannot be
-    found or read, or where there are fewer.
+    Images that are decoded from class folders are cached in `cache_dir`, if there is one. Raises
+    UserError where images cannot be found or read, or where there are fewer.
     """
-    images, labels, class_names, paths, numbers = LOADERS[dataset](
-        dataset_dir, split, num_examples, cache_dir
-    )
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
+    source = LOADERS[dataset](dataset_dir, split, cache_dir)
+    loader = f"the loader of --dataset {dataset} ({split} images)"
+    check_source(source, loader)
+    total = len(source.labels)
+    chosen = draw_examples(total, num_examples)
+    images = torch.as_tensor(source.read(chosen))  # (M, 32, 32, 3)
+    check_images(images, len(chosen), loader)
+    labels = source.labels[chosen]
+    paths = source.paths or [""] * total
     return ImageData(
-        channels_first,
-        labels,
-        labels,
-        list(class_names),
-        list(paths),
-        torch.arange(len(labels)),
-        numbers,
+        images=images.permute(0, 3, 1, 2).contiguous(),
+        labels=labels,
+        true_labels=labels,
+        class_names=list(source.class_names),
+        paths=[paths[i] for i in chosen.tolist()],
+        indices=torch.arange(len(chosen)),
+        numbers=chosen,
+        channel_mean=tuple(source.channel_mean),
+        channel_std=tuple(source.channel_std),
+        num_available=total,
     )
+
+
+def check_source(source, loader):
+    """Raises UserError where a loader does not return what ImageSource describes."""
+
+    def require(holds, what):
+        if not holds:
+            raise UserError(f"{loader} must return an ImageSource with {what}")
+
+    require(isinstance(source, ImageSource), "labels, class_names and read")
+    labels, names = source.labels, list(source.class_names)
+    is_vector = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1
+    require(is_vector and len(labels) > 0, "labels as an int64 tensor [N], not empty")
+    are_names = len(set(names)) == len(names) >= 2 and all(isinstance(name, str) for name in names)
+    require(are_names, "at least two class_names, different strings")
+    in_range = labels.min() >= 0 and labels.max() < len(names)
+    require(in_range, f"labels from 0 to {len(names) - 1}, since it has {len(names)} class_names")
+    has_paths = source.paths is None or len(source.paths) == len(labels)
+    require(has_paths, f"one path for each of its {len(labels)} labels, or None")
+    has_scale = len(source.channel_mean) == 3 == len(source.channel_std)
+    require(has_scale and min(source.channel_std) > 0, "three means and three positive deviations")
+
+
+def check_images(images, count, loader):
+    """Raises UserError where what a loader read is not uint8 [count, 32, 32, 3]."""
+    expected = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+    if images.dtype != torch.uint8 or images.shape != expected:
+        found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        raise UserError(f"{loader} must read images of uint8 {list(expected)}, but reads {found}")
 
 
 def draw_examples(total, num_examples):
-    """Returns the indices of the images to use: all, or `num_examples` drawn by a fixed seed, int64 [M]."""
+    """Returns the indices of the images to use: all, or `num_examples` drawn by a fixed seed."""
     if num_examples is None:
         return torch.arange(total)
     if num_examples > total:
         raise UserError(
             f"--num_train_examples {num_examples}: there are only {total} training images"
         )
-    return torch.randperm(total, generator=torch.Generator().manual_seed(EXAMPLES_SEED))[
-        :num_examples
-    ]
+    generator = torch.Generator().manual_seed(EXAMPLES_SEED)
+    return torch.randperm(total, generator=generator)[:num_examples]
 
 
-def load_cifar10(dataset_dir, split, num_examples, cache_dir):
-    """Loads CIFAR-10 through torchvision, which checks its files, and downloads it once where it is missing.
+def check_splits(data, test):
+    """Raises UserError where training and test images, as they were read, differ in their classes.
 
-    Like the other loaders it returns images, uint8 [N, 32, 32, 3], labels, names of the classes, paths, and numbers.
+    Each split is listed on its own, and a folder may have come or gone between the two.
     """
-    try:
-        from torchvision.datasets import (
-            CIFAR10,
-        )  # fails beside a torch that was built for other hardware
-
-        try:
-            found = CIFAR10(dataset_dir, train=split == "train")
-        except RuntimeError:  # missing or damaged
-            make_folder(dataset_dir)
-            with (
-                FileLock(Path(dataset_dir) / ".cifar10.lock"),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                found = CIFAR10(dataset_dir, train=split == "train", download=True)
-    except (ImportError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it ({first_line(error)})"
+    if data.class_names != test.class_names:
+        different = sorted({*data.class_names} ^ {*test.class_names})
         raise UserError(
-            f"{reason}: give --dataset_dir, or --dataset imagefolder or synthetic"
+            f"training and test images have different classes ({', '.join(different)}): "
+            "leave the folders alone while a script reads them"
+        )
+
+
+def duplicate_of(data):
+    """Returns for each training image the `index` of the first identical one, a list of N.
+
+    It is -1 for an image that equals none before it. Identical means: pixel for pixel, as decoded.
+    """
+    first, found = {}, []
+    for index, image_hash in zip(data.indices.tolist(), hash_images(data), strict=True):
+        found.append(first.get(image_hash, -1))
+        first.setdefault(image_hash, index)
+    return found
+
+
+def hash_images(data):
+    """Returns a hash of each image's pixels."""
+    return [hashlib.sha256(image).digest() for image in data.images.cpu().numpy()]
+
+
+def print_duplicates(data, test):
+    """Prints how many images are certain errors, and how many leak from test to training.
+
+    Identical images with different labels cannot all be right. An image in both splits makes test
+    accuracy too high. Prints nothing where there are none.
+    """
+    train_hashes = hash_images(data)
+    labels = {}
+    for image_hash, label in zip(train_hashes, data.labels.tolist(), strict=True):
+        labels.setdefault(image_hash, set()).add(label)
+    conflicting = sum(len(labels[image_hash]) > 1 for image_hash in train_hashes)
+    if conflicting:
+        print(f"{conflicting} training images have an identical copy with another label")
+    leaked = sum(image_hash in labels for image_hash in hash_images(test))
+    if leaked:
+        print(f"{leaked} test images are training images, too: test accuracy is too high")
+
+
+def load_cifar10(dataset_dir, split, cache_dir):
+    """Loads CIFAR-10 through torchvision, which downloads it once and checks its files."""
+    try:
+        found = open_cifar10(dataset_dir, split == "train")
+    except (ImportError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it "
+            f"({first_line(error)}): give --dataset_dir, or --dataset imagefolder or synthetic"
         ) from error
-    chosen = draw_examples(len(found.data), num_examples)
-    return (
-        found.data[chosen.numpy()],
-        torch.tensor(found.targets)[chosen],
-        found.classes,
-        [""] * len(chosen),
-        chosen,
+    return ImageSource(
+        labels=torch.tensor(found.targets),
+        class_names=found.classes,
+        read=lambda indices: found.data[indices.numpy()],
     )
 
 
-def load_imagefolder(dataset_dir, split, num_examples, cache_dir):
-    """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed random order, not class by class."""
+def open_cifar10(dataset_dir, train):
+    """Returns torchvision's CIFAR10; of several processes one downloads it, and the others wait."""
+    # Imported here, since the import fails beside a torch that was built for other hardware.
+    from torchvision.datasets import CIFAR10
+
+    try:
+        return CIFAR10(dataset_dir, train=train)
+    except RuntimeError:  # missing or damaged
+        make_folder(dataset_dir)
+    lock = FileLock(Path(dataset_dir) / ".cifar10.lock")
+    with lock, contextlib.redirect_stdout(io.StringIO()):
+        return CIFAR10(dataset_dir, train=train, download=True)
+
+
+def load_imagefolder(dataset_dir, split, cache_dir):
+    """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed random order."""
+    if cache_dir:
+        refuse_inside_data("--output_dir", cache_dir, dataset_dir)
     samples, class_names = split_samples(Path(dataset_dir), split)
     if split == "train" and is_main_process():
         counts = Counter(class_names[label] for _, label in samples)
         print(f"{len(class_names)} classes in {dataset_dir}: {ten_largest(counts)}")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
-    chosen = order[draw_examples(len(order), num_examples)]
-    paths, labels = zip(*(samples[i] for i in chosen), strict=True)
-    return read_images(paths, split, cache_dir), torch.tensor(labels), class_names, paths, chosen
+    paths = [samples[i][0] for i in order.tolist()]
+
+    def read(indices):
+        return read_images([paths[i] for i in indices.tolist()], split, cache_dir)
+
+    return ImageSource(
+        labels=torch.tensor([label for _, label in samples])[order],
+        class_names=class_names,
+        read=read,
+        paths=paths,
+    )
+
+
+def refuse_inside_data(flag, folder, dataset_dir):
+    """Raises UserError where a folder to write into lies among the images of class folders.
+
+    The next run would take what is written there for a class or an image.
+    """
+    inside = [Path(folder).resolve(), *Path(folder).resolve().parents]
+    for split in ("train", "test"):
+        top = Path(dataset_dir) / split
+        if not top.is_dir():
+            continue
+        classes = next(os.walk(top, onerror=refuse_unlisted))[1]
+        if any((top / name).resolve() in inside for name in ("", *classes)):
+            raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
 
 
 def ten_largest(counts):
-    """Returns the ten largest of a Counter as text, how many others there are, and the least of them."""
+    """Returns the ten largest of a Counter as text, how many others there are, and the smallest."""
     parts = [f"{name} {count}" for name, count in counts.most_common()]
-    return ", ".join(
-        parts
-        if len(parts) <= 10
-        else [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"]
-    )
+    if len(parts) > 10:
+        parts[10:] = [f"and {len(parts) - 10} others down to {parts[-1]}"]
+    return ", ".join(parts)
 
 
 def same_form(name):
@@ -553,78 +775,113 @@ def same_form(name):
 def list_samples(folder, verbose):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden files and folders and those of systems are passed over, and the names of such folders printed if `verbose`;
-    any other file that is no image is an error when it is read. What is linked to twice is walked once. Raises
-    UserError where there are not two classes or more, each with a file in it, where two have one name, or a folder
-    cannot be listed.
+    Hidden and system folders and files are skipped, and skipped folders are printed if `verbose`.
+    Raises UserError where there are fewer than two classes, where a class has no file or the name
+    of another, or where a folder cannot be listed.
     """
-
-    def refuse(error):
-        raise UserError(
-            f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it"
-        )
-
-    def made_by_people(names):
-        return sorted(
-            (name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES),
-            key=same_form,
-        )
-
     if not folder.is_dir():
         raise UserError(
-            f"--dataset imagefolder: {folder} must hold a folder of images per class, and is not there"
+            f"--dataset imagefolder: {folder} must be a folder with a folder of images per class"
         )
-    tops = set(next(os.walk(folder, onerror=refuse))[1])
-    samples, class_names, walked, passed_over = [], [], set(), tops - set(made_by_people(tops))
-    for name in made_by_people(tops):
-        found = []
-        for place, folders, files in os.walk(folder / name, onerror=refuse, followlinks=True):
-            if (real := Path(place).resolve()) in walked:
-                folders.clear()
-                continue
-            walked.add(real)
-            passed_over |= set(folders) - set(made_by_people(folders))
-            folders[:] = made_by_people(folders)
-            found += [(f"{place}/{file}", len(class_names)) for file in made_by_people(files)]
-        if not found or same_form(name) in class_names:
-            reason = (
-                "holds no image: fill"
-                if not found
-                else "has the same name as another class: rename"
+    tops = next(os.walk(folder, onerror=refuse_unlisted))[1]
+    samples, class_names, walked = [], [], set()
+    skipped = {*tops} - {*visible(tops)}
+    for name in visible(tops):
+        files, skipped_here = list_files(folder / name, walked)
+        if not files:
+            raise UserError(
+                f"--dataset imagefolder: {folder / name} holds no image: fill or remove it"
             )
-            raise UserError(f"--dataset imagefolder: {folder / name} {reason} or remove it")
-        samples += found
+        if same_form(name) in class_names:
+            raise UserError(
+                f"--dataset imagefolder: {folder / name} has the same name as another class: "
+                "rename or remove it"
+            )
+        samples.extend((path, len(class_names)) for path in files)
         class_names.append(same_form(name))
+        skipped |= skipped_here
     if len(class_names) < 2:
         raise UserError(
-            f"--dataset imagefolder: {folder} must hold at least 2 class folders, not {len(class_names)}"
+            f"--dataset imagefolder: {folder} must hold at least 2 class folders, "
+            f"not {len(class_names)}"
         )
-    if passed_over and verbose:
-        print(f"Passed over in {folder}: {', '.join(sorted(passed_over))}")
+    if skipped and verbose:
+        print(f"Skipped in {folder}: {', '.join(sorted(skipped))}")
     return samples, class_names
 
 
-def split_samples(dataset_dir, split):
-    """Returns (path, label) of every image of a split of class folders, and the names of the classes.
+def list_files(folder, walked):
+    """Returns the paths of all files below a folder, and the names of the folders that are skipped.
 
-    Where there is no `<dataset_dir>/test`, a tenth of each class of `<dataset_dir>/train` is held out for it. The hash
-    of its name decides about a file, so that others may come and go and most of the held out ones remain. Raises
-    UserError where the classes differ, or nothing can be held out.
+    `walked`: set of the folders listed so far, without links. A folder that links lead to twice is
+    listed once; this function adds to the set.
     """
-    verbose, test_dir = split == "train" and is_main_process(), dataset_dir / "test"
+    paths, skipped = [], set()
+    for place, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
+        real = Path(place).resolve()
+        if real in walked:
+            folders.clear()  # tells os.walk to stop here
+            continue
+        walked.add(real)
+        skipped |= {*folders} - {*visible(folders)}
+        folders[:] = visible(folders)  # tells os.walk what to visit, in which order
+        paths.extend(f"{place}/{file}" for file in visible(files))
+    return paths, skipped
+
+
+def visible(names):
+    """Returns the sorted names of files or folders that are neither hidden nor made by a system."""
+    kept = [name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES]
+    return sorted(kept, key=same_form)
+
+
+def refuse_unlisted(error):
+    """Raises UserError for the OSError that listing a folder ended in."""
+    raise UserError(
+        f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it"
+    )
+
+
+def split_samples(dataset_dir, split):
+    """Returns (path, label) of every image of a split of class folders, and the class names.
+
+    Without a folder `test`, a tenth of each class of `train` is held out as the test split. Raises
+    UserError where the classes of the two differ, or nothing can be held out.
+    """
+    verbose = split == "train" and is_main_process()
+    test_dir = dataset_dir / "test"
     samples, class_names = list_samples(dataset_dir / "train", verbose)
     if test_dir.exists():
         test_samples, test_names = list_samples(test_dir, verbose)
-        for place, lacking in (
-            ("test", {*class_names} - {*test_names}),
-            ("train", {*test_names} - {*class_names}),
-        ):
-            if lacking:
-                lacks = f"{dataset_dir / place} lacks the classes {', '.join(sorted(lacking))}"
-                raise UserError(
-                    f"{lacks}: add them, or remove {test_dir}, and a tenth of train is held out for it"
-                )
+        require_classes(dataset_dir / "test", test_names, class_names, test_dir)
+        require_classes(dataset_dir / "train", class_names, test_names, test_dir)
         return (samples if split == "train" else test_samples), class_names
+    held_out = hold_out(samples, dataset_dir)
+    if verbose:
+        print(
+            f"There is no {test_dir}: {len(held_out)} images, a tenth of each class, "
+            "are held out as the test split"
+        )
+    is_test = split == "test"
+    return [sample for sample in samples if (sample in held_out) == is_test], class_names
+
+
+def require_classes(folder, names, expected, test_dir):
+    """Raises UserError where a folder of one split lacks classes of the other."""
+    lacking = sorted({*expected} - {*names})
+    if lacking:
+        raise UserError(
+            f"{folder} lacks the classes {', '.join(lacking)}: add them, "
+            f"or remove {test_dir}, and a tenth of train is held out as the test split"
+        )
+
+
+def hold_out(samples, dataset_dir):
+    """Returns a tenth of the (path, label) samples of each class, as a set: the test split.
+
+    The hash of a file's name decides, so that most of them stay when files come or go. Raises
+    UserError where every class has one image.
+    """
 
     def by_hash(sample):
         return hashlib.sha256(os.fsencode(os.path.relpath(sample[0], dataset_dir))).digest()
@@ -632,35 +889,23 @@ def split_samples(dataset_dir, split):
     held_out = set()
     for _, members in itertools.groupby(samples, key=itemgetter(1)):
         ordered = sorted(members, key=by_hash)
-        held_out |= set(ordered[: max(1, round(len(ordered) / 10))] if len(ordered) > 1 else ())
+        if len(ordered) > 1:
+            held_out |= set(ordered[: max(1, round(len(ordered) / 10))])
     if not held_out:
         raise UserError(
-            f"--dataset imagefolder: without {dataset_dir}/test, some class must have 2 images or more"
+            f"--dataset imagefolder: without {dataset_dir}/test, "
+            "some class must have 2 images or more"
         )
-    if verbose:
-        print(
-            f"There is no {dataset_dir}/test: {len(held_out)} images, a tenth of each class, are held out for it"
-        )
-    return [sample for sample in samples if (sample in held_out) == (split == "test")], class_names
+    return held_out
 
 
 def read_images(paths, split, cache_dir):
-    """Returns the images in files, uint8 [N, 32, 32, 3]; in `cache_dir`, if there is one, they are kept.
+    """Returns the images in files, uint8 [N, 32, 32, 3]; caches them in `cache_dir`, unless None.
 
-    They are found there by the hash of names, sizes, times and numbers (two files might trade places) of the files.
     Raises UserError, naming the file, where one cannot be read or its name is not UTF-8.
     """
-    listing = [inspect.getsource(read_images), inspect.getsource(read_image), version("pillow")]
-    for path in paths:
-        try:
-            info = os.stat(path.encode())  # noqa: PTH116, pathlib takes seconds for as many as there are
-            if not stat.S_ISREG(info.st_mode):  # a pipe would be read without an end
-                raise OSError("no regular file")
-        except (OSError, UnicodeError) as error:
-            raise UserError(
-                f"{path!r} cannot be read ({first_line(error)}): remove or rename it"
-            ) from error
-        listing.append(f"{path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
+    code = code_of("read_image", "refuse_deep_colour", "has_deep_colour", "is_deep_tile")
+    listing = [code, str(IMAGE_SIZE), version("pillow"), *map(describe_file, paths)]
     cache = Path(cache_dir or "") / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
     if cache_dir and cache.exists():
         try:
@@ -668,104 +913,139 @@ def read_images(paths, split, cache_dir):
         except SafetensorError:
             print(f"{cache} is damaged: the images are read anew")
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = list(
-            tqdm(pool.map(read_image, paths), f"Reading {split} images", len(paths), leave=False)
-        )
-    if brightest := max((image.max() for image in images if image.dtype == np.float32), default=0):
-        bits = next((bits for bits in (8, 12) if brightest < 2**bits), 16)
-        if is_main_process():
-            print(
-                f"Grey of 16 bits in the {split} images is scaled by the {bits} bits that they use, all alike"
-            )
-        scale = 255 / (2**bits - 1)
-        images = [
-            image if image.dtype == np.uint8 else np.rint(image * scale).clip(0, 255)
-            for image in images
-        ]
-    images = np.stack(images).astype(np.uint8)
+        decoded = pool.map(read_image, paths)
+        progress = tqdm(decoded, f"Reading {split} images", len(paths), leave=False)
+        images = np.stack(list(progress))
     if cache_dir and is_main_process():
         with atomic_path(cache) as temporary:
             save_file({"images": torch.from_numpy(images)}, temporary)
     return images
 
 
+def describe_file(path):
+    """Returns name, size, times and number (two files may trade places) of a file, as text.
+
+    Raises UserError where it is no regular file, or its name is not UTF-8.
+    """
+    try:
+        info = os.stat(path.encode())  # noqa: PTH116, pathlib takes seconds for as many as there are
+        if not stat.S_ISREG(info.st_mode):  # a pipe would be read without an end
+            raise OSError("no regular file")
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"{path!r} cannot be read ({first_line(error)}): remove or rename it"
+        ) from error
+    return f"{path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
+
+
 def read_image(path):
     """Returns the image in a file as RGB, uint8 [32, 32, 3], upright, transparency over white.
 
-    Grey of 16 bits stays as it is, as float32. Raises UserError, naming the file, where it cannot be read.
+    Raises UserError, naming the file, where it cannot be read or has more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
     size = IMAGE_SIZE, IMAGE_SIZE
     try:
         with Image.open(path) as image:
-            image.draft(
-                "RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
-            )  # lets a large JPEG be decoded at a lower resolution
-            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                raise ValueError("32 bits per pixel, of unknown range; save it with 8 or 16")
+            refuse_deep_colour(image, path)
+            # Lets a large JPEG be decoded at a lower resolution.
+            image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # turns a TIFF by itself
-            with contextlib.suppress(
-                Exception
-            ):  # of a malformed EXIF Pillow keeps what it could read
-                image.getexif()
-            for name in (
-                "exif",
-                "Raw profile type exif",
-            ):  # Pillow would write it anew, and fail where malformed
+            with contextlib.suppress(Exception):
+                image.getexif()  # of a malformed EXIF block Pillow keeps what it could read
+            # Pillow would write the block anew, and fail where it is malformed.
+            for name in ("exif", "Raw profile type exif"):
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # Pillow would clip it to 8 bits
-                grey = Image.fromarray(np.asarray(image).astype(np.float32)).resize(
-                    size, Image.Resampling.BILINEAR
-                )
-                return np.asarray(grey)[..., None].repeat(3, 2)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"{path} is not a readable image ({first_line(error)}): remove or replace it"
         ) from error
 
 
-def load_digits(dataset_dir, split, num_examples, cache_dir):
-    """Draws digits in random colours, places, sizes and rotations; each is the same whichever others are drawn."""
-    chosen = draw_examples(NUM_SYNTHETIC[split], num_examples)
-    images, labels = zip(
-        *(draw_digit((*SYNTHETIC_SEEDS[split], index)) for index in chosen.tolist()), strict=True
+def refuse_deep_colour(image, path):
+    """Raises UserError where an opened, not yet loaded image has more than 8 bits per channel.
+
+    Pillow keeps the upper 8 bits of colour without a word, which are nearly black where a camera
+    used 12 of 16 bits; and the range of grey is not known.
+    """
+    if has_deep_colour(image, path):
+        raise UserError(
+            f"{path} has more than 8 bits per channel: convert all images alike to 8 bits, such as "
+            "by ImageMagick: magick mogrify -depth 8 FILES (with -level 0,6.25% before -depth "
+            "where values end at 4095)"
+        )
+
+
+def has_deep_colour(image, path):
+    """Returns whether the header of an image file says more than 8 bits per channel."""
+    if image.mode.startswith(("I", "F")):  # integers or floating-point numbers
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,))) > 8  # BitsPerSample
+    if image.format == "JPEG2000":
+        # A start of codestream, then the marker of sizes, which has the first channel's bits less 1
+        # at byte 38; the highest bit is the sign.
+        _, _, sizes = Path(path).read_bytes().partition(b"\xff\x4f\xff\x51")
+        return sizes[38] % 128 + 1 > 8
+    return any(is_deep_tile(tile, image.format) for tile in image.tile)
+
+
+def is_deep_tile(tile, image_format):
+    """Returns whether a tile, as Pillow describes what it will decode, has more than 8 bits."""
+    codec, _, _, arguments = tile
+    values = arguments if isinstance(arguments, tuple) else (arguments,)
+    if codec == "SGI16" or str(values[0]).endswith((";16B", ";16L", ";16N")):
+        return True
+    # The largest value that the header of a portable pixmap allows.
+    return image_format == "PPM" and isinstance(values[-1], int) and values[-1] > 255
+
+
+def load_digits(dataset_dir, split, cache_dir):
+    """Draws digits in random colours, places, sizes and rotations, each one from its own seed."""
+    seeds = [(*SYNTHETIC_SEEDS[split], index) for index in range(NUM_SYNTHETIC[split])]
+    return ImageSource(
+        labels=torch.tensor([digit_of(np.random.default_rng(seed)) for seed in seeds]),
+        class_names=[str(digit) for digit in range(10)],
+        read=lambda indices: np.stack([draw_digit(seeds[i]) for i in indices.tolist()]),
     )
-    return np.stack(images), torch.tensor(labels), map(str, range(10)), [""] * len(chosen), chosen
+
+
+def digit_of(random):
+    """Returns the digit that a new random generator draws first."""
+    return int(random.integers(10))
 
 
 def draw_digit(seed):
-    """Returns one image, uint8 [32, 32, 3], and the digit it shows."""
+    """Returns the image of one digit, uint8 [32, 32, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
     random = np.random.default_rng(seed)
-    digit = int(random.integers(10))
-    # Digit and background differ in brightness whatever their colours; which one is the brighter is random.
-    colour, paper = random.permutation(
-        [random.integers(0, 115, size=3), random.integers(140, 256, size=3)]
-    )
+    digit = digit_of(random)
+    # Digit and background differ in brightness, whatever their colours; either can be brighter.
+    colours = [random.integers(0, 115, size=3), random.integers(140, 256, size=3)]
+    colour, paper = random.permutation(colours)
     coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
-    texture = np.asarray(
-        Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    )
+    texture = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    texture = np.asarray(texture)
     background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
 
     canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+    centre = (IMAGE_SIZE, IMAGE_SIZE)
     font = ImageFont.load_default(size=int(random.integers(18, 29)))
-    ImageDraw.Draw(canvas).text(
-        (IMAGE_SIZE, IMAGE_SIZE), str(digit), fill=255, font=font, anchor="mm"
-    )
+    ImageDraw.Draw(canvas).text(centre, str(digit), fill=255, font=font, anchor="mm")
     canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
     left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
-    mask = (
-        np.asarray(canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))[..., None] / 255
-    )
-    return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8), digit
+    window = canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
+    mask = np.asarray(window)[..., None] / 255
+    return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8)
 
 
 LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": load_digits}
@@ -775,9 +1055,10 @@ LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic"
 
 
 def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
-    """Gives exactly round(fraction * N) randomly chosen examples a label drawn uniformly from the other classes.
+    """Gives exactly round(fraction * N) randomly chosen examples a label of another class.
 
-    labels: int64 [N] on the CPU. Returns new labels, int64 [N], and which ones were changed, bool [N].
+    The label is drawn uniformly: symmetric label noise. labels: int64 [N] on the CPU. Returns new
+    labels, int64 [N], and which ones were changed, bool [N].
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
@@ -790,9 +1071,10 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
 def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
     """Returns the ImageData to train on, of `clean`, the images as they were loaded.
 
-    Their labels are `noisy_labels`, int64 [N], or else a `fraction` of them, as of `--corrupt_percentage`, is made
-    wrong. Then the `new_labels` of a `cleaning`, a dictionary by index among the loaded images, are put in, and its
-    `excluded` indices left out. What a person says of a label that was not wrong counts as true.
+    Their labels are `noisy_labels`, int64 [N], or else a `fraction` of them is corrupted, as
+    `--corrupt_percentage` says. Then a `cleaning`, as `read_corrections` returns it, is applied:
+    its `new_labels` by index among the loaded images, and its `excluded` indices. The new label of
+    an image whose label was not corrupted counts as the true one.
     """
     if noisy_labels is None:
         noisy_labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
@@ -806,280 +1088,391 @@ def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
     return replace(data, labels=labels, true_labels=true_labels).without(cleaning["excluded"])
 
 
-# ---- Labels and decisions in csv files ------------------------------------------------------------
+# ---- Labels and decisions in csv files -----------------------------------------------------------
+
+LEAVE_OUT = "leave out"  # in the column new_label: the image is not trained on
+HELD_OUT = -1  # stands for every image of the test split
 
 
-def read_rows(flag, path, column):
-    """Yields (place, row) of a csv file: `<flag> <path>, line 2` and a dictionary of its cells.
+class OtherImage(UserError):
+    """A row names an image that is not trained on: of the test split, or one that was not drawn."""
 
-    Cells may stand between commas, semicolons or tabs, as spreadsheets of different countries write them; rows without
-    any are passed over. Raises UserError where the file cannot be read or does not have the column.
+
+class NoSuchImage(UserError):
+    """A row names no image at all."""
+
+
+def read_csv(flag, path, column):
+    """Returns the rows of a csv file and the SHA-256 of its bytes, which are read once.
+
+    A row is a pair: its place, such as `<flag> <path>, line 2`, and a dictionary of its cells by
+    column name. Cells may stand between commas, semicolons, tabs, or what a first line `sep=`
+    names; blank rows are skipped. Raises UserError where the file cannot be read, lacks `column` or
+    has a column twice, and where quotes or the number of cells of a row are wrong.
     """
+    name = f"{flag} {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("it has a NUL")
-        text, above = text.removeprefix("sep=;\n"), text.startswith("sep=;\n")  # a line for Excel
-        first = text.partition("\n")[0]
-        reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if column not in reader.fieldnames:
-            header = f"its first line must name the column '{column}', but is {first!r}"
-            raise UserError(f"{flag} {path}: {header}")
-        for row in reader:
-            place = f"{flag} {path}, line {reader.line_num + above}"
-            if None in row or None in row.values():
-                cells = "has another number of cells than the first line"
-                raise UserError(
-                    f"{place}: {cells}; where the last is empty, put another column behind it"
-                )
-            if any(row.values()):
-                yield place, row
-    except (OSError, ValueError, csv.Error) as error:
-        reason = first_line(error)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{flag} {path} cannot be read as a csv file in UTF-8 ({reason})"
+            f"{name} cannot be read as a csv file in UTF-8 ({first_line(error)})"
         ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    separator = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', numbered[0][1], re.I) if numbered else None
+    if separator:  # a line for Excel
+        numbered = numbered[1:]
+    header = numbered[0][1] if numbered else ""
+    delimiter, columns = find_columns(name, header, separator[1] if separator else ",;\t", column)
+    rows = []
+    for number, line in numbered[1:]:
+        place = f"{name}, line {number}"
+        cells = split_cells(place, line, delimiter)
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{place}: has {len(cells)} cells, but the first line has {len(columns)}: "
+                "give every row a cell for each column, an empty one where nothing is to be said"
+            )
+        if any(cell.strip() for cell in cells):
+            rows.append((place, dict(zip(columns, cells, strict=True))))
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def find_columns(name, header, delimiters, column):
+    """Returns which delimiter divides a header so that it has the `column`, and all its columns.
+
+    Names of columns are lower-case, without blanks around. Raises UserError where no delimiter
+    does, or where a column is there twice.
+    """
+    for delimiter in delimiters:
+        try:
+            cells = split_cells(name, header, delimiter)
+        except UserError:  # its quotes make no sense between these delimiters
+            continue
+        columns = [cell.strip().lower() for cell in cells]
+        if column not in columns:
+            continue
+        doubled = [cell for cell, count in Counter(columns).items() if cell and count > 1]
+        if doubled:
+            raise UserError(f"{name}: the column '{doubled[0]}' is there twice: remove one")
+        return delimiter, columns
+    raise UserError(f"{name}: its first line must name the column '{column}', but is {header!r}")
+
+
+def split_cells(place, line, delimiter):
+    """Returns the cells of a line of a csv file. Raises UserError where its quotes are wrong."""
+    try:
+        (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
+    except csv.Error as error:
+        raise UserError(
+            f"{place}: a cell in quotes must end on its line, directly before {delimiter!r} "
+            f"({error}): remove line breaks and stray quotes"
+        ) from error
+    for cell in cells:
+        if cell != cell.lstrip() and cell.lstrip().startswith('"'):
+            raise UserError(f"{place}: a blank stands before a quote: remove the blank")
+    return cells
 
 
 class ExampleFinder:
-    """Finds the training images that rows of a csv file call by `path` or, where images have no files, by number.
+    """Finds the training images that the rows of a csv file name.
 
-    A path may be absolute, or relative to the working directory, to the csv file or to `--dataset_dir`, with links on
-    the way. Where the file it names is gone, its last parts decide, such as `train/cat/1.png`: the data set was moved.
-    `test` are the images held out; `numbers`, int64 [N], are what the column `index` holds.
+    Images with files are named by `path`: absolute, or relative to the working directory or to
+    `--dataset_dir`. Where no such file exists, the last parts of the path decide, such as
+    `train/cat/1.png`: the data set was moved. Images without files are named by `index`.
     """
 
-    def __init__(self, data, test, dataset_dir, csv_path, numbers):
-        def below(path):
-            return Path(os.path.relpath(path, dataset_dir)).as_posix()
-
-        self.data, self.folders = data, ("", Path(csv_path).parent, dataset_dir)
-        self.places, self.found = {}, set()
+    def __init__(self, data, test, dataset_dir, numbers):
+        """Takes ImageData of both splits, and what `index` means for training, int64 [N]."""
+        self.data, self.dataset_dir = data, dataset_dir
         self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
-        images = [
-            *((path, i) for i, path in enumerate(data.paths)),
-            *((path, None) for path in test.paths),
-        ]
-        for spelling in (os.path.abspath, os.path.realpath, below):
-            for path, index in images:
-                if path:
-                    self.places.setdefault(same_form(spelling(path)), index)
+        self.images = [(path, index) for index, path in enumerate(data.paths) if path]
+        self.images += [(path, HELD_OUT) for path in test.paths if path]
+        self.used = set()
+        self.matched_by_last_parts = []  # text for each such row
 
-    def spellings(self, path):
-        """Yields the ways to look a path up, the surest first."""
-        files = [Path(folder) / path for folder in self.folders]
-        for file in files:
-            yield from (os.path.abspath(file), os.path.realpath(file))
-        if not any(map(os.path.exists, files)):
-            parts = path.replace("\\", "/").split("/")
-            yield from ("/".join(parts[start:]) for start in range(len(parts)))
+    @cached_property
+    def by_name(self):
+        """Images by name in the real folder, so that links to folders do not matter."""
+        return unique(self.images, unlinked_folder)
 
-    def __call__(self, place, row, passes_over=False):
-        """Returns the index of a row's image, or None where it is another image, if those are passed over.
+    @cached_property
+    def by_target(self):
+        """Images by the file they are, where they are links themselves."""
+        return unique(self.images, os.path.realpath)
 
-        Raises UserError where the row calls no training image, or one that was called before.
+    @cached_property
+    def by_last_parts(self):
+        """Images by their path below `--dataset_dir`."""
+
+        def below(path):
+            return Path(os.path.relpath(path, self.dataset_dir)).as_posix()
+
+        return unique(self.images, below)
+
+    def find(self, place, row):
+        """Returns the index of the training image that a row names.
+
+        Raises OtherImage, NoSuchImage, or UserError where it names none or one that had a row.
         """
-        path, number = row.get("path", ""), row.get("index", "").strip()
+        if any(self.data.paths):
+            index = self.find_path(place, row.get("path", ""))
+        else:
+            index = self.find_number(place, row.get("path", ""), row.get("index", "").strip())
+        if index == HELD_OUT:
+            raise OtherImage(f"{place}: {row['path']} is held out as the test split")
+        if index in self.used:
+            raise UserError(f"{place}: image {index} has a row before this one")
+        self.used.add(index)
+        return index
+
+    def find_number(self, place, path, number):
+        """Returns the index of the training image with a number, of images without files."""
+        count = len(self.data)
         if path.strip():
-            spellings = map(
-                same_form, itertools.chain(self.spellings(path), self.spellings(path.strip()))
+            raise NoSuchImage(
+                f"{place}: {path} is not among the {count} training images, which have no files: "
+                "name them by index"
             )
-            known = next((spelling for spelling in spellings if spelling in self.places), None)
-            where = (
-                "held out for the test"
-                if known
-                else f"not among the {len(self.data)} training images"
-            )
-            index, problem = self.places.get(known), f"{path} is {where}"
-        elif any(self.data.paths):
+        if not number:
+            raise UserError(f"{place}: needs an index, a whole number from 0 on")
+        digits = number.lstrip("0") or "0"
+        if digits in self.numbered:
+            return self.numbered[digits]
+        total = self.data.num_available or count
+        problem = f"{place}: there is no training image {number:.20}, only 0 to {count - 1}"
+        if digits.isdecimal() and len(digits) <= len(str(total)) and int(digits) < total:
+            raise OtherImage(problem)
+        raise NoSuchImage(problem)
+
+    def find_path(self, place, path):
+        """Returns the index of the training image with a path, or HELD_OUT for a test image."""
+        if not path.strip():
             raise UserError(
                 f"{place}: needs a path; an index is another image once files come or go"
             )
-        elif not number or (passes_over and not number.isdecimal()):  # such as 1.0
-            raise UserError(f"{place}: needs an index, a whole number from 0 on")
-        else:
-            problem = f"there is no training image {number:.20}, only 0 to {len(self.data) - 1}"
-            index = self.numbered.get(number.lstrip("0") or "0")
-        if index is None and not passes_over:
-            raise UserError(f"{place}: {problem}")
-        if index in self.found:
-            raise UserError(f"{place}: image {index} has a row before this one")
-        if index is not None:
-            self.found.add(index)
+        files = [file for spelled in spellings(path) for file in self.places(spelled)]
+        for file in files:
+            index = self.look_up(file)
+            if index is not None:
+                return index
+        problem = f"{place}: {path} is not among the {len(self.data)} training images"
+        if any(map(os.path.isfile, files)):
+            raise OtherImage(problem)
+        return self.find_last_parts(path, problem)
+
+    def find_last_parts(self, path, problem):
+        """Returns the index of the image that the last parts of a path name, or HELD_OUT."""
+        endings = [ending for spelled in spellings(path) for ending in last_parts(spelled)]
+        for ending in endings:
+            index = self.by_last_parts.get(same_form(ending))
+            if index is not None:
+                self.matched_by_last_parts.append(f"{path} as {ending}")
+                return index
+        if any(map(os.path.isfile, (f"{self.dataset_dir}/{ending}" for ending in endings))):
+            raise OtherImage(problem)
+        raise NoSuchImage(f"{problem}, and there is no such file")
+
+    def places(self, path):
+        """Returns where the file of a path may be."""
+        return os.path.abspath(path), os.path.abspath(Path(self.dataset_dir) / path)
+
+    def look_up(self, file):
+        """Returns the index of the image that a file is, HELD_OUT for a test image, or None."""
+        index = self.by_name.get(same_form(unlinked_folder(file)))
+        if index is None:
+            index = self.by_target.get(same_form(os.path.realpath(file)))
         return index
+
+    def print_matches(self):
+        """Prints how many rows were matched by their last parts, if any, and the first of them."""
+        if self.matched_by_last_parts:
+            print(
+                f"{len(self.matched_by_last_parts)} rows name files that do not exist and were "
+                f"matched by the last parts of their paths, the first: "
+                f"{self.matched_by_last_parts[0]}"
+            )
+
+
+def unique(images, spelling):
+    """Returns a dictionary from the spelling of each path, in one Unicode form, to its index.
+
+    images: pairs of a path and an index. What several images would be called by is left out.
+    """
+    places = {}
+    for path, index in images:
+        places.setdefault(same_form(spelling(path)), []).append(index)
+    return {place: found[0] for place, found in places.items() if len(found) == 1}
+
+
+def unlinked_folder(path):
+    """Returns the absolute path of a file, in which no folder is a link."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return f"{os.path.realpath(folder)}/{name}"
+
+
+def spellings(path):
+    """Returns a path as it is written, without blanks around it, and as the URL of a label tool."""
+    decoded = unquote(re.sub("^file:(//(localhost)?)?", "", path.strip()))
+    return list(dict.fromkeys((path, path.strip(), decoded)))
+
+
+def last_parts(path):
+    """Returns the endings of a path at its separators, also those of Windows, longest first."""
+    parts = path.replace("\\", "/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def find_class(place, name, class_names):
-    """Returns the number of the class of that name, in any Unicode form, also with blanks around it."""
-    for spelled in map(same_form, (name, name.strip())):
+    """Returns the number of a class by its name, in any Unicode form, also with blanks around."""
+    for spelled in (same_form(name), same_form(name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
     raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
 
 
 def read_noisy_labels(path, data, test, dataset_dir):
-    """Returns the labels to train on, int64 [N]: those in a csv file, where it has a row of an image.
+    """Returns the labels to train on, int64 [N], and the SHA-256 of the csv file they come from.
 
-    Its columns are `label`, a class name, and `path` or `index`, the place in the whole data set. Rows of other images
-    are passed over. Prints what differs. Raises UserError, naming the line, for an unknown class or one image twice,
-    and where no row is about a training image.
+    Its columns are `label`, a class name, and `path`, or `index`: the position in the whole data
+    set. Images without a row keep their label; rows of images that are not trained on are counted.
+    Prints what differs. Raises UserError, naming the line, for an unknown class, for one image
+    twice, and for a row that names no image, and where no row is about a training image.
     """
-    find_example, others = ExampleFinder(data, test, dataset_dir, path, data.numbers), 0
-    labels, changes = data.labels.clone(), Counter()
-    for place, row in read_rows("--noisy_labels", path, "label"):
-        index = find_example(place, row, passes_over=True)
-        if index is None:
+    rows, file_hash = read_csv("--noisy_labels", path, "label")
+    finder = ExampleFinder(data, test, dataset_dir, data.numbers)
+    labels, changes, others, missing = data.labels.clone(), Counter(), 0, []
+    for place, row in rows:
+        try:
+            index = finder.find(place, row)
+        except OtherImage:
             others += 1
+            continue
+        except NoSuchImage as error:
+            missing.append(error)
             continue
         labels[index] = find_class(place, row["label"], data.class_names)
         if labels[index] != data.labels[index]:
-            changes[
-                f"{data.class_names[data.labels[index]]} → {data.class_names[labels[index]]}"
-            ] += 1
-    if not (used := len(find_example.found)):
+            old, new = data.class_names[data.labels[index]], data.class_names[labels[index]]
+            changes[f"{old} → {new}"] += 1
+    if missing:
+        raise UserError(f"{missing[0]} ({len(missing)} such rows in all): correct or remove them")
+    if not finder.used:
         raise UserError(
             f"--noisy_labels {path}: none of its {others} rows is about a training image"
         )
-    print(
-        f"{path}: {used} rows, and {others} of other images; {ten_largest(changes) or 'none differs'}"
-    )
-    return labels
+    finder.print_matches()
+    summary = ten_largest(changes) or "none differs"
+    print(f"{path}: {len(finder.used)} rows, and {others} of other images; {summary}")
+    return labels, file_hash
+
+
+def has_labels_of(metadata, path):
+    """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
+
+    metadata: the checkpoint's; path: None without the flag. The checkpoint keeps the labels, so a
+    file that cannot be read a second time is not needed: a pipe such as that of `<(command)`, or a
+    file that is gone and is named as it was for the training. Then a line is printed.
+    """
+    if path is None or metadata["noisy_labels"] is None:
+        return path is metadata["noisy_labels"]
+    if Path(path).is_file():
+        try:
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest() == metadata["labels_sha256"]
+        except OSError as error:
+            reason = error.strerror
+    elif Path(path).exists() or path == metadata["noisy_labels"]:
+        if is_main_process():
+            print(f"{path} cannot be read again: the labels are those that the checkpoint keeps")
+        return True
+    else:
+        reason = "no such file"
+    raise UserError(f"--noisy_labels {path} cannot be read ({reason}): name another file")
 
 
 def read_corrections(path, data, test, dataset_dir):
-    """Returns the cleaning in a csv file with the columns `path` or `index`, and `new_label`, a class name or empty.
+    """Returns the cleaning in a csv file with columns `path` or `index`, and `new_label`.
 
-    Prints what it changes. Raises UserError, naming the line, for an unknown image or class, or one image twice, and
-    where most images would be left out, as by a ranking to which a column was added and filled in for some rows.
+    A new label is a class name, or `leave out`; where the cell is empty nothing was decided, and
+    the row is ignored. The cleaning is a dictionary of `excluded`, a list of indices, and
+    `new_labels` by index. Prints what changes. Raises UserError, naming the line, for an unknown
+    image or class, one image twice, or a `label` that is not the given one.
     """
-    find_example, decided, changes = (
-        ExampleFinder(data, test, dataset_dir, path, data.indices),
-        {},
-        Counter(),
-    )
-    for place, row in read_rows("--corrections", path, "new_label"):
-        index = find_example(place, row)
-        old = data.class_names[data.labels[index]]
-        if (
-            row.get("label", "").strip()
-            and find_class(place, row["label"], data.class_names) != data.labels[index]
-        ):
-            said = f"image {index} has the label {old} before any cleaning, not {row['label']}"
-            flags = "give the data flags of that table, or drop its column label"
-            raise UserError(f"{place}: {said}: {flags}")
-        new = row["new_label"]
-        decided[index] = find_class(place, new, data.class_names) if new.strip() else None
-        if decided[index] not in (None, data.labels[index]):
-            changes[f"{old} → {data.class_names[decided[index]]}"] += 1
-    excluded = [index for index, label in decided.items() if label is None]
-    if len(excluded) > len(data) / 2:
-        most = f"leaves out {len(excluded)} of the {len(data)} images, because an empty new_label does so"
-        raise UserError(f"--corrections {path} {most}: delete rows that nothing was decided about")
-    print(
-        "Corrections: "
-        + ", ".join([ten_largest(changes)] * bool(changes) + [f"left out {len(excluded)}"])
-    )
-    return {
-        "excluded": excluded,
-        "new_labels": {i: label for i, label in decided.items() if label is not None},
-    }
-
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
-
-
-def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
-
-    A `noisy` one was trained on labels from a file, a `cleaned` one on what a person decided about them.
-    """
-    name = "model_noisy" if noisy else f"model_corrupt_{fraction}" if fraction else "model"
-    return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
-
-
-def file_digest(path):
-    """Returns the SHA-256 of the file of `--noisy_labels`, None where there is none. Raises UserError if unreadable."""
-    try:
-        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
+    if LEAVE_OUT in [name.strip() for name in data.class_names]:
         raise UserError(
-            f"--noisy_labels {path} cannot be read ({error.strerror}): name another file"
-        ) from error
-
-
-def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
-    torch.save({"weights": weights, "metadata": metadata}, content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
-def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
-
-    Raises UserError where there is no checkpoint, or where the file is something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("model*.pth"))
-        there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(
-            f"there is no checkpoint {path}{there}: run train.py with the same data flags first"
+            f"--corrections {path}: '{LEAVE_OUT}' leaves an image out, and a class has that name: "
+            "rename the class"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"margins", "given_labels"}:
-            raise ValueError("written by an earlier train.py")
-        model = construct_resnet9(len(metadata["class_names"]))
-        model.load_state_dict(checkpoint["weights"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can fail in any way
-        reason = f"{first_line(error):.100}"
+    rows, _ = read_csv("--corrections", path, "new_label")
+    finder = ExampleFinder(data, test, dataset_dir, data.indices)
+    excluded, new_labels = [], {}
+    decided = [(place, row) for place, row in rows if row["new_label"].strip()]
+    for place, row in decided:
+        index = finder.find(place, row)
+        require_given_label(place, row.get("label", ""), index, data)
+        if row["new_label"].strip() == LEAVE_OUT:
+            excluded.append(index)
+        else:
+            new_labels[index] = find_class(place, row["new_label"], data.class_names)
+    finder.print_matches()
+    print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
+    return {"excluded": excluded, "new_labels": new_labels}
+
+
+def require_given_label(place, name, index, data):
+    """Raises UserError where a row says another label of an image than the one before cleaning."""
+    if name.strip() and find_class(place, name, data.class_names) != data.labels[index]:
+        given = data.class_names[data.labels[index]]
         raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
-        ) from error
-    return model.to(device, memory_format=torch.channels_last).eval(), metadata
-
-
-def load_trained(path, device, clean, fraction, labels_file=None):
-    """Loads a checkpoint of a training on `clean`, the images as they were loaded.
-
-    It had a `fraction` of wrong labels, or those in the `labels_file` of `--noisy_labels`. Prints which one it is.
-    Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
-    """
-    model, metadata = load_checkpoint(path, device)
-    same = (metadata["num_loaded"], metadata["labels_sha256"]) == (
-        len(clean),
-        file_digest(labels_file),
-    )
-    data = (
-        training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        if same
-        else clean
-    )
-    if not same or (data.digest, data.class_names) != (
-        metadata["data_sha256"],
-        metadata["class_names"],
-    ):
-        labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
-        raise UserError(
-            f"{path} was trained on other images or labels ({was}): give its data flags, or train again"
+            f"{place}: image {index} has the label {given} before any cleaning, not {name}: "
+            "give the data flags of that table, or remove its column label"
         )
-    if is_main_process():
-        wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
+
+
+def print_cleaning(excluded, new_labels, num_ignored, data):
+    """Prints how many labels change, stay, and are left out, and how many rows are ignored."""
+    changes, kept = Counter(), 0
+    for index, label in new_labels.items():
+        if label == data.labels[index]:
+            kept += 1
+        else:
+            changes[f"{data.class_names[data.labels[index]]} → {data.class_names[label]}"] += 1
+    parts = [ten_largest(changes)] if changes else []
+    if kept:
+        parts.append(f"kept {kept}")
+    print("Corrections: " + ", ".join([*parts, f"left out {len(excluded)}"]))
+    if num_ignored:
         print(
-            f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %"
+            f"Ignored {num_ignored} rows with an empty new_label, since nothing was decided there; "
+            f"to leave an image out, write '{LEAVE_OUT}'"
         )
-    return model, metadata, data
 
 
-# ---- Batches and the network ---------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+class Residual(nn.Sequential):
+    """Residual block: x + f(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+    def extra_repr(self):
+        return str(self.factor)
 
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
@@ -1091,52 +1484,332 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     )
 
 
-class Residual(nn.Sequential):
-    """Adds its input to what its layers make of it."""
+def resnet9(num_classes):
+    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    features = nn.Sequential(
+        conv_block(3, 64),
+        conv_block(64, 128, kernel_size=5, stride=2, padding=2),
+        Residual(conv_block(128, 128), conv_block(128, 128)),
+        conv_block(128, 256),
+        nn.MaxPool2d(2),
+        Residual(conv_block(256, 256), conv_block(256, 256)),
+        conv_block(256, 128, padding=0),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+    )
+    head = nn.Sequential(nn.Linear(128, num_classes, bias=False), Scale(0.2))
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
-    def forward(self, x):
-        return x + super().forward(x)
+
+def resnet18(num_classes):
+    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    try:
+        from torchvision import models
+    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+        raise UserError(
+            f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
+            "install the one for this torch, or use --model resnet9"
+        ) from error
+    features = models.resnet18(num_classes=num_classes)
+    features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(features.conv1.weight, mode="fan_out", nonlinearity="relu")
+    features.maxpool = nn.Identity()
+    head = features.fc
+    features.fc = nn.Identity()
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-class ResNet9(nn.Module):
-    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
+# A network is a function of the number of classes. It returns a module with two parts, and nothing
+# else: `features`, images [B, 3, 32, 32] to [B, D], and `head`, [B, D] to logits [B, num_classes].
+MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
-    def __init__(self, num_classes):
+
+class ImageClassifier(nn.Module):
+    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+
+    def __init__(self, network):
         super().__init__()
-        self.features = nn.Sequential(
-            conv_block(3, 64),
-            conv_block(64, 128, kernel_size=5, stride=2, padding=2),
-            Residual(conv_block(128, 128), conv_block(128, 128)),
-            conv_block(128, 256),
-            nn.MaxPool2d(2),
-            Residual(conv_block(256, 256), conv_block(256, 256)),
-            conv_block(256, 128, padding=0),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(128, num_classes, bias=False)
+        self.features = network.features
+        self.head = network.head
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
         return self.logits(self.features(images))
 
-    def logits(self, features):  # (B, 128) -> (B, num_classes)
+    def logits(self, features):  # (B, D) -> (B, num_classes)
         # Logits in bfloat16 would tie, and losses and margins with them.
+        dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return 0.2 * self.head(features.to(self.head.weight.dtype))
+            return self.head(features.to(dtype))
 
 
-def construct_resnet9(num_classes=10):
-    """Returns a ResNet-9 with random weights, channels last in memory."""
-    return ResNet9(num_classes).to(memory_format=torch.channels_last)
+def construct_model(name, num_classes):
+    """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
+
+    Raises UserError where the function in MODELS does not return what a network has to be.
+    """
+    network = MODELS[name](num_classes)
+    problem = problem_of_network(network, num_classes)
+    if problem:
+        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    model = ImageClassifier(network)
+    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def problem_of_network(network, num_classes):
+    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+    for part in ("features", "head"):
+        if not isinstance(getattr(network, part, None), nn.Module):
+            return f"a module with the parts features and head, modules both, but {part} is none"
+    in_parts = {*network.features.parameters(), *network.head.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter not in in_parts:
+            return f"features and head that hold all parameters, but {name} is in neither"
+    was_training = network.training
+    model = ImageClassifier(network).eval()
+    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    logits = model.logits(features)
+    network.train(was_training)
+    if features.dim() != 2 or len(features) != 2:
+        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+    if logits.shape != (2, num_classes):
+        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
+    return None
 
 
 def margin(logits, labels, of_others=torch.logsumexp):
     """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al. 2020, section 3.1).
+    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
+    2020, section 3.1).
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+
+
+# ---- The code that scores depend on --------------------------------------------------------------
+#
+# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
+# is what Python compiled, which runs, and not the files: somebody may have edited them since.
+# Comments, layout and the docstrings of functions do not change it.
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+
+def code_digest(model):
+    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+
+    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
+    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
+    the settings of torch's own layers.
+    """
+    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    seen = {}  # by id; holds the values, so that no id is given twice
+    texts = [str(model)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CONSTANTS):
+            texts.append(repr(value))
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            waiting += parts_of(value)
+    return sha256("\n".join(texts))
+
+
+def network_code(model):
+    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
+
+    Classes of torch and torchvision are left out: the version of torch tells their code.
+    """
+    classes = {}  # a dictionary keeps their order
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if not is_of_library(cls):
+                classes[cls] = None
+    return [*classes, getattr(model, "constructed_by", None)]
+
+
+def is_of_library(value):
+    """Returns whether a function or class belongs to torch, torchvision or Python."""
+    package = str(value.__module__).partition(".")[0]
+    return package in {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+def is_code(value):
+    """Returns whether a value is a function or a class."""
+    return isinstance(value, (types.FunctionType, type))
+
+
+def parts_of(value):
+    """Returns what a function, class or container consists of; nothing of other values."""
+    if is_code(value) and is_of_library(value):
+        return []
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return parts(value)
+    return []
+
+
+def parts_of_code(code, docstring=None):
+    """Returns the instructions, names and constants of compiled code, without the docstring."""
+    constants = [constant for constant in code.co_consts if constant != docstring]
+    return [code.co_code, code.co_names, code.co_varnames, *constants]
+
+
+def parts_of_function(function):
+    """Returns the code, default values and closure of a function, and what it names in its file."""
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [function.__defaults__, function.__kwdefaults__, *closure]
+    for name in names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if not is_code(value) or value.__module__ == function.__module__:
+            values.append(value)
+    return parts_of_code(function.__code__, function.__doc__) + values
+
+
+def names_in(code):
+    """Returns the global names and attributes in compiled code, and in functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += names_in(constant)
+    return names
+
+
+def parts_of_class(cls):
+    """Returns the methods and constants of a class, and its base classes of the same file."""
+    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
+    for name, member in vars(cls).items():
+        if isinstance(member, types.FunctionType) or not name.startswith("__"):
+            parts.append(member)
+    return parts
+
+
+PARTS = {
+    types.CodeType: parts_of_code,
+    types.FunctionType: parts_of_function,
+    types.MethodType: lambda method: [method.__func__],
+    (staticmethod, classmethod): lambda method: [method.__func__],
+    property: lambda attribute: [attribute.fget],
+    cached_property: lambda attribute: [attribute.func],
+    partial: lambda call: [call.func, call.args, call.keywords],
+    type: parts_of_class,
+    (tuple, list): list,
+    dict: lambda entries: [*entries.items()],
+    (set, frozenset): lambda members: sorted(map(repr, members)),
+    Tensor: lambda tensor: [sha256(tensor)],
+}
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
+    """Returns the path of the checkpoint of a training.
+
+    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
+    one used corrections as well.
+    """
+    if noisy:
+        name = "model_noisy"
+    elif fraction:
+        name = f"model_corrupt_{fraction}"
+    else:
+        name = "model"
+    if cleaned:
+        name += "_cleaned"
+    return Path(checkpoint_dir) / f"{name}.pth"
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+
+    The metadata must tell `model`, the name in MODELS.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+
+    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
+    has no such network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint {path}{checkpoints_beside(path)}: "
+            "run train.py with the same data flags first"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        metadata = checkpoint["metadata"]
+        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+            raise ValueError("written by an earlier train.py")
+        if metadata["model"] not in MODELS:
+            raise UserError(
+                f"{path} holds a network '{metadata['model']}', which MODELS does not have: "
+                "add it there, or train again"
+            )
+        model = construct_model(metadata["model"], len(metadata["class_names"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        reason = f"{first_line(error):.100}"
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def checkpoints_beside(path):
+    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    names = sorted(other.name for other in path.parent.glob("model*.pth"))
+    if not names:
+        return ""
+    if len(names) > 3:
+        names = [*names[:3], "…"]
+    return f", only {', '.join(names)}"
+
+
+def load_trained(path, device, clean, *, model_name, fraction, labels_file=None):
+    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+
+    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
+    from the `labels_file` of `--noisy_labels`. Returns the model, its metadata, and the
+    ImageData that it was trained on. Raises UserError where any of these was another one.
+    """
+    model, metadata = load_checkpoint(path, device)
+    if metadata["model"] != model_name:
+        raise UserError(
+            f"{path} was trained with --model {metadata['model']}, not {model_name}: "
+            "give that, or train again"
+        )
+    data = clean
+    is_same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
+    if is_same:
+        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+        trained_on = metadata["data_sha256"], metadata["class_names"]
+        is_same = trained_on == (data.digest, data.class_names)
+    if not is_same:
+        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
+        raise UserError(
+            f"{path} was trained on other images or labels ({metadata['num_train']} of "
+            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
+            "give its data flags, or train again"
+        )
+    if is_main_process():
+        print(
+            f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
+            f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
+        )
+    return model, metadata, data
 
 
 # ---- Influence: what is measured, and in which precision -----------------------------------------
@@ -1145,15 +1818,20 @@ def margin(logits, labels, of_others=torch.logsumexp):
 class ClassificationTask(Task):
     """Cross-entropy as training loss, and minus the margin as what influence is measured on.
 
-    With that sign a positive score means: training on this image more would raise the query's margin.
-    A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    With that sign a positive score means: training on this image more would raise the query's
+    margin. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    `layer_names` are those of the layers that kronfluence tracks, None for all that it can.
     """
 
-    def compute_train_loss(self, batch, model, sample=False):
-        """Returns the summed cross-entropy, against labels drawn from the model's own distribution if `sample`.
+    def __init__(self, layer_names=None):
+        self.layer_names = layer_names
 
-        A pseudo-label is where the example's own uniform number falls in the cumulative distribution, so it
-        depends neither on the batch it comes in nor on the process.
+    def compute_train_loss(self, batch, model, sample=False):
+        """Returns the summed cross-entropy, with `sample` against pseudo-labels.
+
+        Pseudo-labels are drawn from the model's own distribution: the class in whose part of the
+        cumulative distribution the example's uniform number falls. So a pseudo-label depends
+        neither on the other images of the batch nor on the process.
         """
         images, labels, uniforms = batch
         logits = model(images)
@@ -1163,34 +1841,37 @@ class ClassificationTask(Task):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
-        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, with the opposite sign)."""
+        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, sign changed)."""
         images, labels, _ = batch
         return -margin(model(images), labels).sum()
 
+    def get_influence_tracked_modules(self):
+        """Returns the names of the layers to track, for kronfluence."""
+        return self.layer_names
+
 
 class InfluenceDataset(torch.utils.data.Dataset):
-    """ImageData as kronfluence takes it: whole batches by index, each example with its uniform random number."""
+    """ImageData as kronfluence reads it: whole batches by index.
+
+    Each example comes with a uniform random number, which draws its pseudo-label.
+    """
 
     def __init__(self, data, seed):
         self.data, self.seed = data, seed
-        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(
-            data.labels.device
-        )
+        uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed))
+        self.uniforms = uniforms.to(data.labels.device)
 
     def __len__(self):
         return len(self.data)
 
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices, device=self.data.labels.device)
-        return (
-            self.data.normalize(self.data.images[indices]),
-            self.data.labels[indices],
-            self.uniforms[indices],
-        )
+        images = self.data.normalize(self.data.images[indices])
+        return images, self.data.labels[indices], self.uniforms[indices]
 
 
 def cpu_features():
-    """Returns what the processor can do, a dictionary by name; an older torch tells just what is needed here."""
+    """Returns the processor's capabilities by name; an older torch tells only those used here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -1200,9 +1881,10 @@ def cpu_features():
 
 
 def configure_precision(precision, device):
-    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
+    """Sets torch's global precision for a `--precision` value, and returns the compute dtype.
 
-    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
+    That is torch.float32 or torch.bfloat16. CUDA may round what stays float32 to TF32 only beside
+    bfloat16. Sums inside a product of bfloat16 matrices stay float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -1210,35 +1892,38 @@ def configure_precision(precision, device):
         else:
             fast = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    tensor_float = "tf32" if precision == "bf16" else "ieee"
+    float32 = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
-        tensor_float
-    )
+    torch.backends.cuda.matmul.fp32_precision = float32
+    torch.backends.cudnn.conv.fp32_precision = float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def computation_dtypes(dtype, strategy):
-    """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
+    """Returns the dtype of each kind of computation, by name, for a compute dtype and strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes of self-influence.
-        # Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by pairwise scores do not survive bfloat16.
+        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes
+        # of self-influence. Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by
+        # pairwise scores do not survive bfloat16.
         products=dtype,
-        # What goes into the products of a covariance; on a CPU the product rounds it. EKFAC fits its eigenvalues anew;
-        # KFAC inverts the covariances, whose small eigenvalues rounding would drown.
+        # The inputs of a covariance's product, which a CPU rounds inside the product. EKFAC fits
+        # its eigenvalues anew. KFAC inverts the covariances, whose small eigenvalues rounding
+        # would drown.
         covariances=dtype if strategy == "ekfac" else sums,
-        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred terms, and scores tie.
+        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred
+        # terms, and scores tie.
         sums=sums,
     )
 
 
 # ---- Influence: per-sample gradients -------------------------------------------------------------
 #
-# A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
-# G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
-# two covariances, R = Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed. Where the strategy has no eigenvectors (diagonal, identity), nothing is rotated.
+# A layer with input patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the
+# per-sample gradients G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs
+# them in the eigenbasis Q_G, Q_A of the two covariances, R = Q_G^T G Q_A. kronfluence forms G and
+# rotates it there and back; the trackers below form it where it is needed. Where the strategy has
+# no eigenvectors (diagonal, identity), nothing is rotated.
 #
 # tracker              of a batch                                       shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
@@ -1246,48 +1931,94 @@ def computation_dtypes(dtype, strategy):
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
+#
+# In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
+# are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-SYMMETRIC_BLOCKS = {
-    "cpu": 256,
-    "cuda": 512,
-}  # measured: smaller ones leave less to compute, larger ones run faster
-# kronfluence resets the compiler after each stage, and that would import it: 0.8 s, from a slow disk 6 s, for nothing.
-torch.compiler.reset = lambda: None
+# Measured: smaller blocks leave less to compute, larger ones run faster.
+SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
+
+
+def padding_sides(layer):
+    """Returns a convolution's padding as torch's F.pad takes it: (left, right, top, bottom)."""
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    if layer.padding == "same":
+        rows, columns = (
+            dilation * (size - 1)
+            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
+        )
+        left, top = columns // 2, rows // 2
+        return left, columns - left, top, rows - top
+    rows, columns = layer.padding
+    return columns, columns, rows, rows
 
 
 def patches(layer, inputs):
-    """Returns what each position of a convolution or linear layer sees, [B, T, I], with a column of ones for a bias.
+    """Returns the input patches (im2col) per output position, with a column of ones for a bias.
 
-    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as kronfluence's:
-    so they are copied in runs of channels from inputs [B, C, H, W] that are channels last in memory.
+    inputs: [B, C, H, W] of a convolution, or [B, ..., I] of a linear layer, whose positions are all
+    its middle dimensions. Returns [B, T, I], or [B, groups, T, I] of a convolution with groups.
+
+    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row,
+    column) as kronfluence's: so they are copied in runs of channels from channels-last memory.
     """
-    if isinstance(layer, nn.Conv2d):
-        (height, width), (top, left), (stride, column_stride) = (
-            layer.kernel_size,
-            layer.padding,
-            layer.stride,
-        )
-        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
-        windows = images.unfold(1, height, stride).unfold(
-            2, width, column_stride
-        )  # (B, H', W', C, height, width)
-        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(
-            len(images), -1, height * width * images.shape[3]
-        )
+    if isinstance(layer, nn.Linear):
+        a = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     else:
-        a = inputs[:, None]
+        a = convolution_patches(layer, inputs)
     return a if layer.bias is None else F.pad(a, (0, 1), value=1)
 
 
-def rotated_gradient(a, g, q_a, q_g):
-    """Returns Q_G^T G Q_A, [B, O, I]; q_a [I, I] and q_g [O, O] hold eigenvectors in columns, None for no rotation."""
-    if q_a is None:
+def convolution_patches(layer, inputs):
+    """Returns the patches of a convolution, [B, T, I] or [B, groups, T, I], as `patches` says."""
+    left, right, top, bottom = padding_sides(layer)
+    if layer.padding_mode == "zeros":
+        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
+    else:
+        padded = F.pad(inputs, (left, right, top, bottom), mode=layer.padding_mode)
+        images = padded.permute(0, 2, 3, 1)  # (B, H, W, C)
+    windows = images
+    for axis in (0, 1):
+        size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        windows = windows.unfold(axis + 1, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # windows: (B, H', W', C, kernel height, kernel width)
+    batch, height, width, channels = windows.shape[:4]
+    if layer.groups == 1:
+        return windows.permute(0, 1, 2, 4, 5, 3).reshape(batch, height * width, -1)
+    windows = windows.unflatten(3, (layer.groups, channels // layer.groups))
+    windows = windows.permute(0, 3, 1, 2, 5, 6, 4)  # (B, groups, H', W', height, width, C / groups)
+    return windows.reshape(batch, layer.groups, height * width, -1)
+
+
+def by_position(layer, gradient):
+    """Returns the gradient of a layer's output, [B, O, H', W'] or [B, ..., O], as [B, T, O]."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(len(gradient), -1, gradient.shape[-1])
+    return gradient.flatten(2).mT
+
+
+def per_sample_gradient(a, g):
+    """Returns G, [B, O, I], of g [B, T, O] and of a [B, T, I], or [B, groups, T, I]."""
+    if a.dim() == 3:
         return g.mT @ a
+    g = g.mT.unflatten(1, (a.shape[1], -1))  # (B, groups, O / groups, T)
+    return (g @ a).flatten(1, 2)
+
+
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, I].
+
+    q_a [I, I] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
+    """
+    if q_a is None:
+        return per_sample_gradient(a, g)
+    if a.dim() == 4:  # Q_G mixes the outputs of all groups
+        return q_g.T @ (per_sample_gradient(a, g) @ q_a)
     g = g @ q_g
-    if (
-        a.shape[1] < g.shape[2]
-    ):  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    if a.shape[1] < g.shape[2]:
         return g.mT @ (a @ q_a)
     return g.mT @ a @ q_a
 
@@ -1295,7 +2026,7 @@ def rotated_gradient(a, g, q_a, q_g):
 def symmetric_product(rows):
     """Returns rows^T rows, [I, I], of rows [R, I], on CUDA in float32 also of bfloat16 ones.
 
-    Those are the blocks from the diagonal on, and their mirror images.
+    Computes the blocks from the diagonal on, and mirrors them.
     """
     wide = {"out_dtype": torch.float32} if rows.dtype == torch.bfloat16 else {}
     product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=wide.get("out_dtype", rows.dtype))
@@ -1308,18 +2039,27 @@ def symmetric_product(rows):
 
 
 def squares(gradient, dtype):
-    """Yields the squares of gradients [B, O, I] in `dtype`, on a CPU in parts that stay in its cache: saves a fifth."""
-    part = len(gradient) if gradient.is_cuda else max(1, CACHED_ELEMENTS // gradient[0].numel())
+    """Yields the squares of gradients [B, O, I] in `dtype`.
+
+    On a CPU it yields parts that stay in its cache, which saves a fifth of the time.
+    """
+    part = len(gradient)
+    if not gradient.is_cuda:
+        part = max(1, CACHED_ELEMENTS // gradient[0].numel())
     for gradients in gradient.split(part):
         yield gradients.to(dtype).square()
 
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices round their inputs, not their sums, to bfloat16 on a CPU, and never on CUDA."""
+    """Lets products of float32 matrices round their inputs to bfloat16 on a CPU, never on CUDA.
+
+    Their sums stay float32.
+    """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = "bf16" if enabled else "ieee", "ieee"
+    cpu.fp32_precision = "bf16" if enabled else "ieee"
+    cuda.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -1327,15 +2067,18 @@ def rounded_products(enabled):
 
 
 class BatchHooks:
-    """Hands each batch's patches a [B, T, I] and output gradients g [B, T, O] to `update(a, g)`.
+    """Hands each batch's patches a and output gradients g to `update(a, g)`, in shapes as above.
 
-    A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `computation_dtypes`.
+    A mixin for kronfluence's trackers, whose modules carry the run's `dtypes`, as
+    `computation_dtypes` returns them.
     """
 
     def input_dtype(self, is_cuda):
-        return self.module.precision.products
+        return self.module.dtypes.products
 
     def register_hooks(self):
+        layer = self.module.original_module
+
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
             outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
@@ -1343,25 +2086,22 @@ class BatchHooks:
         @torch.no_grad()
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
-            g = (
-                gradient.to(dtype).flatten(2).mT
-                if gradient.dim() == 4
-                else gradient.to(dtype)[:, None]
-            )
-            self.update(patches(self.module.original_module, activation.to(dtype)), g)
+            g = by_position(layer, gradient.to(dtype))
+            self.update(patches(layer, activation.to(dtype)), g)
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
     def factors(self, g):
-        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I], None where the strategy has none.
+        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I].
 
-        They are moved once to the device of g, eigenvectors also to its dtype.
+        They are None where the strategy has none. They are moved once to the device of g,
+        eigenvectors also to its dtype.
         """
-        storage, c = self.module.storage, constants
+        storage = self.module.storage
         places = {
-            c.ACTIVATION_EIGENVECTORS_NAME: g,
-            c.GRADIENT_EIGENVECTORS_NAME: g,
-            c.LAMBDA_MATRIX_NAME: g.device,
+            constants.ACTIVATION_EIGENVECTORS_NAME: g,
+            constants.GRADIENT_EIGENVECTORS_NAME: g,
+            constants.LAMBDA_MATRIX_NAME: g.device,
         }
         for name, place in places.items():
             if storage[name] is not None:
@@ -1376,25 +2116,24 @@ class BatchHooks:
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
-        return self.module.precision.covariances if is_cuda else self.module.precision.sums
+        return self.module.dtypes.covariances if is_cuda else self.module.dtypes.sums
 
     def update(self, a, g):
-        with rounded_products(self.module.precision.covariances == torch.bfloat16):
-            self.add(
-                constants.ACTIVATION_COVARIANCE_MATRIX_NAME, symmetric_product(a.flatten(0, 1))
-            )
-            self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
-        for name in (
-            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
-            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
-        ):
-            self.add(name, torch.tensor([g.shape[0] * g.shape[1]]))
+        activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
+        gradients = g.flatten(0, 1)  # (B * T, O)
+        with rounded_products(self.module.dtypes.covariances == torch.bfloat16):
+            a_product, g_product = symmetric_product(activations), symmetric_product(gradients)
+        self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
+        self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, g_product)
+        a_count, g_count = torch.tensor([len(activations)]), torch.tensor([len(gradients)])
+        self.add(constants.NUM_ACTIVATION_COVARIANCE_PROCESSED, a_count)
+        self.add(constants.NUM_GRADIENT_COVARIANCE_PROCESSED, g_count)
 
 
 class LambdaSums(BatchHooks, LambdaTracker):
     def update(self, a, g):
         q_a, q_g, _ = self.factors(g)
-        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums):
+        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.dtypes.sums):
             self.add(constants.LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(constants.NUM_LAMBDA_PROCESSED, torch.tensor([len(g)]))
 
@@ -1402,9 +2141,10 @@ class LambdaSums(BatchHooks, LambdaTracker):
 class SelfInfluence(BatchHooks, SelfScoreTracker):
     def update(self, a, g):
         q_a, q_g, weights = self.factors(g)
+        gradient = rotated_gradient(a, g, q_a, q_g)
         scores = [
             squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
-            for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums)
+            for squared in squares(gradient, self.module.dtypes.sums)
         ]
         self.module.storage[constants.SELF_SCORE_VECTOR_NAME] = torch.cat(scores)
 
@@ -1422,7 +2162,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Keeps the batches of queries in a list: joining each to those before would copy and hold them all twice."""
+        """Keeps the batches of queries in a list: joining them would copy and hold them twice."""
         storage, held = self.module.storage, constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
         storage[held] = [*(storage[held] or []), storage[constants.PRECONDITIONED_GRADIENT_NAME]]
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
@@ -1430,18 +2170,16 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
-        gradient = (g.mT @ a).flatten(1)  # (B, O*I)
-        queries = self.module.storage[
-            constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
-        ]  # a list of (Q', O, I)
+        storage = self.module.storage
+        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        # A list of (Q', O, I)
+        queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
-        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(
-            self.module.precision.sums
-        )
+        storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
 
-def install_trackers(module, precision):
-    """Gives a module of kronfluence the trackers above, and zero for eigenvalues that rounding made negative."""
+def install_trackers(module, dtypes):
+    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero."""
 
     def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
@@ -1449,7 +2187,7 @@ def install_trackers(module, precision):
                 module.storage[name].clamp_(min=0)
         prepare(device)
 
-    module.precision, module.prepare_storage = precision, prepare_storage
+    module.dtypes, module.prepare_storage = dtypes, prepare_storage
     module._trackers |= {
         ModuleMode.COVARIANCE: CovarianceSums(module),
         ModuleMode.LAMBDA: LambdaSums(module),
@@ -1459,22 +2197,146 @@ def install_trackers(module, precision):
     }
 
 
+# ---- Influence: which layers are tracked ---------------------------------------------------------
+#
+# Influence is computed for the weights and biases of Conv2d and Linear layers. That their
+# per-sample gradients are right is checked on two images of the data, before anything is computed.
+
+CHECKED_IMAGES = 2
+LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
+
+
+def find_tracked_layers(model, images):
+    """Returns the names of the layers that influence is computed for, in the order of the model.
+
+    Those are the Conv2d and Linear layers (no subclasses) that `model` uses. One pass on `images`,
+    [B, 3, 32, 32], compares their per-sample gradients, as the trackers form them, with autograd's.
+    Raises UserError that names the layer where these differ, or where there is no layer.
+    """
+    kinds = (nn.Conv2d, nn.Linear)
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
+    model.requires_grad_(True)
+    calls, values = record_calls(model, layers, images)
+    exact = [layer_gradients(value, layers) for value in values]
+    tracked = []
+    for name, layer in layers.items():
+        expected = [gradients[name] for gradients in exact]  # of each image
+        if expected[0] is None:  # the layer does not take part in the logits
+            continue
+        reason = refusal(model, layer, calls[name], values, expected)
+        if reason:
+            raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
+        tracked.append(name)
+    if not tracked:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+    return tracked
+
+
+def record_calls(model, layers, images):
+    """Returns each layer's calls by name, lists of (input, output), and a value per image, [B].
+
+    The value is a sum of the logits with a different weight for each, so that its gradient does not
+    vanish where the network is certain of a class.
+    """
+    calls = {name: [] for name in layers}
+
+    def record(name):
+        return lambda _, inputs, output: calls[name].append((inputs[0], output))
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    with torch.enable_grad():
+        logits = model(images)
+        values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+    for hook in hooks:
+        hook.remove()
+    return calls, values
+
+
+def layer_gradients(value, layers):
+    """Returns the gradient of a value by each layer's weights, [O, I], in the order of `patches`.
+
+    It is None for a layer that does not take part in the value.
+    """
+    weights = [layer.weight for layer in layers.values()]
+    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+    found = torch.autograd.grad(value, weights + biases, retain_graph=True, allow_unused=True)
+    of_weights, of_biases = found[: len(weights)], iter(found[len(weights) :])
+    gradients = {}
+    for (name, layer), gradient in zip(layers.items(), of_weights, strict=True):
+        of_bias = None if layer.bias is None else next(of_biases)
+        if gradient is not None and gradient.dim() == 4:
+            gradient = gradient.permute(0, 2, 3, 1).flatten(1)
+        if gradient is not None and of_bias is not None:
+            gradient = torch.cat([gradient, of_bias[:, None]], 1)
+        gradients[name] = gradient
+    return gradients
+
+
+def refusal(model, layer, calls, values, expected):
+    """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
+
+    calls: its (input, output) in one pass; values [B]: one per image; expected: the layer's
+    gradient of each value, [O, I], by autograd.
+    """
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
+    if len(names) > 1:
+        return f"it is also registered as '{names[1]}'; register it once"
+    if len(calls) != 1:
+        return f"it is called {len(calls)} times in one pass; call each layer exactly once"
+    (inputs, outputs), batch = calls[0], len(values)
+    if len(inputs) != batch:
+        return f"its input has {len(inputs)} rows for {batch} images; keep a row for each image"
+    (gradient,) = torch.autograd.grad(
+        values.sum(), outputs, retain_graph=True, materialize_grads=True
+    )
+    with torch.no_grad():
+        found = per_sample_gradient(patches(layer, inputs), by_position(layer, gradient))
+    for image, exact in zip(found, expected, strict=True):
+        if (image - exact).norm() > LARGEST_ERROR * exact.norm():
+            return (
+                "its gradients are not those of its input and output; "
+                "do not share or recompute its weight, and do not mix images"
+            )
+    return None
+
+
+def fixed_parameters(model, tracked):
+    """Returns what influence takes as fixed, as text: parameters that no tracked layer holds.
+
+    Modules of torch.nn are counted by kind, other parameters named. Empty where there are none.
+    """
+    kinds, names = Counter(), []
+    for name, module in model.named_modules():
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if not own or name in tracked:
+            continue
+        if type(module).__module__.startswith("torch.nn"):
+            kinds[type(module).__name__] += 1
+        else:
+            names += [f"{name}.{parameter}".removeprefix(".") for parameter in own]
+    shown = [f"{count} {kind}" for kind, count in kinds.items()] + names[:3]
+    if len(names) > 3:
+        shown.append(f"{len(names) - 3} more")
+    return ", ".join(shown)
+
+
 # ---- Influence: factors and scores ---------------------------------------------------------------
 
 FACTORS_SEED = 17  # draws --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = (
-    50  # queries per backward pass; --query_batch_size says of how many the gradients are held
-)
+# Queries per backward pass; --query_batch_size says of how many the gradients are held.
+QUERY_CHUNK = 50
 
 
 class InfluenceRun:
-    """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
+    """Influence by kronfluence's Analyzer, for one model and its training images.
 
-    All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
-    fitted on `factor_examples` drawn at random, or on all where there are no more; `seed` draws the pseudo-labels.
-    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where `folder`
-    cannot be made.
+    Factors and scores are cached in `folder`, `<path>-<fingerprint>`, by a hash of all that they
+    depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
+    `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
+    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
+    the parameters that influence takes as fixed. Raises UserError, before anything is written,
+    where influence cannot be computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -1488,106 +2350,115 @@ class InfluenceRun:
         seed,
         seconds,
         batch_size=None,
-        factor_examples=None,
+        factor_examples="all",
     ):
-        self.model, self.data, self.strategy, self.dtype, self.seconds = (
-            model,
-            data,
-            strategy,
-            dtype,
-            seconds,
-        )
-        self.precision = computation_dtypes(dtype, strategy)
+        self.model, self.data, self.seconds = model, data, seconds
+        self.strategy, self.dtype = strategy, dtype
+        self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
-        self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
-        factor_examples = min(factor_examples or len(data), len(data))
-        if factor_examples < len(data):
-            chosen = torch.randperm(
-                len(data), generator=torch.Generator().manual_seed(FACTORS_SEED)
-            )[:factor_examples]
-            self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
+        self.dataset = InfluenceDataset(data, seed)
+        self.factor_dataset = self.draw_factor_examples(factor_examples)
+        tracked_model, layer_names = self.track_layers()
+        self.fixed = fixed_parameters(model, layer_names)
+        layers = [model.get_submodule(name) for name in layer_names]
+        self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
         weights = [
             part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
         ]
-        fingerprint, versions = (
-            sha256(*weights, data.digest),
-            [version("torch"), version("kronfluence")],
-        )
-        source = inspect.getsource(
-            sys.modules[__name__]
-        )  # factors and scores depend on these sections of it
-        code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
-        self.depends_on = [
-            fingerprint,
-            strategy,
-            str(dtype),
-            seed,
-            factor_examples,
-            code,
-            *versions,
-        ]
+        fingerprint = sha256(*weights, data.digest)
+        self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
+        self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
         self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
-
-        tracked = prepare_model(copy.deepcopy(model), ClassificationTask())
-        for module in tracked.modules():
-            if isinstance(module, TrackedModule):
-                install_trackers(module, self.precision)
-        place = {"cpu": not data.images.is_cuda, "output_dir": str(self.folder.parent)}
-        self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), **place)
+        self.analyzer = Analyzer(
+            self.folder.name,
+            tracked_model,
+            ClassificationTask(),
+            cpu=not data.images.is_cuda,
+            output_dir=str(self.folder.parent),
+        )
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
-    def computed(self, kind, settings, compute):
-        """Returns the folder of a kind of factors or scores, made by `compute(name, batch_size)` where there is none.
+    def draw_factor_examples(self, count):
+        """Returns a data set of `count` random training images, or of all if there are no more."""
+        total = len(self.dataset)
+        if count in ("all", None) or count >= total:
+            return self.dataset
+        generator = torch.Generator().manual_seed(FACTORS_SEED)
+        chosen = torch.randperm(total, generator=generator)[:count]
+        return torch.utils.data.Subset(self.dataset, chosen.tolist())
 
-        It is named by the hash of all that it depends on. It is made under another name and renamed when whole, so that
-        what exists is complete. While memory runs out, the batch size is halved, but not under torchrun.
-        """
+    def track_layers(self):
+        """Returns a copy of the model whose layers have our trackers, and the layers' names."""
+        images, _, _ = self.dataset.__getitems__(range(min(CHECKED_IMAGES, len(self.dataset))))
+        model = copy.deepcopy(self.model).eval()
+        layer_names = find_tracked_layers(model, images)
+        tracked_model = prepare_model(model, ClassificationTask(layer_names))
+        for module in tracked_model.modules():
+            if isinstance(module, TrackedModule):
+                install_trackers(module, self.dtypes)
+        return tracked_model, layer_names
 
-        def attempt(batch_size):
-            if batch_size < self.batch_size:
-                print(f"Out of memory; going on with batches of {batch_size}")
-            compute(
-                unfinished.name.partition("_")[2], batch_size
-            )  # kronfluence puts factors_ or scores_ before it
-
-        state, main, dtype = (
-            self.analyzer.state,
-            is_main_process(),
-            str(self.dtype).removeprefix("torch."),
-        )
-        digest = sha256(json.dumps([*self.depends_on, *settings]))
-        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
-        decided = [
-            None if main and is_whole(final) else f"{kind}_unfinished-{secrets.token_hex(8)}"
-        ]
+    def from_main(self, value):
+        """Returns the main process's `value` in every process."""
+        values, state = [value], self.analyzer.state
         if state.use_distributed:
-            torch.distributed.broadcast_object_list(decided, device=state.device)
-        if decided[0] is None:
+            torch.distributed.broadcast_object_list(values, device=state.device)
+        return values[0]
+
+    def computed(self, kind, settings, compute):
+        """Returns the folder of factors or scores, made by `compute(name, batch_size)` if missing.
+
+        Its name holds the hash of all that it depends on. It is made under another name and renamed
+        when complete, so a folder of that name is complete.
+        """
+        digest = sha256(json.dumps([*self.depends_on, *settings]))
+        dtype = str(self.dtype).removeprefix("torch.")
+        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
+        main = is_main_process()
+        if main:
+            remove_if_damaged(final)
+        if self.from_main(final.exists()):
             if main:
                 print(f"Reusing {final}")
             return final
-        unfinished = self.folder / decided[0]
+        unfinished = self.folder / self.from_main(f"{kind}_unfinished-{secrets.token_hex(8)}")
         try:
-            if state.use_distributed:
-                attempt(self.batch_size)
-            else:
-                find_executable_batch_size(attempt, self.batch_size)
-            state.wait_for_everyone()
+            # kronfluence puts "factors_" or "scores_" before the name that it is given.
+            self.compute_in_batches(partial(compute, unfinished.name.partition("_")[2]))
+            self.analyzer.state.wait_for_everyone()
             if main:
-                with contextlib.suppress(
-                    OSError
-                ):  # another process was faster; its folder holds the same
+                with contextlib.suppress(OSError):  # another run was faster, with the same result
                     unfinished.rename(final)
-            state.wait_for_everyone()
+            self.analyzer.state.wait_for_everyone()
         finally:
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return final
 
+    def compute_in_batches(self, compute):
+        """Calls `compute(batch_size)`, again with half the batch size while memory is full.
+
+        Under torchrun a full memory is an error: the other processes would wait.
+        """
+
+        def attempt(batch_size):
+            if batch_size < self.batch_size:
+                print(f"Out of memory; going on with batches of {batch_size}")
+            compute(batch_size)
+
+        with no_compiler_reset():
+            if self.analyzer.state.use_distributed:
+                attempt(self.batch_size)
+            else:
+                find_executable_batch_size(attempt, self.batch_size)
+
     @contextlib.contextmanager
     def phase(self, phase, name):
-        """Times the block as a phase. Raises NumericalError where factors or scores of that name are not finite."""
+        """Times the block as a phase.
+
+        Raises NumericalError where factors or scores of that name are not finite.
+        """
         with timed(self.seconds, phase):
             yield
             self.analyzer.state.wait_for_everyone()
@@ -1599,41 +2470,47 @@ class InfluenceRun:
                         raise NumericalError(f"NaN or infinity {where}: {remedy}")
 
     def fit_factors(self):
-        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
+        """Fits the factors that the strategy needs, and returns their folder.
+
+        Those are covariances, their eigendecompositions, and lambda.
+        """
         args = FactorArguments(
             strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None
         )
 
         def compute(name, batch_size):
+            images = self.factor_dataset
             with self.phase("covariance", name):
-                self.analyzer.fit_covariance_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_covariance_matrices(name, images, batch_size, factor_args=args)
             with self.phase("eigendecomposition", name):
                 self.analyzer.perform_eigendecomposition(name, args)
             with self.phase("lambda", name):
-                self.analyzer.fit_lambda_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_lambda_matrices(name, images, batch_size, factor_args=args)
 
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments; the identity has nothing to damp. Other dtypes our trackers know."""
-        damping_factor = 0.0 if self.strategy == "identity" else damping_factor
+        """Returns kronfluence's ScoreArguments for a damping factor, a number or "heuristic".
+
+        The identity has nothing to damp. Our trackers know the other dtypes.
+        """
+        if self.strategy == "identity":
+            damping_factor = 0.0
+        elif damping_factor == "heuristic":
+            damping_factor = None  # kronfluence's word for it
         return ScoreArguments(
-            damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings
+            damping_factor=damping_factor, precondition_dtype=self.dtypes.sums, **settings
         )
 
     def self_influence(self, damping_factor):
-        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.
+        """Returns the self-influence of every training image, float32 [num_train], and its file.
 
-        Raises NumericalError where a score is not a number.
+        `damping_factor` is a number or "heuristic". Raises NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        rounded = self.precision.products != self.precision.sums
+        rounded = self.dtypes.products != self.dtypes.sums
         args = self.score_arguments(
-            damping_factor, amp_dtype=self.precision.products if rounded else None
+            damping_factor, amp_dtype=self.dtypes.products if rounded else None
         )
 
         def compute(name, batch_size):
@@ -1642,65 +2519,93 @@ class InfluenceRun:
                     name, factors_name, self.dataset, batch_size, score_args=args
                 )
 
-        path = (
-            self.computed("scores_self", ["self", args.damping_factor], compute)
-            / "self_scores.safetensors"
-        )
+        folder = self.computed("scores_self", ["self", args.damping_factor], compute)
+        path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
-        """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
+    def queries_held(self, query_batch_size):
+        """Returns of how many queries this process holds the preconditioned gradients at a time.
 
-        `query_batch_size` query gradients (9 MB each in float32) are held at a time, on a CPU at most 2 GB of them; the
-        training gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
+        That is `query_batch_size`, on a CPU at most as many as fit into CPU_QUERY_BYTES. Each
+        process also gets the gradients of the others.
+        """
+        if not self.data.images.is_cuda:
+            fitting = CPU_QUERY_BYTES // (self.num_weights * self.dtype.itemsize)
+            query_batch_size = min(query_batch_size, fitting)
+        return max(1, query_batch_size // self.analyzer.state.num_processes)
+
+    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+        """Returns the influence of each training image on each query, and its file.
+
+        Scores are float32 [num_query, num_train]. `query_batch_size` query gradients (9 MB each in
+        float32) are held at a time, on a CPU at most 2 GB of them. The training gradients are
+        formed anew for each such batch. `damping_factor` is a number or "heuristic". Raises
+        NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        if not query_data.images.is_cuda:
-            parameters = sum(
-                parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1
-            )
-            query_batch_size = min(
-                query_batch_size, CPU_QUERY_BYTES // (parameters * self.dtype.itemsize)
-            )
-        held = max(
-            1, query_batch_size // self.analyzer.state.num_processes
-        )  # each process gets the others' too
+        held = self.queries_held(query_batch_size)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
-        data = InfluenceDataset(query_data, self.dataset.seed), self.dataset
+        queries = InfluenceDataset(query_data, self.dataset.seed)
         args = self.score_arguments(damping_factor, query_gradient_accumulation_steps=steps)
 
         def compute(name, batch_size):
-            sizes = max(1, chunk * batch_size // self.batch_size), batch_size
             with self.phase("scores", name):
                 self.analyzer.compute_pairwise_scores(
-                    name, factors_name, *data, *sizes, score_args=args
+                    name,
+                    factors_name,
+                    queries,
+                    self.dataset,
+                    max(1, chunk * batch_size // self.batch_size),
+                    batch_size,
+                    score_args=args,
                 )
 
         settings = ["pairwise", args.damping_factor, query_data.digest]
-        path = self.computed("scores_pairwise", settings, compute) / "pairwise_scores.safetensors"
+        folder = self.computed("scores_pairwise", settings, compute)
+        path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
-def is_whole(folder):
-    """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
-    for path in sorted(
-        [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]
-    ):  # a person may add others
+@contextlib.contextmanager
+def no_compiler_reset():
+    """Lets torch.compiler.reset do nothing in the block.
+
+    kronfluence calls it after each stage. That imports the compiler, for nothing: it takes 0.8 s,
+    from a slow disk 6 s.
+    """
+    reset = torch.compiler.reset
+    torch.compiler.reset = lambda: None
+    try:
+        yield
+    finally:
+        torch.compiler.reset = reset
+
+
+def remove_if_damaged(folder):
+    """Removes the folder of factors or scores if one of its files was damaged, and says which.
+
+    Of tensors only the header and the size of the file are checked. Files that a person added, of
+    other kinds or hidden, are ignored.
+    """
+    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):
         try:
-            load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            else:
+                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                    pass
         except (SafetensorError, ValueError):
             print(f"{path} is damaged: it is computed anew")
             shutil.rmtree(folder)
-            break
-    return folder.exists()
+            return
 
 
 def load_runs(args, seconds):
     """Returns what the flags of `influence_parser` name, ready to compute influence.
 
-    That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
-    UserError where models were not trained alike, or one comes twice.
+    That is an InfluenceRun for each model, the metadata of each, and their training images,
+    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -1708,52 +2613,78 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    if args.noisy_labels is not None:
-        args.corrupt_percentage = None  # has a default in the detection
-    which = {
-        "fraction": args.corrupt_percentage,
-        "noisy": args.noisy_labels is not None,
-        "cleaned": args.cleaned,
-    }
-    paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
-    loaded = [
-        load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels)
-        for path in paths
-    ]
-    models, metadata, trained_on = zip(*loaded, strict=True)
-    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-        for path, other in zip(paths, metadata, strict=True):
-            if other[name] != metadata[0][name]:
-                models = f"--checkpoint_dir: {path} and {paths[0]}"
-                raise UserError(
-                    f"{models} differ in their {words}: give models that were trained alike"
-                )
-    settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
-    settings |= {
-        "seconds": seconds,
-        "batch_size": args.train_batch_size,
-        "factor_examples": args.factor_examples,
-    }
-    on_device = trained_on[0].to(device)
+    models, metadata, data = load_models(args, device, clean)
+    on_device = data.to(device)
+    model_name = next(iter(models)).stem
     runs = [
-        InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings)
-        for model in models
+        InfluenceRun(
+            model,
+            on_device,
+            Path(args.output_dir) / model_name,
+            strategy=args.factor_strategy,
+            dtype=dtype,
+            seed=args.seed,
+            seconds=seconds,
+            batch_size=args.train_batch_size,
+            factor_examples=args.factor_examples,
+        )
+        for model in models.values()
     ]
-    if len({run.folder for run in runs}) < len(runs):
+    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    return runs, metadata, trained_on[0]
+    if runs[0].fixed and is_main_process():
+        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
+    return runs, [*metadata.values()], data
+
+
+def load_models(args, device, clean):
+    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+
+    Raises UserError where models were not trained alike.
+    """
+    models, metadata = {}, {}
+    for checkpoint_dir in args.checkpoint_dir:
+        path = checkpoint_path(
+            checkpoint_dir,
+            args.corrupt_percentage,
+            noisy=args.noisy_labels is not None,
+            cleaned=args.cleaned,
+        )
+        models[path], metadata[path], data = load_trained(
+            path,
+            device,
+            clean,
+            model_name=args.model,
+            fraction=args.corrupt_percentage,
+            labels_file=args.noisy_labels,
+        )
+    require_trained_alike(metadata)
+    return models, metadata, data
+
+
+def require_trained_alike(metadata):
+    """Raises UserError where models, metadata by path, differ in training data or recipe."""
+    first_path, first = next(iter(metadata.items()))
+    for path, other in metadata.items():
+        for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    "give models that were trained alike"
+                )
 
 
 # ---- Results -------------------------------------------------------------------------------------
 
 PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+MAX_NAME = 16  # characters of a class name in a figure
 
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds that the block takes to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -1762,114 +2693,170 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder of tables and pictures: that of the run, or one of their own for the mean over several."""
+    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    if len(runs) == 1:
+        return runs[0].folder
     names = [run.folder.name for run in runs]
-    mean = f"{names[0].rpartition('-')[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}"
-    return runs[0].folder if len(runs) == 1 else runs[0].folder.with_name(mean)
+    model_name = names[0].rpartition("-")[0]
+    return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
+
+
+def peak_memory_bytes(device):
+    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
+    return peak if in_bytes else 1024 * peak
 
 
 def environment(device):
-    """Returns what a figure depends on beside the code, hardware and versions, and the peak of memory so far in bytes.
-
-    That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
-    """
-    peak, name = None, cpu_features().get("cpu_name") or platform.machine()
+    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
     else:
-        with contextlib.suppress(ImportError):
-            import resource  # in kilobytes on Linux, in bytes on macOS
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: version(package) for package in ("kronfluence", "numpy")}
-    where = {
+        device_name = cpu_features().get("cpu_name") or platform.machine()
+    return {
+        "peak_memory_bytes": peak_memory_bytes(device),
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name,
         "cpu_threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "kronfluence": version("kronfluence"),
+            "numpy": version("numpy"),
+        },
     }
-    return {"peak_memory_bytes": peak} | where
 
 
-def write_record(path, args, fields, device, seconds):
-    """Writes the json record of a run: flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
+def write_record(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Returns the seconds by phase, rounded.
+    Raises ValueError where a field is NaN or infinite.
     """
-    rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
-    rounded["total"] = round(sum(seconds.values()), 3)
-    record = {"flags": vars(args), **fields, "seconds": rounded, **environment(device)}
+    by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
+    by_phase["total"] = round(sum(seconds.values()), 3)
+    record = {"flags": flags, **fields, "seconds": by_phase, **environment(device)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return rounded
 
 
-def print_paths(rounded, paths):
-    """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
-    print(
-        f"{rounded['total']:.1f} s in all: "
-        + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES)
-    )
+@contextlib.contextmanager
+def recorded(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run before the block, and again after it with the final seconds.
+
+    The block draws figures. Where one fails, the record is there already.
+    """
+    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
+    write_record(path, **values)
+    yield
+    write_record(path, **values)
+
+
+def print_seconds(seconds):
+    """Prints the seconds by phase and their sum."""
+    by_phase = ", ".join(f"{phase} {seconds.get(phase, 0.0):.1f}" for phase in PHASES)
+    print(f"{sum(seconds.values()):.1f} s in all: {by_phase}")
+
+
+def print_paths(paths):
+    """Prints the paths of scores and of other results, one a line."""
     for path in paths:
-        print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
+        if path.suffix == ".safetensors":
+            print(f"scores in {path}")
+        else:
+            print(f"wrote {path}")
 
 
 def write_table(path, columns, rows):
     """Writes rows under the names of their columns to a csv file, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def import_matplotlib():
+    """Returns matplotlib, imported without the user's MPLBACKEND.
+
+    matplotlib refuses to be imported where that names a backend which is not installed, as
+    notebooks do for the processes that they start. Figures that are only saved need none.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 @contextlib.contextmanager
 def figure_file(path, width, height):
-    """Yields a matplotlib figure of so many inches, which becomes a png file, whole or not at all.
+    """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    It depends on no setting of the user's matplotlib, and has letters of any script that a font is installed for.
+    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
+    Letters of other scripts are drawn where a font for them is installed.
     """
-    import matplotlib
+    matplotlib = import_matplotlib()
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
-    style = {
-        **matplotlib.rcParamsDefault,
-        "font.family": fonts,
-        "text.parse_math": False,
-    }  # names may have a $
+    wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
+    style = dict(matplotlib.rcParamsDefault)
+    style["font.family"] = ["DejaVu Sans", *wide_fonts]
+    style["text.parse_math"] = False  # a class name may hold a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images, uint8 [N, 3, 32, 32], as one png file, `columns` a row, each under its text, in its colour.
+# Pixels of a contact sheet's cell, and the height of the text at its top.
+CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
+PIXELS_PER_INCH = 33
 
-    The texts have three lines at most.
+
+def draw_contact_sheet(path, images, texts, colours, columns, title):
+    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+
+    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
     """
-    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    width, height, top = 42, 54, 19  # of a cell; top is the height of its text
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    with figure_file(path, columns * width / 33, rows * height / 33) as figure:
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * CELL_HEIGHT, columns * CELL_WIDTH, 3), 255, np.uint8)
+    width = columns * CELL_WIDTH / PIXELS_PER_INCH
+    height = rows * CELL_HEIGHT / PIXELS_PER_INCH
+    with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            y, x = (
-                place // columns * height + top,
-                place % columns * width + (width - IMAGE_SIZE) // 2,
-            )
-            sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
+            row, column = divmod(place, columns)
+            top = row * CELL_HEIGHT + TEXT_HEIGHT
+            left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
+            pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
+            sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = pixels
             axes.text(
-                x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom"
+                left + IMAGE_SIZE / 2,
+                top - 1,
+                text,
+                fontsize=8,
+                color=colour,
+                ha="center",
+                va="bottom",
             )
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 
 
 def shorten(name):
-    """Returns a name of at most 16 characters: both ends of a longer one, since either may tell it apart."""
-    return name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}"
+    """Returns a name, or both ends of one that is longer than 16 characters."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:8]}…{name[-7:]}"

@@ -85,7 +85,7 @@ def test_the_neighbours_vote_by_hand(monkeypatch):
 
 def test_features_are_those_of_an_image_and_of_its_mirror_image():
     data = digits(5)
-    model = pipeline.construct_resnet9().train()  # as after a training
+    model = pipeline.construct_model("resnet9", 10).train()  # as after a training
     run = SimpleNamespace(data=data, model=model, dtype=torch.float32, batch_size=2)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     features, logits = detect.compute_features(run)
@@ -95,7 +95,7 @@ def test_features_are_those_of_an_image_and_of_its_mirror_image():
     )
     assert torch.allclose(logits, train.compute_logits(model, data, 5, torch.float32), atol=1e-6)
     together = (
-        0.2 * features @ model.head.weight.T
+        0.2 * features @ model.head[0].weight.T
     )  # the last layer is linear: in proportion to the sum of the logits
     assert F.cosine_similarity(together, logits + flipped).min() > 1 - 1e-5
     assert torch.allclose(features.norm(dim=1), torch.ones(5))

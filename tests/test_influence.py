@@ -68,7 +68,7 @@ def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
     make_run, data, queries
 ):
     torch.manual_seed(0)
-    model = pipeline.construct_resnet9(10).eval()
+    model = pipeline.construct_model("resnet9", 10).eval()
     train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
     query_gradients = gradients_by_torch_func(model, queries, minus_margin)
     run = make_run("identity", model=model)
