@@ -1580,8 +1580,11 @@ def problem_of_network(network, num_classes):
             return f"features and head that hold all parameters, but {name} is in neither"
     was_training = network.training
     model = ImageClassifier(network).eval()
-    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    logits = model.logits(features)
+    try:
+        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        logits = model.logits(features)
+    except RuntimeError as error:  # shapes that do not fit
+        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
     network.train(was_training)
     if features.dim() != 2 or len(features) != 2:
         return f"features of shape [B, D], not {[*features.shape]} for 2 images"
@@ -2218,6 +2221,22 @@ CHECKED_IMAGES = 2
 LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
 
 
+class LayerCall:
+    """One call of a layer: its input, and the gradient of its output, a sum over backward passes.
+
+    Like the trackers, it gets the gradient by a hook: later the output may be changed in place.
+    """
+
+    def __init__(self, inputs, output):
+        self.inputs = inputs.detach()
+        self.gradient = torch.zeros_like(output, requires_grad=False)
+        if output.requires_grad:
+            output.register_hook(self.add)
+
+    def add(self, gradient):
+        self.gradient += gradient
+
+
 def find_tracked_layers(model, images):
     """Returns the names of the layers that influence is computed for, in the order of the model.
 
@@ -2227,84 +2246,83 @@ def find_tracked_layers(model, images):
     """
     kinds = (nn.Conv2d, nn.Linear)
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
-    model.requires_grad_(True)
-    calls, values = record_calls(model, layers, images)
-    exact = [layer_gradients(value, layers) for value in values]
+    if not layers:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+    calls, gradients = differentiate(model, layers, images)
     tracked = []
     for name, layer in layers.items():
-        expected = [gradients[name] for gradients in exact]  # of each image
-        if expected[0] is None:  # the layer does not take part in the logits
+        exact = [layer_gradient(of_image, name) for of_image in gradients]
+        if exact[0] is None:  # the layer does not take part in the logits
             continue
-        reason = refusal(model, layer, calls[name], values, expected)
+        reason = refusal(model, layer, calls[name], exact)
         if reason:
             raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
         tracked.append(name)
-    if not tracked:
-        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
     return tracked
 
 
-def record_calls(model, layers, images):
-    """Returns each layer's calls by name, lists of (input, output), and a value per image, [B].
+def differentiate(model, layers, images):
+    """Returns each layer's LayerCalls, by name, and each image's gradients by autograd.
 
-    The value is a sum of the logits with a different weight for each, so that its gradient does not
-    vanish where the network is certain of a class.
+    Differentiated is, for each image, a sum of its logits with different weights: unlike that of a
+    loss, its gradient does not vanish where the network is certain of a class. The gradients are
+    those of all parameters by name, None of those that take no part.
     """
+    model.requires_grad_(True)
     calls = {name: [] for name in layers}
 
     def record(name):
-        return lambda _, inputs, output: calls[name].append((inputs[0], output))
+        return lambda _, inputs, output: calls[name].append(LayerCall(inputs[0], output))
 
     hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.enable_grad():
         logits = model(images)
         values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+    gradients = []
+    for value in values:
+        found = torch.autograd.grad(
+            value, [*parameters.values()], retain_graph=True, allow_unused=True
+        )
+        gradients.append(dict(zip(parameters, found, strict=True)))
     for hook in hooks:
         hook.remove()
-    return calls, values
+    return calls, gradients
 
 
-def layer_gradients(value, layers):
-    """Returns the gradient of a value by each layer's weights, [O, I], in the order of `patches`.
+def layer_gradient(gradients, name):
+    """Returns a layer's gradient, [O, I], in the order of `patches`, from those by parameter.
 
-    It is None for a layer that does not take part in the value.
+    None where its weight takes no part.
     """
-    weights = [layer.weight for layer in layers.values()]
-    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
-    found = torch.autograd.grad(value, weights + biases, retain_graph=True, allow_unused=True)
-    of_weights, of_biases = found[: len(weights)], iter(found[len(weights) :])
-    gradients = {}
-    for (name, layer), gradient in zip(layers.items(), of_weights, strict=True):
-        of_bias = None if layer.bias is None else next(of_biases)
-        if gradient is not None and gradient.dim() == 4:
-            gradient = gradient.permute(0, 2, 3, 1).flatten(1)
-        if gradient is not None and of_bias is not None:
-            gradient = torch.cat([gradient, of_bias[:, None]], 1)
-        gradients[name] = gradient
-    return gradients
+    weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
+    if weight is None:
+        return None
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
 
-def refusal(model, layer, calls, values, expected):
+def refusal(model, layer, calls, exact):
     """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
 
-    calls: its (input, output) in one pass; values [B]: one per image; expected: the layer's
-    gradient of each value, [O, I], by autograd.
+    calls: the layer's LayerCalls in one pass; exact: its gradients [O, I] by autograd, per image.
     """
     names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
     if len(names) > 1:
         return f"it is also registered as '{names[1]}'; register it once"
     if len(calls) != 1:
         return f"it is called {len(calls)} times in one pass; call each layer exactly once"
-    (inputs, outputs), batch = calls[0], len(values)
-    if len(inputs) != batch:
-        return f"its input has {len(inputs)} rows for {batch} images; keep a row for each image"
-    (gradient,) = torch.autograd.grad(
-        values.sum(), outputs, retain_graph=True, materialize_grads=True
-    )
-    with torch.no_grad():
-        found = per_sample_gradient(patches(layer, inputs), by_position(layer, gradient))
-    for image, exact in zip(found, expected, strict=True):
-        if (image - exact).norm() > LARGEST_ERROR * exact.norm():
+    (call,) = calls
+    rows = len(call.inputs)
+    if rows != len(exact):
+        return (
+            f"the first dimension of its input is {rows} for {len(exact)} images; "
+            "keep the images in the first dimension"
+        )
+    found = per_sample_gradient(patches(layer, call.inputs), by_position(layer, call.gradient))
+    for image, expected in zip(found, exact, strict=True):
+        if (image - expected).norm() > LARGEST_ERROR * expected.norm():
             return (
                 "its gradients are not those of its input and output; "
                 "do not share or recompute its weight, and do not mix images"
@@ -2399,7 +2417,7 @@ class InfluenceRun:
     def draw_factor_examples(self, count):
         """Returns a data set of `count` random training images, or of all if there are no more."""
         total = len(self.dataset)
-        if count in ("all", None) or count >= total:
+        if count == "all" or count >= total:
             return self.dataset
         generator = torch.Generator().manual_seed(FACTORS_SEED)
         chosen = torch.randperm(total, generator=generator)[:count]

@@ -21,6 +21,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import analyze
 import detect_mislabeled_dataset as detect
 import pipeline
 
@@ -255,25 +256,74 @@ def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
     assert f"scores in {path.relative_to(folder)}\n" in out
 
     header, rows = read_table(results / "top_influences_ekfac.csv")
-    assert header == documented("top_influences_<strategy>.csv")
+    assert header == [*analyze.COLUMNS] == documented("top_influences_<strategy>.csv")
     assert set(documented("detection_<strategy>.json")) - set(record) == {
         "num_corrupted",
         "rankings",
     }
-    test, data = digits(7, "test"), pipeline.training_examples(digits(NUM_TRAIN), 0.1)
-    assert len(rows) == 7 * 20
-    for query in range(7):
+    check_top_influences(rows, scores, digits(7, "test"))
+
+
+def check_top_influences(rows, scores, queries):
+    """A table's rows are the ten highest positive and ten lowest negative scores of each query.
+
+    They begin with those of the mean over all queries, which has no path and no label.
+    """
+    assert rows[0]["query"] == "mean"
+    assert list(dict.fromkeys(row["query"] for row in rows))[1:] == [
+        str(index) for index in queries.indices.tolist()
+    ]
+    assert {row["query_path"] for row in rows} == {""}
+    expected_scores = {"mean": scores.mean(0)}
+    labels = {}
+    for index, label, row in zip(queries.indices.tolist(), queries.labels, scores, strict=True):
+        expected_scores[str(index)] = row
+        labels[str(index)] = str(label.item())
+    data = pipeline.training_examples(digits(NUM_TRAIN), 0.1)
+    for query, expected in expected_scores.items():
         for direction, sign in (("helpful", -1), ("harmful", 1)):
-            listed = [
-                row for row in rows if int(row["query"]) == query and row["direction"] == direction
-            ]
-            assert [int(row["rank"]) for row in listed] == list(range(1, 11))
-            expected = (sign * scores[query]).sort().values[:10] * sign
-            assert [float(row["score"]) for row in listed] == pytest.approx(
-                expected.tolist(), rel=1e-6
-            )
-            for row in listed:
+            listed = [row for row in rows if (row["query"], row["direction"]) == (query, direction)]
+            assert [int(row["rank"]) for row in listed] == list(range(1, len(listed) + 1))
+            strongest = (sign * expected[sign * expected < 0]).sort().values[:10] * sign
+            found = [float(row["score"]) for row in listed]
+            assert found == pytest.approx(strongest.tolist(), rel=1e-5)
+            for row, score in zip(listed, found, strict=True):
                 index = int(row["train"])
-                assert row["query_label"] == str(test.labels[query].item())
+                assert row["query_label"] == labels.get(query, "")
                 assert row["train_label"] == str(data.labels[index].item())
-                assert float(row["score"]) == pytest.approx(scores[query, index].item(), rel=1e-6)
+                assert score == pytest.approx(expected[index].item(), rel=1e-5)
+
+
+def test_with_query_indices_the_mean_is_that_of_the_group(detected):
+    folder, _ = detected
+    flags = ("--factor_strategy", "identity", "--query_indices", "9,3-4")
+    out = succeed(folder, ANALYZE, *SYNTHETIC, *flags)
+    path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
+    scores = load_file(folder / path)["all_modules"]
+    _, rows = read_table(result_folder(folder) / "top_influences_identity.csv")
+    check_top_influences(rows, scores, digits(10, "test").take(torch.tensor([9, 3, 4])))
+
+
+def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
+    """Scores of two queries on three images; the mean over the queries is (2, -1, 1)."""
+    scores = torch.tensor([[1.0, -2.0, 3.0], [3.0, 0.0, -1.0]])
+    rows = list(analyze.top_rows([analyze.MEAN_QUERY], scores.mean(0, keepdim=True), "abc"))
+    expected = [("helpful", 1, "a", 2.0), ("helpful", 2, "c", 1.0), ("harmful", 1, "b", -1.0)]
+    assert rows == [["mean", "", "", *row] for row in expected]
+
+
+def test_the_figure_of_influences_begins_with_the_mean(monkeypatch, tmp_path):
+    """Its first row has no image, the mean's two highest scores, and its two lowest."""
+    drawn = []
+    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda *values: drawn.append(values))
+    monkeypatch.setattr(analyze, "NUM_PICTURED", 2)
+    queries, data = digits(2, "test"), digits(4)
+    scores = torch.tensor([[4.0, 0.0, 1.0, -8.0], [2.0, 4.0, -3.0, -2.0]])  # mean 3, 2, -1, -5
+    analyze.plot_top_influences(tmp_path / "figure.png", scores, queries, data, "ekfac")
+    ((_, images, texts, colours, columns, _),) = drawn
+    assert columns == 5 and len(images) == len(texts) == len(colours) == 15
+    assert images[0].eq(255).all() and images[5].equal(queries.images[0])
+    assert torch.stack(images[1:5]).equal(data.images[[0, 1, 3, 2]])
+    assert texts[0] == "mean of\n2 test images"
+    assert [text.split("\n")[1] for text in texts[1:5]] == ["+3", "+2", "-5", "-1"]
+    assert colours[1:5] == [analyze.HELPFUL_COLOUR] * 2 + [analyze.HARMFUL_COLOUR] * 2
