@@ -303,18 +303,28 @@ def strongest(strength, influence):
 class Detection(NamedTuple):
     """What was found out about the training images, `data`, ImageData on the CPU.
 
-    scores: suspicion by ranking, float arrays [N]; suspicion: that by the chosen ranking, which
-    figures call `caption`; order: positions in `data`, int64 [N], the most suspicious image first;
-    logits: float32 [N, num_classes], the mean over the models; explanations: see `explain`.
+    scores: suspicion by ranking, float arrays [N]; method: the ranking that decides the order;
+    order: positions in `data`, int64 [N], the most suspicious image first; logits: float32
+    [N, num_classes], the mean over the models; explanations: see `explain`.
     """
 
     data: pipeline.ImageData
-    caption: str
+    method: str
+    strategy: str
     scores: dict
-    suspicion: np.ndarray
     order: np.ndarray
     logits: torch.Tensor
     explanations: dict
+
+    @property
+    def suspicion(self):
+        """The suspicion that decides the order, float [N]."""
+        return self.scores[self.method]
+
+    @property
+    def caption(self):
+        """The name in figures of the ranking that decides the order."""
+        return caption_of(self.method, self.strategy)
 
     @property
     def predicted(self):
@@ -336,9 +346,9 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
     order = np.argsort(-scores[method], kind="stable")
     detection = Detection(
         data=data,
-        caption=caption_of(method, runs[0].strategy),
+        method=method,
+        strategy=runs[0].strategy,
         scores=scores,
-        suspicion=scores[method],
         order=order,
         logits=sum(logits) / len(logits),
         explanations=explain(runs, data, order[:num_explained], damping_factor),
@@ -528,23 +538,40 @@ def plot_suspects(path, detection):
         f"The {len(shown)} most suspicious of {len(data)} training images by {detection.caption}:\n"
         "given label → predicted label (red where they differ), score"
     )
-    pipeline.draw_contact_sheet(path, data.images[shown], texts, colours, 10, title)
+    pipeline.draw_contact_sheet(
+        path,
+        data.images[shown],
+        texts=texts,
+        colours=colours,
+        columns=10,
+        title=title,
+    )
 
 
-def plot_curves(path, results, method, fraction, strategy):
+def plot_curves(path, detection, results):
     """Draws the recall of each ranking against the share of images inspected.
 
-    fraction: the share of corrupted labels. MAIN_METHODS and `method` have thick lines. Without
-    results an earlier figure is removed.
+    results: by ranking, of `evaluate_rankings`; if there are none, an earlier figure is removed.
+    MAIN_METHODS and the chosen one have thick lines.
     """
     if not results:
         path.unlink(missing_ok=True)
         return
+    fraction = detection.data.is_corrupted.double().mean().item()
     with pipeline.figure_file(path, 6.4, 6.2) as figure:
         end = min(1, max(0.2, 3 * fraction))
         axes = figure.add_subplot(xlim=(0, end), ylim=(0, 1.02))
         for name, result in results.items():
-            draw_curve(axes, name, result, strategy, is_main=name in (*MAIN_METHODS, method))
+            caption = caption_of(name, detection.strategy)
+            at_10 = f"{100 * result['recall_at_10']:.1f} % at 10 %"
+            axes.plot(
+                [0, *(point["inspected"] for point in result["curve"])],
+                [0, *(point["recall"] for point in result["curve"])],
+                label=f"{caption}: {at_10}, AUROC {result['auroc']:.3f}",
+                linestyle=RANKINGS[name].line,
+                color=RANKINGS[name].colour,
+                linewidth=2.2 if name in (*MAIN_METHODS, detection.method) else 0.8,
+            )
         axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", linewidth=1.5, label="perfect")
         axes.plot([0, 1], [0, 1], "-", color="grey", linewidth=1.5, label="random")
         axes.set_xlabel("training images inspected")
@@ -554,21 +581,6 @@ def plot_curves(path, results, method, fraction, strategy):
             axis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=4)
-
-
-def draw_curve(axes, name, result, strategy, is_main):
-    """Draws the recall of one ranking, `result` of `evaluate_ranking`, into matplotlib axes."""
-    inspected = [0, *(point["inspected"] for point in result["curve"])]
-    recall = [0, *(point["recall"] for point in result["curve"])]
-    at_10 = f"{100 * result['recall_at_10']:.1f} % at 10 %"
-    axes.plot(
-        inspected,
-        recall,
-        label=f"{caption_of(name, strategy)}: {at_10}, AUROC {result['auroc']:.3f}",
-        linestyle=RANKINGS[name].line,
-        color=RANKINGS[name].colour,
-        linewidth=2.2 if is_main else 0.8,
-    )
 
 
 # ---- The page for review -------------------------------------------------------------------------
@@ -1506,7 +1518,7 @@ def main():
         pipeline.timed(seconds, "report"),
     ):
         plot_suspects(files.contact_sheet, detection)
-        plot_curves(files.curves, results, args.method, is_corrupted.mean(), args.factor_strategy)
+        plot_curves(files.curves, detection, results)
 
     print_recall(results, args.method)
     pipeline.print_seconds(seconds)

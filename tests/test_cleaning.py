@@ -263,7 +263,9 @@ def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos,
 def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written, photos, tmp_path):
     """Its last parts are those of a training image, but its file exists."""
     other = Path(shutil.copytree(photos[2], tmp_path / "other"))
-    with pytest.raises(pipeline.UserError, match=r"line 2: .* is not among the 15 training images$"):
+    with pytest.raises(
+        pipeline.UserError, match=r"line 2: .* is not among the 15 training images$"
+    ):
         read(written("path,new_label", f"{other}/train/cat/0.png,äpfel"), *photos)
 
 
@@ -510,9 +512,9 @@ def test_figures_of_any_number_of_images(tmp_path, data, count):
     scores = torch.linspace(1, 0, count)
     found = detect.Detection(
         data=many,
-        caption="loss",
+        method="loss",
+        strategy="ekfac",
         scores={"loss": scores.numpy()},
-        suspicion=scores.numpy(),
         order=torch.arange(count).numpy(),
         logits=torch.eye(3)[many.labels],
         explanations={},

@@ -88,9 +88,9 @@ def detection(class_names, count=12, **fields):
     suspicion = np.linspace(1, 0, count, dtype=np.float32)
     values = {
         "data": data,
-        "caption": "loss",
+        "method": "loss",
+        "strategy": "ekfac",
         "scores": {"loss": suspicion},
-        "suspicion": suspicion,
         "order": np.arange(count),
         "logits": torch.eye(len(class_names))[labels],
         "explanations": {},
@@ -617,7 +617,7 @@ def test_a_card_has_its_image_and_the_best_class_beside_its_label_and_no_name_en
     order = np.array([3, 0, 4, 2, 1])
     logits = torch.tensor([[5.0, 1, 3], [5, 1, 3], [5, 1, 3], [0, 4, 2], [2, 4, 6]])
     found = detection(names, 5, order=order, logits=logits)
-    other_ranking = found._replace(suspicion=found.suspicion + 1)
+    other_ranking = found._replace(scores={"loss": found.suspicion + 1})
     other_paths = found._replace(data=replace(found.data, paths=["a"] * 5))
     pages = []
     for shown in (found, other_ranking, other_paths):

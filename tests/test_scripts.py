@@ -232,7 +232,7 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
     ("script", "files"), [(DETECT, ("suspects", "detection")), (ANALYZE, ("top_infl", "pairwise"))]
 )
 def test_a_picture_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, script, files):
-    def draw(*_):
+    def draw(*_, **__):
         raise OSError("no font")
 
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
