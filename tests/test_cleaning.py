@@ -438,7 +438,9 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
     before = ranking.read_bytes()
     command, _ = printed_commands(trained[1])
     sentence = refused(tmp_path, *command, "--factor_strategy", "identity", "--method", "loss")
-    assert "suspects_identity.csv has other columns" in sentence
+    assert (
+        "suspects_identity.csv has columns that this script does not write (new_label)" in sentence
+    )
     assert ranking.read_bytes() == before
 
 
