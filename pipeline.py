@@ -755,10 +755,10 @@ def refuse_inside_data(flag, folder, dataset_dir):
     inside = [Path(folder).resolve(), *Path(folder).resolve().parents]
     for split in ("train", "test"):
         top = Path(dataset_dir) / split
-        if not top.is_dir():
-            continue
-        classes = next(os.walk(top, onerror=refuse_unlisted))[1]
-        if any((top / name).resolve() in inside for name in ("", *classes)):
+        listed = set()
+        if top.is_dir():
+            list_files(top, listed)
+        if listed.intersection(inside):
             raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
 
 
@@ -793,7 +793,7 @@ def list_samples(folder, verbose):
         files, skipped_here = list_files(folder / name, walked)
         if not files:
             raise UserError(
-                f"--dataset imagefolder: {folder / name} holds no image: fill or remove it"
+                f"--dataset imagefolder: {folder / name} holds no image of its own: fill or remove it"
             )
         if same_form(name) in class_names:
             raise UserError(

@@ -92,7 +92,7 @@ def printed_commands(output):
 def influence_run(
     folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings
 ):
-    """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
+    """An InfluenceRun as the scripts make it, with a batch size that leaves a partial batch."""
     settings |= {
         "strategy": strategy,
         "dtype": dtype,

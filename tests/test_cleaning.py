@@ -263,7 +263,7 @@ def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos,
 def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written, photos, tmp_path):
     """Its last parts are those of a training image, but its file exists."""
     other = Path(shutil.copytree(photos[2], tmp_path / "other"))
-    with pytest.raises(pipeline.UserError, match=r"line 2: .* is not among the 15 training images$"):
+    with pytest.raises(pipeline.UserError, match=r"line 2: .* among the 15 training images$"):
         read(written("path,new_label", f"{other}/train/cat/0.png,äpfel"), *photos)
 
 
@@ -390,7 +390,7 @@ def test_examples_after_cleaning(data):
 
 @pytest.fixture(scope="module")
 def loop(trained, tmp_path_factory):
-    """A folder after: train, detect, train without the suspects, detect again; what each printed."""
+    """A folder after: train, detect, train without suspects, detect again; what each printed."""
     folder = tmp_path_factory.mktemp("loop")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
@@ -518,7 +518,7 @@ def test_figures_of_any_number_of_images(tmp_path, data, count):
 
 
 def test_a_sheet_shows_each_image_in_its_place(tmp_path):
-    """Twelve images, ten a row, are twelve patches of their colours, in their order, in two rows."""
+    """Twelve images, ten a row, are twelve patches of their colours, in order, in two rows."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
     pipeline.draw_contact_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
     pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))

@@ -28,7 +28,7 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """A folder with labels.csv, of all 5,000 digits but the first one drawn, and a training on it."""
+    """A folder with labels.csv, of all digits but the first one drawn, and a training on it."""
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
