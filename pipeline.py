@@ -1051,10 +1051,11 @@ def draw_digit(seed):
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8)
 
 
+# A loader is a function (dataset_dir, split, cache_dir) -> ImageSource, with split `train` or `test`.
 LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": load_digits}
 
 
-# ---- Label corruption, and what was decided against it -------------------------------------------
+# ---- Label corruption and cleaning ---------------------------------------------------------------
 
 
 def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):

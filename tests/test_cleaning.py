@@ -268,14 +268,15 @@ def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written
 
 
 def test_two_links_to_one_file_are_two_images(written, photos, tmp_path):
-    """A row that names the file itself might mean either."""
+    """They are so behind a link to the data set, too; the file itself might mean either."""
     _, _, folders = photos
     store = tmp_path / "store.png"
     Image.new("RGB", (8, 8)).save(store)
     for name in ("cat", "äpfel"):
         (folders / "train" / name / "link.png").symlink_to(store)
     data, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
-    rows = ["train/cat/link.png,grey owl", "train/äpfel/link.png,leave out"]
+    (tmp_path / "photos").symlink_to(folders)
+    rows = ["train/cat/link.png,grey owl", f"{tmp_path}/photos/train/äpfel/link.png,leave out"]
     decided = read(written("path,new_label", *rows), data, test, folders)
     assert [data.class_names[data.labels[i]] for i in decided["new_labels"]] == ["cat"]
     assert [data.class_names[data.labels[i]] for i in decided["excluded"]] == ["äpfel"]
@@ -380,7 +381,7 @@ def test_examples_after_cleaning(data):
     assert torch.equal(cleaned.images, data.images[cleaned.indices])
     assert cleaned.paths == [data.paths[i] for i in cleaned.indices]
     still_wrong = cleaned.indices[cleaned.is_corrupted].tolist()
-    assert still_wrong == [wrong[2]], "what a person decides was not made wrong on purpose"
+    assert still_wrong == [wrong[2]], "what a person decides is not corrupted"
     untouched = [i for i in range(6) if i not in (*wrong, right)]
     assert all(cleaned.labels[cleaned.indices == i] == corrupted.labels[i] for i in untouched)
 
@@ -517,7 +518,7 @@ def test_figures_of_any_number_of_images(tmp_path, data, count):
         Image.open(tmp_path / name).load()
 
 
-def test_a_sheet_shows_each_image_in_its_place(tmp_path):
+def test_a_contact_sheet_shows_each_image_in_its_place(tmp_path):
     """Twelve images, ten a row, are twelve patches of their colours, in order, in two rows."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
     pipeline.draw_contact_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")

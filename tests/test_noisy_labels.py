@@ -119,7 +119,7 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
     assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out
 
 
-MISSING = {  # what a row names, and whether it is only passed over, since it is an image
+MISSING = {  # what a row names, and whether that is an image, which is only counted
     "of the test split": ("test/cat/0.png", True),
     "not drawn": ("{not_drawn}", True),
     "not drawn, of a data set that was moved": ("/gone/{not_drawn}", True),
