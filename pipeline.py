@@ -793,7 +793,8 @@ def list_samples(folder, verbose):
         files, skipped_here = list_files(folder / name, walked)
         if not files:
             raise UserError(
-                f"--dataset imagefolder: {folder / name} holds no image of its own: fill or remove it"
+                f"--dataset imagefolder: {folder / name} holds no image of its own: "
+                "fill or remove it"
             )
         if same_form(name) in class_names:
             raise UserError(
@@ -1051,7 +1052,7 @@ def draw_digit(seed):
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8)
 
 
-# A loader is a function (dataset_dir, split, cache_dir) -> ImageSource, with split `train` or `test`.
+# A loader is a function (dataset_dir, split, cache_dir) -> ImageSource; split: `train` or `test`.
 LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": load_digits}
 
 

@@ -224,7 +224,10 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_a_row_finds_its_image_by_the_file_meant(written, photos, tmp_path, monkeypatch, spelling):
+def test_a_row_finds_its_image_by_the_file_meant(
+    written, photos, tmp_path, monkeypatch, capsys, spelling
+):
+    """Only where no such file exists do the last parts of the path decide, and that is printed."""
     data, _, folders = photos
     (tmp_path / "link").symlink_to(folders)
     (tmp_path / "work").mkdir()
@@ -235,6 +238,8 @@ def test_a_row_finds_its_image_by_the_file_meant(written, photos, tmp_path, monk
     paths = [spelling.format(tmp=tmp_path, name=name, quoted=quote(name)) for name in names]
     found = read(written("path,new_label", *(f"{path},cat" for path in paths)), *photos)
     assert found == cleaning([], dict.fromkeys(range(len(data)), 0))
+    exists = not spelling.startswith(("/nowhere", "D:", "file:///C:", "my images"))
+    assert ("last parts" in capsys.readouterr().out) != exists
 
 
 def test_a_name_that_looks_encoded_is_first_taken_as_it_is(written, folders):
