@@ -12,7 +12,6 @@ import copy
 import csv
 import ctypes
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -26,13 +25,14 @@ import shutil
 import stat
 import sys
 import time
+import types
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -57,7 +57,7 @@ from kronfluence.module.tracker.self_score import SelfScoreTracker
 from kronfluence.task import Task
 from kronfluence.utils import constants
 from kronfluence.utils.dataset import DataLoaderKwargs, find_executable_batch_size
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -65,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
 FULL_MEMORY = (
@@ -1464,87 +1465,28 @@ def print_cleaning(excluded, new_labels, num_ignored, data):
         )
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
-def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
-    """Returns the path of the checkpoint trained with the corruption `fraction` (None or 0: labels as they are).
+class Residual(nn.Sequential):
+    """Residual block: x + f(x)."""
 
-    A `noisy` one was trained on labels from a file, a `cleaned` one on what a person decided about them.
-    """
-    name = "model_noisy" if noisy else f"model_corrupt_{fraction}" if fraction else "model"
-    return Path(checkpoint_dir) / f"{name}{'_cleaned' * cleaned}.pth"
+    def forward(self, x):
+        return x + super().forward(x)
 
 
-def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors) to `path`, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
-    torch.save({"weights": weights, "metadata": metadata}, content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+class Scale(nn.Module):
+    """Multiplies by a constant."""
 
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
 
-def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint that train.py wrote.
+    def forward(self, x):
+        return self.factor * x
 
-    Raises UserError where there is no checkpoint, or where the file is something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("model*.pth"))
-        there = f", only {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
-        raise UserError(
-            f"there is no checkpoint {path}{there}: run train.py with the same data flags first"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"margins", "given_labels"}:
-            raise ValueError("written by an earlier train.py")
-        model = construct_resnet9(len(metadata["class_names"]))
-        model.load_state_dict(checkpoint["weights"])
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can fail in any way
-        reason = f"{first_line(error):.100}"
-        raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
-        ) from error
-    return model.to(device, memory_format=torch.channels_last).eval(), metadata
-
-
-def load_trained(path, device, clean, fraction, labels_file=None):
-    """Loads a checkpoint of a training on `clean`, the images as they were loaded.
-
-    It had a `fraction` of wrong labels, or those in the `labels_file` of `--noisy_labels`. Prints which one it is.
-    Returns model, metadata, and the ImageData that it was trained on. Raises UserError where that was another one.
-    """
-    model, metadata = load_checkpoint(path, device)
-    same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
-    data = (
-        training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        if same
-        else clean
-    )
-    if not same or (data.digest, data.class_names) != (
-        metadata["data_sha256"],
-        metadata["class_names"],
-    ):
-        labels = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        was = f"{metadata['num_train']} of {metadata['dataset']}, --{labels} {metadata[labels]} as it was then"
-        raise UserError(
-            f"{path} was trained on other images or labels ({was}): give its data flags, or train again"
-        )
-    if is_main_process():
-        wrong, accuracy = data.is_corrupted.sum(), 100 * metadata["accuracy"]["test"]
-        print(
-            f"{path}: trained on {len(data)} images ({wrong} with a wrong label), test accuracy {accuracy:.2f} %"
-        )
-    return model, metadata, data
-
-
-# ---- Batches and the network ---------------------------------------------------------------------
+    def extra_repr(self):
+        return str(self.factor)
 
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
@@ -1556,60 +1498,335 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     )
 
 
-class Residual(nn.Sequential):
-    """Adds its input to what its layers make of it."""
+def resnet9(num_classes):
+    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    features = nn.Sequential(
+        conv_block(3, 64),
+        conv_block(64, 128, kernel_size=5, stride=2, padding=2),
+        Residual(conv_block(128, 128), conv_block(128, 128)),
+        conv_block(128, 256),
+        nn.MaxPool2d(2),
+        Residual(conv_block(256, 256), conv_block(256, 256)),
+        conv_block(256, 128, padding=0),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+    )
+    head = nn.Sequential(nn.Linear(128, num_classes, bias=False), Scale(0.2))
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
-    def forward(self, x):
-        return x + super().forward(x)
+
+def resnet18(num_classes):
+    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    try:
+        from torchvision import models
+    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+        raise UserError(
+            f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
+            "install the one for this torch, or use --model resnet9"
+        ) from error
+    features = models.resnet18(num_classes=num_classes)
+    features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(features.conv1.weight, mode="fan_out", nonlinearity="relu")
+    features.maxpool = nn.Identity()
+    head = features.fc
+    features.fc = nn.Identity()
+    return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-class ResNet9(nn.Module):
-    """The 2.3 M parameter ResNet for 32x32 images. Logits leave it in float32, also under autocast."""
+# A network is a function of the number of classes. It returns a module with two parts, and nothing
+# else: `features`, images [B, 3, 32, 32] to [B, D], and `head`, [B, D] to logits [B, num_classes].
+MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
-    def __init__(self, num_classes):
+
+class ImageClassifier(nn.Module):
+    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+
+    def __init__(self, network):
         super().__init__()
-        self.features = nn.Sequential(
-            conv_block(3, 64),
-            conv_block(64, 128, kernel_size=5, stride=2, padding=2),
-            Residual(conv_block(128, 128), conv_block(128, 128)),
-            conv_block(128, 256),
-            nn.MaxPool2d(2),
-            Residual(conv_block(256, 256), conv_block(256, 256)),
-            conv_block(256, 128, padding=0),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(128, num_classes, bias=False)
+        self.features = network.features
+        self.head = network.head
 
     def forward(self, images):  # (B, 3, 32, 32) -> (B, num_classes)
         return self.logits(self.features(images))
 
-    def logits(self, features):  # (B, 128) -> (B, num_classes)
+    def logits(self, features):  # (B, D) -> (B, num_classes)
         # Logits in bfloat16 would tie, and losses and margins with them.
+        dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return 0.2 * self.head(features.to(self.head.weight.dtype))
-
-
-def construct_resnet9(num_classes=10):
-    """Returns a ResNet-9 with random weights, channels last in memory."""
-    return ResNet9(num_classes).to(memory_format=torch.channels_last)
-
-
-MODELS = {"resnet9": construct_resnet9}
+            return self.head(features.to(dtype))
 
 
 def construct_model(name, num_classes):
-    """Returns the network of a `--model` value."""
-    return MODELS[name](num_classes)
+    """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
+
+    Raises UserError where the function in MODELS does not return what a network has to be.
+    """
+    network = MODELS[name](num_classes)
+    problem = problem_of_network(network, num_classes)
+    if problem:
+        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    model = ImageClassifier(network)
+    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def problem_of_network(network, num_classes):
+    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+    for part in ("features", "head"):
+        if not isinstance(getattr(network, part, None), nn.Module):
+            return f"a module with the parts features and head, modules both, but {part} is none"
+    in_parts = {*network.features.parameters(), *network.head.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter not in in_parts:
+            return f"features and head that hold all parameters, but {name} is in neither"
+    was_training = network.training
+    model = ImageClassifier(network).eval()
+    try:
+        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        logits = model.logits(features)
+    except RuntimeError as error:  # shapes that do not fit
+        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
+    network.train(was_training)
+    if features.dim() != 2 or len(features) != 2:
+        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+    if logits.shape != (2, num_classes):
+        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
+    return None
 
 
 def margin(logits, labels, of_others=torch.logsumexp):
     """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al. 2020, section 3.1).
+    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
+    2020, section 3.1).
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+
+
+# ---- The code that scores depend on --------------------------------------------------------------
+#
+# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
+# is what Python compiled, which runs, and not the files: somebody may have edited them since.
+# Comments, layout and the docstrings of functions do not change it.
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+
+def code_digest(model):
+    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+
+    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
+    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
+    the settings of torch's own layers.
+    """
+    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    seen = {}  # by id; holds the values, so that no id is given twice
+    texts = [str(model)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CONSTANTS):
+            texts.append(repr(value))
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            waiting += parts_of(value)
+    return sha256("\n".join(texts))
+
+
+def network_code(model):
+    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
+
+    Classes of torch and torchvision are left out: the version of torch tells their code.
+    """
+    classes = {}  # a dictionary keeps their order
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if not is_of_library(cls):
+                classes[cls] = None
+    return [*classes, getattr(model, "constructed_by", None)]
+
+
+def is_of_library(value):
+    """Returns whether a function or class belongs to torch, torchvision or Python."""
+    package = str(value.__module__).partition(".")[0]
+    return package in {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+def is_code(value):
+    """Returns whether a value is a function or a class."""
+    return isinstance(value, (types.FunctionType, type))
+
+
+def parts_of(value):
+    """Returns what a function, class or container consists of; nothing of other values."""
+    if is_code(value) and is_of_library(value):
+        return []
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return parts(value)
+    return []
+
+
+def parts_of_code(code, docstring=None):
+    """Returns the instructions, names and constants of compiled code, without the docstring."""
+    constants = [constant for constant in code.co_consts if constant != docstring]
+    return [code.co_code, code.co_names, code.co_varnames, *constants]
+
+
+def parts_of_function(function):
+    """Returns the code, default values and closure of a function, and what it names in its file."""
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [function.__defaults__, function.__kwdefaults__, *closure]
+    for name in names_in(function.__code__):
+        value = function.__globals__.get(name)
+        if not is_code(value) or value.__module__ == function.__module__:
+            values.append(value)
+    return parts_of_code(function.__code__, function.__doc__) + values
+
+
+def names_in(code):
+    """Returns the global names and attributes in compiled code, and in functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += names_in(constant)
+    return names
+
+
+def parts_of_class(cls):
+    """Returns the methods and constants of a class, and its base classes of the same file."""
+    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
+    for name, member in vars(cls).items():
+        if isinstance(member, types.FunctionType) or not name.startswith("__"):
+            parts.append(member)
+    return parts
+
+
+PARTS = {
+    types.CodeType: parts_of_code,
+    types.FunctionType: parts_of_function,
+    types.MethodType: lambda method: [method.__func__],
+    (staticmethod, classmethod): lambda method: [method.__func__],
+    property: lambda attribute: [attribute.fget],
+    cached_property: lambda attribute: [attribute.func],
+    partial: lambda call: [call.func, call.args, call.keywords],
+    type: parts_of_class,
+    (tuple, list): list,
+    dict: lambda entries: [*entries.items()],
+    (set, frozenset): lambda members: sorted(map(repr, members)),
+    Tensor: lambda tensor: [sha256(tensor)],
+}
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
+    """Returns the path of the checkpoint of a training.
+
+    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
+    one used corrections as well.
+    """
+    if noisy:
+        name = "model_noisy"
+    elif fraction:
+        name = f"model_corrupt_{fraction}"
+    else:
+        name = "model"
+    if cleaned:
+        name += "_cleaned"
+    return Path(checkpoint_dir) / f"{name}.pth"
+
+
+def save_checkpoint(path, model, metadata):
+    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+
+    The metadata must tell `model`, the name in MODELS.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    torch.save({"weights": weights, "metadata": metadata}, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+
+    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
+    has no such network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint {path}{checkpoints_beside(path)}: "
+            "run train.py with the same data flags first"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        metadata = checkpoint["metadata"]
+        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+            raise ValueError("written by an earlier train.py")
+        if metadata["model"] not in MODELS:
+            raise UserError(
+                f"{path} holds a network '{metadata['model']}', which MODELS does not have: "
+                "add it there, or train again"
+            )
+        model = construct_model(metadata["model"], len(metadata["class_names"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        reason = f"{first_line(error):.100}"
+        raise UserError(
+            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def checkpoints_beside(path):
+    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    names = sorted(other.name for other in path.parent.glob("model*.pth"))
+    if not names:
+        return ""
+    if len(names) > 3:
+        names = [*names[:3], "…"]
+    return f", only {', '.join(names)}"
+
+
+def load_trained(path, device, clean, *, model_name, fraction, labels_file=None):
+    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+
+    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
+    from the `labels_file` of `--noisy_labels`. Returns the model, its metadata, and the
+    ImageData that it was trained on. Raises UserError where any of these was another one.
+    """
+    model, metadata = load_checkpoint(path, device)
+    if metadata["model"] != model_name:
+        raise UserError(
+            f"{path} was trained with --model {metadata['model']}, not {model_name}: "
+            "give that, or train again"
+        )
+    data = clean
+    is_same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
+    if is_same:
+        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+        trained_on = metadata["data_sha256"], metadata["class_names"]
+        is_same = trained_on == (data.digest, data.class_names)
+    if not is_same:
+        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
+        raise UserError(
+            f"{path} was trained on other images or labels ({metadata['num_train']} of "
+            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
+            "give its data flags, or train again"
+        )
+    if is_main_process():
+        print(
+            f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
+            f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
+        )
+    return model, metadata, data
 
 
 # ---- Influence: what is measured, and in which precision -----------------------------------------
@@ -1618,15 +1835,20 @@ def margin(logits, labels, of_others=torch.logsumexp):
 class ClassificationTask(Task):
     """Cross-entropy as training loss, and minus the margin as what influence is measured on.
 
-    With that sign a positive score means: training on this image more would raise the query's margin.
-    A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    With that sign a positive score means: training on this image more would raise the query's
+    margin. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
+    `layer_names` are those of the layers that kronfluence tracks, None for all that it can.
     """
 
-    def compute_train_loss(self, batch, model, sample=False):
-        """Returns the summed cross-entropy, against labels drawn from the model's own distribution if `sample`.
+    def __init__(self, layer_names=None):
+        self.layer_names = layer_names
 
-        A pseudo-label is where the example's own uniform number falls in the cumulative distribution, so it
-        depends neither on the batch it comes in nor on the process.
+    def compute_train_loss(self, batch, model, sample=False):
+        """Returns the summed cross-entropy, with `sample` against pseudo-labels.
+
+        Pseudo-labels are drawn from the model's own distribution: the class in whose part of the
+        cumulative distribution the example's uniform number falls. So a pseudo-label depends
+        neither on the other images of the batch nor on the process.
         """
         images, labels, uniforms = batch
         logits = model(images)
@@ -1636,34 +1858,37 @@ class ClassificationTask(Task):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
-        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, with the opposite sign)."""
+        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, sign changed)."""
         images, labels, _ = batch
         return -margin(model(images), labels).sum()
 
+    def get_influence_tracked_modules(self):
+        """Returns the names of the layers to track, for kronfluence."""
+        return self.layer_names
+
 
 class InfluenceDataset(torch.utils.data.Dataset):
-    """ImageData as kronfluence takes it: whole batches by index, each example with its uniform random number."""
+    """ImageData as kronfluence reads it: whole batches by index.
+
+    Each example comes with a uniform random number, which draws its pseudo-label.
+    """
 
     def __init__(self, data, seed):
         self.data, self.seed = data, seed
-        self.uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)).to(
-            data.labels.device
-        )
+        uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed))
+        self.uniforms = uniforms.to(data.labels.device)
 
     def __len__(self):
         return len(self.data)
 
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices, device=self.data.labels.device)
-        return (
-            self.data.normalize(self.data.images[indices]),
-            self.data.labels[indices],
-            self.uniforms[indices],
-        )
+        images = self.data.normalize(self.data.images[indices])
+        return images, self.data.labels[indices], self.uniforms[indices]
 
 
 def cpu_features():
-    """Returns what the processor can do, a dictionary by name; an older torch tells just what is needed here."""
+    """Returns the processor's capabilities by name; an older torch tells only those used here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -1673,9 +1898,10 @@ def cpu_features():
 
 
 def configure_precision(precision, device):
-    """Returns the compute dtype, torch.float32 or torch.bfloat16, of a `--precision` value on a device.
+    """Sets torch's global precision for a `--precision` value, and returns the compute dtype.
 
-    Lets CUDA round what stays float32 to TF32 beside bfloat16 only; sums inside a product of bfloat16 stay float32.
+    That is torch.float32 or torch.bfloat16. CUDA may round what stays float32 to TF32 only beside
+    bfloat16. Sums inside a product of bfloat16 matrices stay float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -1683,35 +1909,38 @@ def configure_precision(precision, device):
         else:
             fast = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    tensor_float = "tf32" if precision == "bf16" else "ieee"
+    float32 = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
-        tensor_float
-    )
+    torch.backends.cuda.matmul.fp32_precision = float32
+    torch.backends.cudnn.conv.fp32_precision = float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def computation_dtypes(dtype, strategy):
-    """Returns the dtype of each kind of computation, by name, in a run of a compute dtype and a strategy."""
+    """Returns the dtype of each kind of computation, by name, for a compute dtype and strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes of self-influence.
-        # Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by pairwise scores do not survive bfloat16.
+        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes
+        # of self-influence. Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by
+        # pairwise scores do not survive bfloat16.
         products=dtype,
-        # What goes into the products of a covariance; on a CPU the product rounds it. EKFAC fits its eigenvalues anew;
-        # KFAC inverts the covariances, whose small eigenvalues rounding would drown.
+        # The inputs of a covariance's product, which a CPU rounds inside the product. EKFAC fits
+        # its eigenvalues anew. KFAC inverts the covariances, whose small eigenvalues rounding
+        # would drown.
         covariances=dtype if strategy == "ekfac" else sums,
-        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred terms, and scores tie.
+        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred
+        # terms, and scores tie.
         sums=sums,
     )
 
 
 # ---- Influence: per-sample gradients -------------------------------------------------------------
 #
-# A layer with patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the per-sample gradients
-# G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs them in the eigenbasis Q_G, Q_A of the
-# two covariances, R = Q_G^T G Q_A. kronfluence forms G and rotates it there and back; the trackers below form it where
-# it is needed. Where the strategy has no eigenvectors (diagonal, identity), nothing is rotated.
+# A layer with input patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the
+# per-sample gradients G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs
+# them in the eigenbasis Q_G, Q_A of the two covariances, R = Q_G^T G Q_A. kronfluence forms G and
+# rotates it there and back; the trackers below form it where it is needed. Where the strategy has
+# no eigenvectors (diagonal, identity), nothing is rotated.
 #
 # tracker              of a batch                                       shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
@@ -1719,48 +1948,94 @@ def computation_dtypes(dtype, strategy):
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
+#
+# In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
+# are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-SYMMETRIC_BLOCKS = {
-    "cpu": 256,
-    "cuda": 512,
-}  # measured: smaller ones leave less to compute, larger ones run faster
-# kronfluence resets the compiler after each stage, and that would import it: 0.8 s, from a slow disk 6 s, for nothing.
-torch.compiler.reset = lambda: None
+# Measured: smaller blocks leave less to compute, larger ones run faster.
+SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
+
+
+def padding_sides(layer):
+    """Returns a convolution's padding as torch's F.pad takes it: (left, right, top, bottom)."""
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    if layer.padding == "same":
+        rows, columns = (
+            dilation * (size - 1)
+            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
+        )
+        left, top = columns // 2, rows // 2
+        return left, columns - left, top, rows - top
+    rows, columns = layer.padding
+    return columns, columns, rows, rows
 
 
 def patches(layer, inputs):
-    """Returns what each position of a convolution or linear layer sees, [B, T, I], with a column of ones for a bias.
+    """Returns the input patches (im2col) per output position, with a column of ones for a bias.
 
-    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row, column) as kronfluence's:
-    so they are copied in runs of channels from inputs [B, C, H, W] that are channels last in memory.
+    inputs: [B, C, H, W] of a convolution, or [B, ..., I] of a linear layer, whose positions are all
+    its middle dimensions. Returns [B, T, I], or [B, groups, T, I] of a convolution with groups.
+
+    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row,
+    column) as kronfluence's: so they are copied in runs of channels from channels-last memory.
     """
-    if isinstance(layer, nn.Conv2d):
-        (height, width), (top, left), (stride, column_stride) = (
-            layer.kernel_size,
-            layer.padding,
-            layer.stride,
-        )
-        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (B, H, W, C)
-        windows = images.unfold(1, height, stride).unfold(
-            2, width, column_stride
-        )  # (B, H', W', C, height, width)
-        a = windows.permute(0, 1, 2, 4, 5, 3).reshape(
-            len(images), -1, height * width * images.shape[3]
-        )
+    if isinstance(layer, nn.Linear):
+        a = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     else:
-        a = inputs[:, None]
+        a = convolution_patches(layer, inputs)
     return a if layer.bias is None else F.pad(a, (0, 1), value=1)
 
 
-def rotated_gradient(a, g, q_a, q_g):
-    """Returns Q_G^T G Q_A, [B, O, I]; q_a [I, I] and q_g [O, O] hold eigenvectors in columns, None for no rotation."""
-    if q_a is None:
+def convolution_patches(layer, inputs):
+    """Returns the patches of a convolution, [B, T, I] or [B, groups, T, I], as `patches` says."""
+    left, right, top, bottom = padding_sides(layer)
+    if layer.padding_mode == "zeros":
+        images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
+    else:
+        padded = F.pad(inputs, (left, right, top, bottom), mode=layer.padding_mode)
+        images = padded.permute(0, 2, 3, 1)  # (B, H, W, C)
+    windows = images
+    for axis in (0, 1):
+        size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        windows = windows.unfold(axis + 1, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # windows: (B, H', W', C, kernel height, kernel width)
+    batch, height, width, channels = windows.shape[:4]
+    if layer.groups == 1:
+        return windows.permute(0, 1, 2, 4, 5, 3).reshape(batch, height * width, -1)
+    windows = windows.unflatten(3, (layer.groups, channels // layer.groups))
+    windows = windows.permute(0, 3, 1, 2, 5, 6, 4)  # (B, groups, H', W', height, width, C / groups)
+    return windows.reshape(batch, layer.groups, height * width, -1)
+
+
+def by_position(layer, gradient):
+    """Returns the gradient of a layer's output, [B, O, H', W'] or [B, ..., O], as [B, T, O]."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(len(gradient), -1, gradient.shape[-1])
+    return gradient.flatten(2).mT
+
+
+def per_sample_gradient(a, g):
+    """Returns G, [B, O, I], of g [B, T, O] and of a [B, T, I], or [B, groups, T, I]."""
+    if a.dim() == 3:
         return g.mT @ a
+    g = g.mT.unflatten(1, (a.shape[1], -1))  # (B, groups, O / groups, T)
+    return (g @ a).flatten(1, 2)
+
+
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, I].
+
+    q_a [I, I] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
+    """
+    if q_a is None:
+        return per_sample_gradient(a, g)
+    if a.dim() == 4:  # Q_G mixes the outputs of all groups
+        return q_g.T @ (per_sample_gradient(a, g) @ q_a)
     g = g @ q_g
-    if (
-        a.shape[1] < g.shape[2]
-    ):  # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    # T * I^2 multiplications for the patches, or O * I^2 for the gradient
+    if a.shape[1] < g.shape[2]:
         return g.mT @ (a @ q_a)
     return g.mT @ a @ q_a
 
@@ -1768,7 +2043,7 @@ def rotated_gradient(a, g, q_a, q_g):
 def symmetric_product(rows):
     """Returns rows^T rows, [I, I], of rows [R, I], on CUDA in float32 also of bfloat16 ones.
 
-    Those are the blocks from the diagonal on, and their mirror images.
+    Computes the blocks from the diagonal on, and mirrors them.
     """
     wide = {"out_dtype": torch.float32} if rows.dtype == torch.bfloat16 else {}
     product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=wide.get("out_dtype", rows.dtype))
@@ -1781,18 +2056,27 @@ def symmetric_product(rows):
 
 
 def squares(gradient, dtype):
-    """Yields the squares of gradients [B, O, I] in `dtype`, on a CPU in parts that stay in its cache: saves a fifth."""
-    part = len(gradient) if gradient.is_cuda else max(1, CACHED_ELEMENTS // gradient[0].numel())
+    """Yields the squares of gradients [B, O, I] in `dtype`.
+
+    On a CPU it yields parts that stay in its cache, which saves a fifth of the time.
+    """
+    part = len(gradient)
+    if not gradient.is_cuda:
+        part = max(1, CACHED_ELEMENTS // gradient[0].numel())
     for gradients in gradient.split(part):
         yield gradients.to(dtype).square()
 
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices round their inputs, not their sums, to bfloat16 on a CPU, and never on CUDA."""
+    """Lets products of float32 matrices round their inputs to bfloat16 on a CPU, never on CUDA.
+
+    Their sums stay float32.
+    """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = "bf16" if enabled else "ieee", "ieee"
+    cpu.fp32_precision = "bf16" if enabled else "ieee"
+    cuda.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -1800,15 +2084,18 @@ def rounded_products(enabled):
 
 
 class BatchHooks:
-    """Hands each batch's patches a [B, T, I] and output gradients g [B, T, O] to `update(a, g)`.
+    """Hands each batch's patches a and output gradients g to `update(a, g)`, in shapes as above.
 
-    A mixin for kronfluence's trackers, whose modules know the run's `precision`, as of `computation_dtypes`.
+    A mixin for kronfluence's trackers, whose modules carry the run's `dtypes`, as
+    `computation_dtypes` returns them.
     """
 
     def input_dtype(self, is_cuda):
-        return self.module.precision.products
+        return self.module.dtypes.products
 
     def register_hooks(self):
+        layer = self.module.original_module
+
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
             outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
@@ -1816,25 +2103,22 @@ class BatchHooks:
         @torch.no_grad()
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
-            g = (
-                gradient.to(dtype).flatten(2).mT
-                if gradient.dim() == 4
-                else gradient.to(dtype)[:, None]
-            )
-            self.update(patches(self.module.original_module, activation.to(dtype)), g)
+            g = by_position(layer, gradient.to(dtype))
+            self.update(patches(layer, activation.to(dtype)), g)
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
     def factors(self, g):
-        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I], None where the strategy has none.
+        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I].
 
-        They are moved once to the device of g, eigenvectors also to its dtype.
+        They are None where the strategy has none. They are moved once to the device of g,
+        eigenvectors also to its dtype.
         """
-        storage, c = self.module.storage, constants
+        storage = self.module.storage
         places = {
-            c.ACTIVATION_EIGENVECTORS_NAME: g,
-            c.GRADIENT_EIGENVECTORS_NAME: g,
-            c.LAMBDA_MATRIX_NAME: g.device,
+            constants.ACTIVATION_EIGENVECTORS_NAME: g,
+            constants.GRADIENT_EIGENVECTORS_NAME: g,
+            constants.LAMBDA_MATRIX_NAME: g.device,
         }
         for name, place in places.items():
             if storage[name] is not None:
@@ -1849,25 +2133,24 @@ class BatchHooks:
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
-        return self.module.precision.covariances if is_cuda else self.module.precision.sums
+        return self.module.dtypes.covariances if is_cuda else self.module.dtypes.sums
 
     def update(self, a, g):
-        with rounded_products(self.module.precision.covariances == torch.bfloat16):
-            self.add(
-                constants.ACTIVATION_COVARIANCE_MATRIX_NAME, symmetric_product(a.flatten(0, 1))
-            )
-            self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, symmetric_product(g.flatten(0, 1)))
-        for name in (
-            constants.NUM_ACTIVATION_COVARIANCE_PROCESSED,
-            constants.NUM_GRADIENT_COVARIANCE_PROCESSED,
-        ):
-            self.add(name, torch.tensor([g.shape[0] * g.shape[1]]))
+        activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
+        gradients = g.flatten(0, 1)  # (B * T, O)
+        with rounded_products(self.module.dtypes.covariances == torch.bfloat16):
+            a_product, g_product = symmetric_product(activations), symmetric_product(gradients)
+        self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
+        self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, g_product)
+        a_count, g_count = torch.tensor([len(activations)]), torch.tensor([len(gradients)])
+        self.add(constants.NUM_ACTIVATION_COVARIANCE_PROCESSED, a_count)
+        self.add(constants.NUM_GRADIENT_COVARIANCE_PROCESSED, g_count)
 
 
 class LambdaSums(BatchHooks, LambdaTracker):
     def update(self, a, g):
         q_a, q_g, _ = self.factors(g)
-        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums):
+        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.dtypes.sums):
             self.add(constants.LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(constants.NUM_LAMBDA_PROCESSED, torch.tensor([len(g)]))
 
@@ -1875,9 +2158,10 @@ class LambdaSums(BatchHooks, LambdaTracker):
 class SelfInfluence(BatchHooks, SelfScoreTracker):
     def update(self, a, g):
         q_a, q_g, weights = self.factors(g)
+        gradient = rotated_gradient(a, g, q_a, q_g)
         scores = [
             squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
-            for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.precision.sums)
+            for squared in squares(gradient, self.module.dtypes.sums)
         ]
         self.module.storage[constants.SELF_SCORE_VECTOR_NAME] = torch.cat(scores)
 
@@ -1895,7 +2179,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Keeps the batches of queries in a list: joining each to those before would copy and hold them all twice."""
+        """Keeps the batches of queries in a list: joining them would copy and hold them twice."""
         storage, held = self.module.storage, constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
         storage[held] = [*(storage[held] or []), storage[constants.PRECONDITIONED_GRADIENT_NAME]]
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
@@ -1903,18 +2187,16 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
-        gradient = (g.mT @ a).flatten(1)  # (B, O*I)
-        queries = self.module.storage[
-            constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
-        ]  # a list of (Q', O, I)
+        storage = self.module.storage
+        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        # A list of (Q', O, I)
+        queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
-        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(
-            self.module.precision.sums
-        )
+        storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
 
-def install_trackers(module, precision):
-    """Gives a module of kronfluence the trackers above, and zero for eigenvalues that rounding made negative."""
+def install_trackers(module, dtypes):
+    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero."""
 
     def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
@@ -1922,7 +2204,7 @@ def install_trackers(module, precision):
                 module.storage[name].clamp_(min=0)
         prepare(device)
 
-    module.precision, module.prepare_storage = precision, prepare_storage
+    module.dtypes, module.prepare_storage = dtypes, prepare_storage
     module._trackers |= {
         ModuleMode.COVARIANCE: CovarianceSums(module),
         ModuleMode.LAMBDA: LambdaSums(module),
@@ -1932,22 +2214,162 @@ def install_trackers(module, precision):
     }
 
 
+# ---- Influence: which layers are tracked ---------------------------------------------------------
+#
+# Influence is computed for the weights and biases of Conv2d and Linear layers. That their
+# per-sample gradients are right is checked on two images of the data, before anything is computed.
+
+CHECKED_IMAGES = 2
+LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
+
+
+class LayerCall:
+    """One call of a layer: its input, and the gradient of its output, a sum over backward passes.
+
+    Like the trackers, it gets the gradient by a hook: later the output may be changed in place.
+    """
+
+    def __init__(self, inputs, output):
+        self.inputs = inputs.detach()
+        self.gradient = torch.zeros_like(output, requires_grad=False)
+        if output.requires_grad:
+            output.register_hook(self.add)
+
+    def add(self, gradient):
+        self.gradient += gradient
+
+
+def find_tracked_layers(model, images):
+    """Returns the names of the layers that influence is computed for, in the order of the model.
+
+    Those are the Conv2d and Linear layers (no subclasses) that `model` uses. One pass on `images`,
+    [B, 3, 32, 32], compares their per-sample gradients, as the trackers form them, with autograd's.
+    Raises UserError that names the layer where these differ, or where there is no layer.
+    """
+    kinds = (nn.Conv2d, nn.Linear)
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
+    if not layers:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+    calls, gradients = differentiate(model, layers, images)
+    tracked = []
+    for name, layer in layers.items():
+        exact = [layer_gradient(of_image, name) for of_image in gradients]
+        if exact[0] is None:  # the layer does not take part in the logits
+            continue
+        reason = refusal(model, layer, calls[name], exact)
+        if reason:
+            raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
+        tracked.append(name)
+    return tracked
+
+
+def differentiate(model, layers, images):
+    """Returns each layer's LayerCalls, by name, and each image's gradients by autograd.
+
+    Differentiated is, for each image, a sum of its logits with different weights: unlike that of a
+    loss, its gradient does not vanish where the network is certain of a class. The gradients are
+    those of all parameters by name, None of those that take no part.
+    """
+    model.requires_grad_(True)
+    calls = {name: [] for name in layers}
+
+    def record(name):
+        return lambda _, inputs, output: calls[name].append(LayerCall(inputs[0], output))
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.enable_grad():
+        logits = model(images)
+        values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+    gradients = []
+    for value in values:
+        found = torch.autograd.grad(
+            value, [*parameters.values()], retain_graph=True, allow_unused=True
+        )
+        gradients.append(dict(zip(parameters, found, strict=True)))
+    for hook in hooks:
+        hook.remove()
+    return calls, gradients
+
+
+def layer_gradient(gradients, name):
+    """Returns a layer's gradient, [O, I], in the order of `patches`, from those by parameter.
+
+    None where its weight takes no part.
+    """
+    weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
+    if weight is None:
+        return None
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+
+def refusal(model, layer, calls, exact):
+    """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
+
+    calls: the layer's LayerCalls in one pass; exact: its gradients [O, I] by autograd, per image.
+    """
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
+    if len(names) > 1:
+        return f"it is also registered as '{names[1]}'; register it once"
+    if len(calls) != 1:
+        return f"it is called {len(calls)} times in one pass; call each layer exactly once"
+    (call,) = calls
+    rows = len(call.inputs)
+    if rows != len(exact):
+        return (
+            f"the first dimension of its input is {rows} for {len(exact)} images; "
+            "keep the images in the first dimension"
+        )
+    found = per_sample_gradient(patches(layer, call.inputs), by_position(layer, call.gradient))
+    for image, expected in zip(found, exact, strict=True):
+        if (image - expected).norm() > LARGEST_ERROR * expected.norm():
+            return (
+                "its gradients are not those of its input and output; "
+                "do not share or recompute its weight, and do not mix images"
+            )
+    return None
+
+
+def fixed_parameters(model, tracked):
+    """Returns what influence takes as fixed, as text: parameters that no tracked layer holds.
+
+    Modules of torch.nn are counted by kind, other parameters named. Empty where there are none.
+    """
+    kinds, names = Counter(), []
+    for name, module in model.named_modules():
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if not own or name in tracked:
+            continue
+        if type(module).__module__.startswith("torch.nn"):
+            kinds[type(module).__name__] += 1
+        else:
+            names += [f"{name}.{parameter}".removeprefix(".") for parameter in own]
+    shown = [f"{count} {kind}" for kind, count in kinds.items()] + names[:3]
+    if len(names) > 3:
+        shown.append(f"{len(names) - 3} more")
+    return ", ".join(shown)
+
+
 # ---- Influence: factors and scores ---------------------------------------------------------------
 
 FACTORS_SEED = 17  # draws --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-QUERY_CHUNK = (
-    50  # queries per backward pass; --query_batch_size says of how many the gradients are held
-)
+# Queries per backward pass; --query_batch_size says of how many the gradients are held.
+QUERY_CHUNK = 50
 
 
 class InfluenceRun:
-    """kronfluence's Analyzer on one model and its training images; what was computed once is found again.
+    """Influence by kronfluence's Analyzer, for one model and its training images.
 
-    All of it lies in `folder`, `<path>-<fingerprint>`. `model`, on the device of `data`, stays as it is. Factors are
-    fitted on `factor_examples` drawn at random, or on all where there are no more; `seed` draws the pseudo-labels.
-    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. Raises UserError where `folder`
-    cannot be made.
+    Factors and scores are cached in `folder`, `<path>-<fingerprint>`, by a hash of all that they
+    depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
+    `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
+    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
+    the parameters that influence takes as fixed. With the strategy "none" there is only the folder,
+    and any network will do. Raises UserError, before anything is written, where influence cannot be
+    computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -1961,107 +2383,119 @@ class InfluenceRun:
         seed,
         seconds,
         batch_size=None,
-        factor_examples=None,
+        factor_examples="all",
     ):
-        self.model, self.data, self.strategy, self.dtype, self.seconds = (
-            model,
-            data,
-            strategy,
-            dtype,
-            seconds,
-        )
-        self.precision = computation_dtypes(dtype, strategy)
+        self.model, self.data, self.seconds = model, data, seconds
+        self.strategy, self.dtype = strategy, dtype
+        self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
-        self.dataset = self.factor_dataset = InfluenceDataset(data, seed)
-        factor_examples = len(data) if factor_examples in (None, "all") else factor_examples
-        factor_examples = min(factor_examples, len(data))
-        if factor_examples < len(data):
-            chosen = torch.randperm(
-                len(data), generator=torch.Generator().manual_seed(FACTORS_SEED)
-            )[:factor_examples]
-            self.factor_dataset = torch.utils.data.Subset(self.dataset, chosen.tolist())
         weights = [
             part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
         ]
-        fingerprint, versions = (
-            sha256(*weights, data.digest),
-            [version("torch"), version("kronfluence")],
-        )
-        source = inspect.getsource(
-            sys.modules[__name__]
-        )  # factors and scores depend on these sections of it
-        code = source.partition("\n# ---- Batches")[2].partition("\n# ---- Results")[0]
-        self.depends_on = [
-            fingerprint,
-            strategy,
-            str(dtype),
-            seed,
-            factor_examples,
-            code,
-            *versions,
-        ]
+        fingerprint = sha256(*weights, data.digest)
         self.folder = Path(f"{path}-{fingerprint[:8]}")
+        if strategy == NO_INFLUENCE:
+            self.fixed = ""
+            make_folder(self.folder)
+            return
+        self.dataset = InfluenceDataset(data, seed)
+        self.factor_dataset = self.draw_factor_examples(factor_examples)
+        tracked_model, layer_names = self.track_layers()
+        self.fixed = fixed_parameters(model, layer_names)
+        layers = [model.get_submodule(name) for name in layer_names]
+        self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
+        self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
+        self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
         make_folder(self.folder)
-
-        tracked = prepare_model(copy.deepcopy(model), ClassificationTask())
-        for module in tracked.modules():
-            if isinstance(module, TrackedModule):
-                install_trackers(module, self.precision)
-        place = {"cpu": not data.images.is_cuda, "output_dir": str(self.folder.parent)}
-        self.analyzer = Analyzer(self.folder.name, tracked, ClassificationTask(), **place)
+        self.analyzer = Analyzer(
+            self.folder.name,
+            tracked_model,
+            ClassificationTask(),
+            cpu=not data.images.is_cuda,
+            output_dir=str(self.folder.parent),
+        )
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
-    def computed(self, kind, settings, compute):
-        """Returns the folder of a kind of factors or scores, made by `compute(name, batch_size)` where there is none.
+    def draw_factor_examples(self, count):
+        """Returns a data set of `count` random training images, or of all if there are no more."""
+        total = len(self.dataset)
+        if count == "all" or count >= total:
+            return self.dataset
+        generator = torch.Generator().manual_seed(FACTORS_SEED)
+        chosen = torch.randperm(total, generator=generator)[:count]
+        return torch.utils.data.Subset(self.dataset, chosen.tolist())
 
-        It is named by the hash of all that it depends on. It is made under another name and renamed when whole, so that
-        what exists is complete. While memory runs out, the batch size is halved, but not under torchrun.
-        """
+    def track_layers(self):
+        """Returns a copy of the model whose layers have our trackers, and the layers' names."""
+        images, _, _ = self.dataset.__getitems__(range(min(CHECKED_IMAGES, len(self.dataset))))
+        model = copy.deepcopy(self.model).eval()
+        layer_names = find_tracked_layers(model, images)
+        tracked_model = prepare_model(model, ClassificationTask(layer_names))
+        for module in tracked_model.modules():
+            if isinstance(module, TrackedModule):
+                install_trackers(module, self.dtypes)
+        return tracked_model, layer_names
 
-        def attempt(batch_size):
-            if batch_size < self.batch_size:
-                print(f"Out of memory; going on with batches of {batch_size}")
-            compute(
-                unfinished.name.partition("_")[2], batch_size
-            )  # kronfluence puts factors_ or scores_ before it
-
-        state, main, dtype = (
-            self.analyzer.state,
-            is_main_process(),
-            str(self.dtype).removeprefix("torch."),
-        )
-        digest = sha256(json.dumps([*self.depends_on, *settings]))
-        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
-        decided = [
-            None if main and is_whole(final) else f"{kind}_unfinished-{secrets.token_hex(8)}"
-        ]
+    def from_main(self, value):
+        """Returns the main process's `value` in every process."""
+        values, state = [value], self.analyzer.state
         if state.use_distributed:
-            torch.distributed.broadcast_object_list(decided, device=state.device)
-        if decided[0] is None:
+            torch.distributed.broadcast_object_list(values, device=state.device)
+        return values[0]
+
+    def computed(self, kind, settings, compute):
+        """Returns the folder of factors or scores, made by `compute(name, batch_size)` if missing.
+
+        Its name holds the hash of all that it depends on. It is made under another name and renamed
+        when complete, so a folder of that name is complete.
+        """
+        digest = sha256(json.dumps([*self.depends_on, *settings]))
+        dtype = str(self.dtype).removeprefix("torch.")
+        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
+        main = is_main_process()
+        if main:
+            remove_if_damaged(final)
+        if self.from_main(final.exists()):
             if main:
                 print(f"Reusing {final}")
             return final
-        unfinished = self.folder / decided[0]
+        unfinished = self.folder / self.from_main(f"{kind}_unfinished-{secrets.token_hex(8)}")
         try:
-            if state.use_distributed:
-                attempt(self.batch_size)
-            else:
-                find_executable_batch_size(attempt, self.batch_size)
-            state.wait_for_everyone()
+            # kronfluence puts "factors_" or "scores_" before the name that it is given.
+            self.compute_in_batches(partial(compute, unfinished.name.partition("_")[2]))
+            self.analyzer.state.wait_for_everyone()
             if main:
-                with contextlib.suppress(
-                    OSError
-                ):  # another process was faster; its folder holds the same
+                with contextlib.suppress(OSError):  # another run was faster, with the same result
                     unfinished.rename(final)
-            state.wait_for_everyone()
+            self.analyzer.state.wait_for_everyone()
         finally:
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return final
 
+    def compute_in_batches(self, compute):
+        """Calls `compute(batch_size)`, again with half the batch size while memory is full.
+
+        Under torchrun a full memory is an error: the other processes would wait.
+        """
+
+        def attempt(batch_size):
+            if batch_size < self.batch_size:
+                print(f"Out of memory; going on with batches of {batch_size}")
+            compute(batch_size)
+
+        with no_compiler_reset():
+            if self.analyzer.state.use_distributed:
+                attempt(self.batch_size)
+            else:
+                find_executable_batch_size(attempt, self.batch_size)
+
     @contextlib.contextmanager
     def phase(self, phase, name):
-        """Times the block as a phase. Raises NumericalError where factors or scores of that name are not finite."""
+        """Times the block as a phase.
+
+        Raises NumericalError where factors or scores of that name are not finite.
+        """
         with timed(self.seconds, phase):
             yield
             self.analyzer.state.wait_for_everyone()
@@ -2073,43 +2507,47 @@ class InfluenceRun:
                         raise NumericalError(f"NaN or infinity {where}: {remedy}")
 
     def fit_factors(self):
-        """Fits what the strategy needs: covariances, their eigendecomposition, lambda. Returns their folder."""
+        """Fits the factors that the strategy needs, and returns their folder.
+
+        Those are covariances, their eigendecompositions, and lambda.
+        """
         args = FactorArguments(
             strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None
         )
 
         def compute(name, batch_size):
+            images = self.factor_dataset
             with self.phase("covariance", name):
-                self.analyzer.fit_covariance_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_covariance_matrices(name, images, batch_size, factor_args=args)
             with self.phase("eigendecomposition", name):
                 self.analyzer.perform_eigendecomposition(name, args)
             with self.phase("lambda", name):
-                self.analyzer.fit_lambda_matrices(
-                    name, self.factor_dataset, batch_size, factor_args=args
-                )
+                self.analyzer.fit_lambda_matrices(name, images, batch_size, factor_args=args)
 
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments; the identity has nothing to damp. Other dtypes our trackers know."""
-        if damping_factor == "heuristic":
-            damping_factor = None
-        damping_factor = 0.0 if self.strategy == "identity" else damping_factor
+        """Returns kronfluence's ScoreArguments for a damping factor, a number or "heuristic".
+
+        The identity has nothing to damp. Our trackers know the other dtypes.
+        """
+        if self.strategy == "identity":
+            damping_factor = 0.0
+        elif damping_factor == "heuristic":
+            damping_factor = None  # kronfluence's word for it
         return ScoreArguments(
-            damping_factor=damping_factor, precondition_dtype=self.precision.sums, **settings
+            damping_factor=damping_factor, precondition_dtype=self.dtypes.sums, **settings
         )
 
     def self_influence(self, damping_factor):
-        """Returns the self-influence of every training image, float32 [num_train], and the file that holds it.
+        """Returns the self-influence of every training image, float32 [num_train], and its file.
 
-        Raises NumericalError where a score is not a number.
+        `damping_factor` is a number or "heuristic". Raises NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        rounded = self.precision.products != self.precision.sums
+        rounded = self.dtypes.products != self.dtypes.sums
         args = self.score_arguments(
-            damping_factor, amp_dtype=self.precision.products if rounded else None
+            damping_factor, amp_dtype=self.dtypes.products if rounded else None
         )
 
         def compute(name, batch_size):
@@ -2118,65 +2556,93 @@ class InfluenceRun:
                     name, factors_name, self.dataset, batch_size, score_args=args
                 )
 
-        path = (
-            self.computed("scores_self", ["self", args.damping_factor], compute)
-            / "self_scores.safetensors"
-        )
+        folder = self.computed("scores_self", ["self", args.damping_factor], compute)
+        path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
-        """Returns the influence of each training image on each query, float32 [num_query, num_train], and the file.
+    def queries_held(self, query_batch_size):
+        """Returns of how many queries this process holds the preconditioned gradients at a time.
 
-        `query_batch_size` query gradients (9 MB each in float32) are held at a time, on a CPU at most 2 GB of them; the
-        training gradients are formed anew for every such batch. Raises NumericalError where a score is not a number.
+        That is `query_batch_size`, on a CPU at most as many as fit into CPU_QUERY_BYTES. Each
+        process also gets the gradients of the others.
+        """
+        if not self.data.images.is_cuda:
+            fitting = CPU_QUERY_BYTES // (self.num_weights * self.dtype.itemsize)
+            query_batch_size = min(query_batch_size, fitting)
+        return max(1, query_batch_size // self.analyzer.state.num_processes)
+
+    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+        """Returns the influence of each training image on each query, and its file.
+
+        Scores are float32 [num_query, num_train]. `query_batch_size` query gradients (9 MB each in
+        float32) are held at a time, on a CPU at most 2 GB of them. The training gradients are
+        formed anew for each such batch. `damping_factor` is a number or "heuristic". Raises
+        NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        if not query_data.images.is_cuda:
-            parameters = sum(
-                parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1
-            )
-            query_batch_size = min(
-                query_batch_size, CPU_QUERY_BYTES // (parameters * self.dtype.itemsize)
-            )
-        held = max(
-            1, query_batch_size // self.analyzer.state.num_processes
-        )  # each process gets the others' too
+        held = self.queries_held(query_batch_size)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
-        data = InfluenceDataset(query_data, self.dataset.seed), self.dataset
+        queries = InfluenceDataset(query_data, self.dataset.seed)
         args = self.score_arguments(damping_factor, query_gradient_accumulation_steps=steps)
 
         def compute(name, batch_size):
-            sizes = max(1, chunk * batch_size // self.batch_size), batch_size
             with self.phase("scores", name):
                 self.analyzer.compute_pairwise_scores(
-                    name, factors_name, *data, *sizes, score_args=args
+                    name,
+                    factors_name,
+                    queries,
+                    self.dataset,
+                    max(1, chunk * batch_size // self.batch_size),
+                    batch_size,
+                    score_args=args,
                 )
 
         settings = ["pairwise", args.damping_factor, query_data.digest]
-        path = self.computed("scores_pairwise", settings, compute) / "pairwise_scores.safetensors"
+        folder = self.computed("scores_pairwise", settings, compute)
+        path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
-def is_whole(folder):
-    """Returns whether the folder of a stage is there; where a file was damaged later, names it and removes them all."""
-    for path in sorted(
-        [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]
-    ):  # a person may add others
+@contextlib.contextmanager
+def no_compiler_reset():
+    """Lets torch.compiler.reset do nothing in the block.
+
+    kronfluence calls it after each stage. That imports the compiler, for nothing: it takes 0.8 s,
+    from a slow disk 6 s.
+    """
+    reset = torch.compiler.reset
+    torch.compiler.reset = lambda: None
+    try:
+        yield
+    finally:
+        torch.compiler.reset = reset
+
+
+def remove_if_damaged(folder):
+    """Removes the folder of factors or scores if one of its files was damaged, and says which.
+
+    Of tensors only the header and the size of the file are checked. Files that a person added, of
+    other kinds or hidden, are ignored.
+    """
+    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):
         try:
-            load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            else:
+                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                    pass
         except (SafetensorError, ValueError):
             print(f"{path} is damaged: it is computed anew")
             shutil.rmtree(folder)
-            break
-    return folder.exists()
+            return
 
 
 def load_runs(args, seconds):
     """Returns what the flags of `influence_parser` name, ready to compute influence.
 
-    That is an InfluenceRun per model, the metadata of each, and their training images, ImageData on the CPU. Raises
-    UserError where models were not trained alike, or one comes twice.
+    That is an InfluenceRun for each model, the metadata of each, and their training images,
+    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -2184,52 +2650,78 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    if args.noisy_labels is not None:
-        args.corrupt_percentage = None  # has a default in the detection
-    which = {
-        "fraction": args.corrupt_percentage,
-        "noisy": args.noisy_labels is not None,
-        "cleaned": args.cleaned,
-    }
-    paths = [checkpoint_path(path, **which) for path in args.checkpoint_dir]
-    loaded = [
-        load_trained(path, device, clean, args.corrupt_percentage, args.noisy_labels)
-        for path in paths
-    ]
-    models, metadata, trained_on = zip(*loaded, strict=True)
-    for name, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-        for path, other in zip(paths, metadata, strict=True):
-            if other[name] != metadata[0][name]:
-                models = f"--checkpoint_dir: {path} and {paths[0]}"
-                raise UserError(
-                    f"{models} differ in their {words}: give models that were trained alike"
-                )
-    settings = {"strategy": args.factor_strategy, "dtype": dtype, "seed": args.seed}
-    settings |= {
-        "seconds": seconds,
-        "batch_size": args.train_batch_size,
-        "factor_examples": args.factor_examples,
-    }
-    on_device = trained_on[0].to(device)
+    models, metadata, data = load_models(args, device, clean)
+    on_device = data.to(device)
+    model_name = next(iter(models)).stem
     runs = [
-        InfluenceRun(model, on_device, Path(args.output_dir) / paths[0].stem, **settings)
-        for model in models
+        InfluenceRun(
+            model,
+            on_device,
+            Path(args.output_dir) / model_name,
+            strategy=args.factor_strategy,
+            dtype=dtype,
+            seed=args.seed,
+            seconds=seconds,
+            batch_size=args.train_batch_size,
+            factor_examples=args.factor_examples,
+        )
+        for model in models.values()
     ]
-    if len({run.folder for run in runs}) < len(runs):
+    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    return runs, metadata, trained_on[0]
+    if runs[0].fixed and is_main_process():
+        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
+    return runs, [*metadata.values()], data
+
+
+def load_models(args, device, clean):
+    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+
+    Raises UserError where models were not trained alike.
+    """
+    models, metadata = {}, {}
+    for checkpoint_dir in args.checkpoint_dir:
+        path = checkpoint_path(
+            checkpoint_dir,
+            args.corrupt_percentage,
+            noisy=args.noisy_labels is not None,
+            cleaned=args.cleaned,
+        )
+        models[path], metadata[path], data = load_trained(
+            path,
+            device,
+            clean,
+            model_name=args.model,
+            fraction=args.corrupt_percentage,
+            labels_file=args.noisy_labels,
+        )
+    require_trained_alike(metadata)
+    return models, metadata, data
+
+
+def require_trained_alike(metadata):
+    """Raises UserError where models, metadata by path, differ in training data or recipe."""
+    first_path, first = next(iter(metadata.items()))
+    for path, other in metadata.items():
+        for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    "give models that were trained alike"
+                )
 
 
 # ---- Results -------------------------------------------------------------------------------------
 
 PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+MAX_NAME = 16  # characters of a class name in a figure
 
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds that the block takes to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -2238,114 +2730,170 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder of tables and pictures: that of the run, or one of their own for the mean over several."""
+    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    if len(runs) == 1:
+        return runs[0].folder
     names = [run.folder.name for run in runs]
-    mean = f"{names[0].rpartition('-')[0]}_mean_of_{len(runs)}-{sha256(*names)[:8]}"
-    return runs[0].folder if len(runs) == 1 else runs[0].folder.with_name(mean)
+    model_name = names[0].rpartition("-")[0]
+    return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
+
+
+def peak_memory_bytes(device):
+    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
+    return peak if in_bytes else 1024 * peak
 
 
 def environment(device):
-    """Returns what a figure depends on beside the code, hardware and versions, and the peak of memory so far in bytes.
-
-    That is allocated CUDA memory, or resident memory on a CPU (None on Windows).
-    """
-    peak, name = None, cpu_features().get("cpu_name") or platform.machine()
+    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
     if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
     else:
-        with contextlib.suppress(ImportError):
-            import resource  # in kilobytes on Linux, in bytes on macOS
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: version(package) for package in ("kronfluence", "numpy")}
-    where = {
+        device_name = cpu_features().get("cpu_name") or platform.machine()
+    return {
+        "peak_memory_bytes": peak_memory_bytes(device),
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name,
         "cpu_threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "kronfluence": version("kronfluence"),
+            "numpy": version("numpy"),
+        },
     }
-    return {"peak_memory_bytes": peak} | where
 
 
-def write_record(path, args, fields, device, seconds):
-    """Writes the json record of a run: flags, `fields`, seconds, peak memory, hardware and versions; NaN is refused.
+def write_record(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Returns the seconds by phase, rounded.
+    Raises ValueError where a field is NaN or infinite.
     """
-    rounded = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
-    rounded["total"] = round(sum(seconds.values()), 3)
-    record = {"flags": vars(args), **fields, "seconds": rounded, **environment(device)}
+    by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
+    by_phase["total"] = round(sum(seconds.values()), 3)
+    record = {"flags": flags, **fields, "seconds": by_phase, **environment(device)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return rounded
 
 
-def print_paths(rounded, paths):
-    """Prints seconds by phase, as of `write_record`, and the paths of scores and files."""
-    print(
-        f"{rounded['total']:.1f} s in all: "
-        + ", ".join(f"{phase} {rounded[phase]:.1f}" for phase in PHASES)
-    )
+@contextlib.contextmanager
+def recorded(path, *, flags, fields, device, seconds):
+    """Writes the json record of a run before the block, and again after it with the final seconds.
+
+    The block draws figures. Where one fails, the record is there already.
+    """
+    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
+    write_record(path, **values)
+    yield
+    write_record(path, **values)
+
+
+def print_seconds(seconds):
+    """Prints the seconds by phase and their sum."""
+    by_phase = ", ".join(f"{phase} {seconds.get(phase, 0.0):.1f}" for phase in PHASES)
+    print(f"{sum(seconds.values()):.1f} s in all: {by_phase}")
+
+
+def print_paths(paths):
+    """Prints the paths of scores and of other results, one a line."""
     for path in paths:
-        print(f"{'scores in' if path.suffix == '.safetensors' else 'wrote'} {path}")
+        if path.suffix == ".safetensors":
+            print(f"scores in {path}")
+        else:
+            print(f"wrote {path}")
 
 
 def write_table(path, columns, rows):
     """Writes rows under the names of their columns to a csv file, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def import_matplotlib():
+    """Returns matplotlib, imported without the user's MPLBACKEND.
+
+    matplotlib refuses to be imported where that names a backend which is not installed, as
+    notebooks do for the processes that they start. Figures that are only saved need none.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 @contextlib.contextmanager
 def figure_file(path, width, height):
-    """Yields a matplotlib figure of so many inches, which becomes a png file, whole or not at all.
+    """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    It depends on no setting of the user's matplotlib, and has letters of any script that a font is installed for.
+    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
+    Letters of other scripts are drawn where a font for them is installed.
     """
-    import matplotlib
+    matplotlib = import_matplotlib()
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *sorted(name for name in installed if "CJK" in name or "Uni" in name)]
-    style = {
-        **matplotlib.rcParamsDefault,
-        "font.family": fonts,
-        "text.parse_math": False,
-    }  # names may have a $
+    wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
+    style = dict(matplotlib.rcParamsDefault)
+    style["font.family"] = ["DejaVu Sans", *wide_fonts]
+    style["text.parse_math"] = False  # a class name may hold a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images, uint8 [N, 3, 32, 32], as one png file, `columns` a row, each under its text, in its colour.
+# Pixels of a contact sheet's cell, and the height of the text at its top.
+CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
+PIXELS_PER_INCH = 33
 
-    The texts have three lines at most.
+
+def draw_contact_sheet(path, images, texts, colours, columns, title):
+    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+
+    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
     """
-    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    width, height, top = 42, 54, 19  # of a cell; top is the height of its text
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    with figure_file(path, columns * width / 33, rows * height / 33) as figure:
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * CELL_HEIGHT, columns * CELL_WIDTH, 3), 255, np.uint8)
+    width = columns * CELL_WIDTH / PIXELS_PER_INCH
+    height = rows * CELL_HEIGHT / PIXELS_PER_INCH
+    with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            y, x = (
-                place // columns * height + top,
-                place % columns * width + (width - IMAGE_SIZE) // 2,
-            )
-            sheet[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = image.permute(1, 2, 0).cpu().numpy()
+            row, column = divmod(place, columns)
+            top = row * CELL_HEIGHT + TEXT_HEIGHT
+            left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
+            pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
+            sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = pixels
             axes.text(
-                x + IMAGE_SIZE / 2, y - 1, text, fontsize=8, color=colour, ha="center", va="bottom"
+                left + IMAGE_SIZE / 2,
+                top - 1,
+                text,
+                fontsize=8,
+                color=colour,
+                ha="center",
+                va="bottom",
             )
         axes.imshow(sheet, interpolation="nearest")
         figure.text(0.5, 1.01, title, fontsize=11, ha="center", va="bottom")
 
 
 def shorten(name):
-    """Returns a name of at most 16 characters: both ends of a longer one, since either may tell it apart."""
-    return name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}"
+    """Returns a name, or both ends of one that is longer than 16 characters."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:8]}…{name[-7:]}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import hashlib
 import importlib
 import io
@@ -204,6 +205,18 @@ def content(path):
             if name not in ("seconds", "peak_memory_bytes")
         }
     return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small_parts():
+    """What is computed in parts, is so on tiny data too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "QUERY_CHUNK", 2)
+        patch.setattr(pipeline, "CACHED_ELEMENTS", 400)  # a few gradients of a tiny convolution
+        # kronfluence collects garbage around every stage, which takes most of a tiny run's time.
+        gc.freeze()
+        yield
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -514,9 +514,16 @@ def test_figures_of_any_number_of_images(tmp_path, data, count):
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
-    detect.plot_suspects(
-        tmp_path / "s.png", many, torch.arange(count).numpy(), scores.numpy(), many.labels, "loss"
+    found = detect.Detection(
+        data=many,
+        caption="loss",
+        scores={"loss": scores.numpy()},
+        suspicion=scores.numpy(),
+        order=torch.arange(count).numpy(),
+        logits=torch.eye(3)[many.labels],
+        explanations={},
     )
+    detect.plot_suspects(tmp_path / "s.png", found)
     queries = many.take(torch.tensor([0, -1]))
     analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "diagonal")
     for name in ("s.png", "i.png"):

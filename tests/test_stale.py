@@ -93,9 +93,12 @@ def test_what_can_be_reused_is_reused_and_says_so(used, flags, reused):
 
 FOREIGN = {  # what lies in place of the checkpoint: other weights and metadata, or other bytes
     "another network": (torch.nn.Linear(3, 3), {}),
-    "another number of classes": (pipeline.construct_resnet9(3), {"class_names": ["a", "b", "c"]}),
-    "another data set": (pipeline.construct_resnet9(), {"data_sha256": "0" * 64}),
-    "an earlier train.py": (pipeline.construct_resnet9(), "margins"),
+    "another number of classes": (
+        pipeline.construct_model("resnet9", 3),
+        {"class_names": ["a", "b", "c"]},
+    ),
+    "another data set": (pipeline.construct_model("resnet9", 10), {"data_sha256": "0" * 64}),
+    "an earlier train.py": (pipeline.construct_model("resnet9", 10), "margins"),
     "half a file": lambda content: content[: len(content) // 2],
     "an empty file": lambda content: b"",
     "a pickle": lambda content: pickle.dumps({"weights": {}}),

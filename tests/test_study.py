@@ -1,8 +1,6 @@
-"""The studies on forty digits: what they train on, what they write, and that a stopped one goes on."""
+"""The studies on forty digits: what they train on, what they write, and that they continue."""
 
 import json
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,33 +11,18 @@ from conftest import image_data
 import detect_mislabeled_dataset as detect
 import pipeline
 
+FLAGS = ["--num_train_examples", "40", "--train_batch_size", "10", "--num_train_epochs", "1"]
+FLAGS += ["--learning_rate", "0.05", "--num_query_examples", "3"]
+FLAGS += ["--seeds", "1", "--corruption_seeds", "1"]
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs a study in a folder of its own. Returns what it printed and the rows of its results."""
 
     def call(name, *flags):
-        recipe = (
-            "--num_train_examples",
-            "40",
-            "--train_batch_size",
-            "10",
-            "--num_train_epochs",
-            "1",
-        )
-        more = (
-            "--learning_rate",
-            "0.05",
-            "--num_query_examples",
-            "3",
-            "--seeds",
-            "1",
-            "--corruption_seeds",
-            "1",
-        )
-        monkeypatch.setattr(
-            "sys.argv", ["study.py", name, "--folder", str(tmp_path), *recipe, *more, *flags]
-        )
+        argv = ["study.py", name, "--folder", str(tmp_path), *FLAGS, *flags]
+        monkeypatch.setattr("sys.argv", argv)
         study.main()
         lines = (tmp_path / "results.jsonl").read_text().splitlines()
         return capsys.readouterr().out, [json.loads(line) for line in lines]
@@ -47,204 +30,236 @@ def run(monkeypatch, tmp_path, capsys):
     return call
 
 
-def test_similar_noise_flips_each_class_to_its_partner():
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    true = [name for name in names for _ in range(10)]
+@pytest.fixture
+def store(tmp_path):
+    """An empty store."""
+    return study.Store(tmp_path, {}, {"device": "cpu"})
+
+
+class FakeTrainer:
+    """Its network is the set of images that it was trained on; its logits are those of a test."""
+
+    def __init__(self, clean, logits):
+        self.clean = self.test = clean
+        self.logits = logits
+        self.seeds = []
+
+    def train(self, data, seed):
+        self.seeds.append(seed)
+        return set(data.images.flatten().tolist()), None
+
+
+def numbers(count):
+    """Images that are their own number, with labels of ten classes in turn."""
+    names = [str(digit) for digit in range(10)]
+    return image_data(torch.arange(count), torch.arange(count) % 10, names)
+
+
+# ---- Label noise ---------------------------------------------------------------------------------
+
+
+def test_asymmetric_noise_gives_each_class_the_label_of_its_partner():
+    names = sorted(study.PARTNERS)
     data = image_data(torch.zeros(100, 3, 32, 32), torch.arange(10).repeat_interleave(10), names)
-    labels = study.similar_labels(data)
-    flips = [pair for pair in zip(true, labels, strict=True) if pair[0] != pair[1]]
-    assert len(flips) == 20 and set(flips) <= set(study.SIMILAR.items()) and len(set(flips)) > 5
+    corrupted = study.corrupt(data, "asymmetric", 0.2)
+    flips = set()
+    for true, label in zip(data.labels, corrupted.labels, strict=True):
+        if true != label:
+            flips.add((names[true], names[label]))
+    assert corrupted.is_corrupted.sum() == 20
+    assert flips <= set(study.PARTNERS.items()) and len(flips) > 5
 
 
-def test_detection_and_cleaning_go_on_where_they_were(run, tmp_path):
-    """The second time nothing is computed; the cleaning takes its rankings from the detection's scores."""
+def test_asymmetric_noise_takes_the_next_class_where_none_looks_alike():
+    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # there is no dog
+    assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
+
+
+def test_the_file_of_asymmetric_labels_has_those_labels(run, tmp_path):
+    (tmp_path / "results.jsonl").touch()
+    run("asymmetric")
+    lines = (tmp_path / "labels.csv").read_text().split()
+    assert lines[0] == "index,path,label"
+    clean = pipeline.load_data("synthetic", "", "train", 40)
+    expected = study.corrupt(clean, "asymmetric", 0.2).labels.tolist()
+    assert [int(line.split(",")[2]) for line in lines[1:]] == expected
+    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.numbers.tolist()
+
+
+# ---- Detection and cleaning ----------------------------------------------------------------------
+
+
+def test_a_stopped_detection_continues(run, tmp_path):
     flags = ("--num_noises", "1", "--folds", "2")
     output, rows = run("detection", *flags)
     assert [row["study"] for row in rows] == ["detection", "cross_validation"]
     assert rows[0]["methods"].keys() == {*detect.RANKINGS, "self_influence, heuristic"}
-    assert "| aum |" in output
     assert rows[1]["methods"].keys() == {"2-fold cross-validation"}
     assert all(0 <= found["auroc"] <= 1 for row in rows for found in row["methods"].values())
+    found = rows[0]["methods"]["aum"]
+    recalls = f"{100 * found['recall_at_10']:.1f} % | {100 * found['recall_at_20']:.1f} %"
+    assert f"| aum | {recalls} | {found['auroc']:.3f} |" in output
+    assert f"symmetric noise, test accuracy {100 * rows[0]['accuracy']:.1f} %" in output
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"study": "detec')  # stopped there
+        file.write('{"study": "detec')  # the study was stopped while writing this
     assert run("detection", *flags)[1] == rows
-    output, cleaned = run("cleaning")
-    cleaned = cleaned[2:]
-    assert len(cleaned) == 3 + len(study.FRACTIONS) * (len(study.RANKINGS) + 3)
-    found = {
-        (row["labels"], row.get("by"), row.get("fraction")): 100 * row["accuracy"]
-        for row in cleaned
-    }
-    assert found["corrupted", None, None] == 100 * rows[0]["accuracy"]
-    accuracy = found["left out", "aum", 0.2]
-    gain = accuracy - found["corrupted", None, None]
-    line = f"| left out | aum | 20 % | {accuracy:.2f} % | {gain:.2f} | 1 |"
+
+
+def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "CLEANED_FRACTIONS", (0.2,))
+    _, (detection,) = run("detection", "--num_noises", "1")
+    output, (_, *cleaned) = run("cleaning")
+    kinds = len(study.LEFT_OUT_BY) + len(study.PUT_RIGHT_BY)
+    assert len(cleaned) == 3 + kinds
+    accuracies = {}
+    for row in cleaned:
+        accuracies[row["labels"], row.get("by"), row.get("fraction")] = 100 * row["accuracy"]
+    start = accuracies["corrupted", None, None]
+    assert start == 100 * detection["accuracy"]
+    accuracy = accuracies["left out", "aum", 0.2]
+    line = f"| left out | aum | 20 % | {accuracy:.2f} % | {accuracy - start:.2f} | 1 |"
     assert line in output
     results = tmp_path / "results.jsonl"
-    results.write_text(2 * results.read_text())  # as two that ran the same at once would leave it
+    results.write_text(2 * results.read_text())  # as two studies at the same time leave it
     assert line in run("cleaning")[0]
 
 
-def test_a_fold_is_judged_by_a_network_that_never_saw_it():
-    """The network here is the set of images it was trained on; asked about another one, it knows the true label."""
-    clean = image_data(torch.arange(60), torch.arange(60) % 10, list(range(10)))
+def test_each_fold_is_ranked_by_a_network_that_never_saw_it():
+    """The fake network knows the true label of every other image."""
     judged = []
 
     def logits(seen, part):
-        assert not seen & set(part.images.tolist()) and len(seen) + len(part) == 60
-        judged.extend(part.images.tolist())
+        images = part.images.tolist()
+        assert not seen & set(images) and len(seen) + len(part) == 60
+        judged.extend(images)
         return 5 * torch.nn.functional.one_hot(part.images % 10, 10).float()
 
-    fake = SimpleNamespace(
-        clean=clean, logits=logits, train=lambda data, seed: (set(data.images.tolist()), None)
-    )
-    (found,) = study.Study.cross_validation(fake, 5, "uniform", 0.2, 1, seed=2)["methods"].values()
-    assert sorted(judged) == list(range(60)) and found["auroc"] == 1 and found["recall_at_20"] == 1
+    job = {"noise": "symmetric", "fraction": 0.2, "corruption_seed": 1, "seed": 2}
+    found = study.cross_validation(FakeTrainer(numbers(60), logits), 5, job)["methods"]
+    assert sorted(judged) == list(range(60))
+    (found,) = found.values()
+    assert found["auroc"] == 1 and found["recall_at_20"] == 1
 
 
 # ---- The linear datamodeling score ---------------------------------------------------------------
 
 # Three images, four models. Sums of the first query's scores (1, 2, 4): 3, 5, 6, 7.
-TRAINED_ON = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
-SCORES = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+MEMBERS = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
+SCORES = np.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 
 
 def test_the_linear_datamodeling_score_by_hand():
     """Ranks 1 2 3 4 against 1 2 3 4: 1; against 1 3 2 4: 1 - 6 * 2 / 60 = 0.8; no prediction: 0.
 
-    The last query's sums 2, 2, 2, 3 have ranks 2 2 2 4, its margins 4 3 2 1: centred -.5 -.5 -.5 1.5 and 1.5 .5 -.5
-    -1.5, whose product sums to -3, over the square root of 3 * 5.
+    The last query's sums 2, 2, 2, 3 have ranks 2 2 2 4, its margins 4 3 2 1.
+    Centred, these are -.5 -.5 -.5 1.5 and 1.5 .5 -.5 -1.5: -3 over the square root of 3 * 5.
     """
-    margins = np.array(
-        [[0.1, 0.1, 1.0, 4.0], [0.2, 0.3, 2.0, 3.0], [0.4, 0.2, 3.0, 2.0], [9.0, 0.4, 4.0, 1.0]]
-    )
-    found = study.linear_datamodeling_scores(SCORES, TRAINED_ON, margins)
+    first, second, constant, last = [1, 2, 4, 9], [1, 3, 2, 4], [1, 2, 3, 4], [4, 3, 2, 1]
+    margins = np.array([first, second, constant, last], float).T / 10
+    found = study.linear_datamodeling_scores(SCORES, MEMBERS, margins)
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
-def test_halves_follow_their_number_and_nothing_else(monkeypatch):
-    """Halves of 2,000 share 500 give or take 11 with another half, and 100 give or take 7 with a tenth of them."""
-    data = image_data(torch.zeros(2000, 1), torch.zeros(2000, dtype=torch.int64), ["a", "b"])
-    fake = SimpleNamespace(
-        train=lambda part, seed: (part, None),
-        logits=lambda part, queries: torch.tensor([[1.0, 3.0], [2.0, 2.0]]) * len(part) / 1000,
-    )
-    found = [
-        study.Study.half(fake, data, data.take(torch.arange(2)), number, 7) for number in (0, 1, 0)
-    ]
-    first, other, again = (half["trained_on"] for half in found)
-    wrong = pipeline.corrupt_labels(data.labels, 0.1, 10)[1].numpy()
-    assert first.sum() == other.sum() == 1000 and np.array_equal(first, again)
-    assert 445 < (first & other).sum() < 555 and 65 < (first & wrong).sum() < 135
-    assert found[0]["margins"].tolist() == [-2, 0]
+def test_a_half_depends_on_its_number_alone():
+    """Two halves of 2,000 share 500 give or take 11, a half and 200 images 100 give or take 7."""
+    first, other, again = (set(study.half_of(2000, number).tolist()) for number in (0, 1, 0))
+    _, is_corrupted = pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)
+    corrupted = set(is_corrupted.nonzero().flatten().tolist())
+    assert first == again and len(first) == len(other) == 1000
+    assert 445 < len(first & other) < 555 and 65 < len(first & corrupted) < 135
 
 
-def test_each_half_is_trained_again_with_another_seed(tmp_path):
-    """A training here makes the margins 10 x its seed + (0, 1, 2) for three queries; what is there is kept."""
-    made = []
+def test_each_half_is_trained_again_with_another_seed(store):
+    """The fake logits make the margin of a query the number of images that were trained on."""
 
-    def half(data, queries, number, seed):
-        made.append((number, seed))
-        return {
-            "trained_on": np.arange(4) == number,
-            "margins": 10 * seed + np.arange(3, dtype=np.float32),
-        }
+    def logits(seen, queries):
+        assert len(seen) == 4
+        return torch.tensor([[3.0, 1.0], [2.0, 2.0]])
 
-    fake = SimpleNamespace(folder=tmp_path, asked={}, half=half)
-    fake.kept = partial(study.Study.kept, fake)
-    data = image_data(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), ["a"])
+    data = image_data(torch.arange(8), torch.tensor([0, 1] * 4), ["a", "b"])
+    trainer = FakeTrainer(data, logits)
+    sizes = {"num_queries": 2, "halves": 3}
     for trainings in (1, 2, 2):
-        chosen, margins = study.Study.retrained(fake, data, data, 2, trainings)
-        assert chosen.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]] and margins.shape == (
-            trainings,
-            2,
-            3,
-        )
-    seeds = np.array([[0, 1], [study.FIRST_SEED, study.FIRST_SEED + 1]])
-    assert np.array_equal(margins, 10 * seeds[..., None] + np.arange(3))
-    assert made == [(0, 0), (1, 1), (0, study.FIRST_SEED), (1, study.FIRST_SEED + 1)]
+        members, margins = study.retrained(trainer, store, data, trainings=trainings, **sizes)
+        assert margins.shape == (trainings, 3, 2) and (margins == [2, 0]).all()
+        for number in range(3):
+            half = study.half_of(8, number).tolist()
+            assert members[number].nonzero()[0].tolist() == half
+    first = study.FIRST_SEED
+    assert trainer.seeds == [0, 1, 2, first, first + 1, first + 2]  # each half once for each seed
+
+
+def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
+    """The margins' ranks agree fully for the first query, and by a half for the other."""
+    margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
+    seen = []
+
+    def scores(*parts):
+        seen.append(parts)
+        return np.array([0.5, 0.7])
+
+    monkeypatch.setattr(study, "linear_datamodeling_scores", scores)
+    monkeypatch.setattr(study, "retrained", lambda *_, **sizes: (MEMBERS[:3], margins))
+    monkeypatch.setattr(study, "pairwise", lambda *_: {"scores": SCORES, "seconds": np.array(1)})
+    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 2, "trained_on": "all"}
+    sizes = {"num_queries": 2, "halves": 3, "trainings": 2}
+    found = study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+    ((_, _, means),) = seen
+    assert means.tolist() == [[2.5, 3], [3.5, 4.5], [4.5, 4.5]]
+    assert found["lds"] == pytest.approx(0.6) and found["agreement"] == pytest.approx(0.75)
+    assert found["score_seconds"] == 2
 
 
 def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
-    """A network is scored once, for all means that it is part of, and the mean's seconds are those of its networks."""
-    rows = [
-        ("identity", 1e-8, 1, "all"),
-        ("identity", 1e-8, 2, "all"),
-        ("identity", 1e-8, 1, "halves"),
-    ]
+    """A network is scored once, for all the means that it is part of."""
+    rows = [("identity", 1e-8, 1, "all"), ("identity", 1e-8, 2, "all")]
+    rows.append(("identity", 1e-8, 1, "halves"))
     monkeypatch.setattr(study, "PREDICTIONS", rows)
-    half_of, numbers = study.half_of, []
-    monkeypatch.setattr(
-        study, "half_of", lambda data, number: numbers.append(number) or half_of(data, number)
-    )
     output, found = run("retraining", "--halves", "3")
-    assert [(row["models"], row["trained_on"]) for row in found] == [
-        (1, "all"),
-        (2, "all"),
-        (1, "halves"),
-    ]
-    assert all(
-        -1 <= row["lds"] <= 1 and row["halves"] == 3 and row["num_queries"] == 3 for row in found
-    )
-    assert sorted(numbers) == [0, 1, 2, 3]  # the last is scored and not predicted
+    assert [(row["models"], row["trained_on"]) for row in found] == [row[2:] for row in rows]
+    assert all(-1 <= row["lds"] <= 1 for row in found)
+    assert all(row["halves"] == 3 and row["num_queries"] == 3 for row in found)
     kept = [dict(np.load(path)) for path in tmp_path.glob("pairwise-*.npz")]
     assert [each["scores"].shape for each in kept] == [(3, 40)] * 3
     seconds = sum(row["score_seconds"] for row in found[1:])
     assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
-    assert (
-        f"| identity | 1e-08 | 2 | all | {found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f} |"
-        in output
-    )
-    assert (
-        run("retraining", "--halves", "3")[1]
-        == run("retraining", "--halves", "4", "--seeds", "0")[1]
-        == found
-    )
+    score = f"{found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f}"
+    assert f"| identity | 1e-08 | 2 | all | {score} |" in output
+    assert run("retraining", "--halves", "3")[1] == found
+    assert run("retraining", "--halves", "4", "--seeds", "0")[1] == found
 
-    # Trained twice, the mean margin is predicted.
-    seen = []
-    monkeypatch.setattr(
-        study,
-        "linear_datamodeling_scores",
-        lambda *parts: seen.append(parts) or np.array([0.5, 0.7]),
-    )
-    margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
-    monkeypatch.setattr(study.Study, "retrained", lambda *sizes: (TRAINED_ON[:3], margins))
-    output, found = run(
-        "retraining", "--halves", "3", "--trainings", "2", "--num_query_examples", "2"
-    )
-    assert seen[-1][2].tolist() == [[2.5, 3], [3.5, 4.5], [4.5, 4.5]] and found[-1][
-        "lds"
-    ] == pytest.approx(0.6)
-    assert found[-1]["agreement"] == pytest.approx(
-        (1 + 0.5) / 2
-    )  # ranks 1 2 3 twice, and 1 3 2 beside 1 2 3
-    assert "Two trainings of a half agree by 0.750." in output
+
+def test_a_scored_half_is_not_among_the_predicted_ones(store, monkeypatch):
+    """Halves 0 to 2 are predicted, so that the fourth one, number 3, is scored."""
+    scored = []
+
+    def trained_model(trainer, store, data, seed):
+        scored.append((seed, data.images.flatten().tolist()))
+        raise InterruptedError
+
+    monkeypatch.setattr(study, "trained_model", trained_model)
+    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 1, "trained_on": "halves"}
+    sizes = {"num_queries": 2, "halves": 3, "trainings": 1}
+    with pytest.raises(InterruptedError):
+        study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+    assert scored == [(3, study.half_of(8, 3).tolist())]
 
 
 def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     monkeypatch.setattr(study, "FACTOR_EXAMPLES", (50, 20))
-    _, (full, other, half) = run("factors", "--halves", "2")
+    output, (full, other, half) = run("factors", "--halves", "2")
     assert full["pairwise_spearman"] == full["self_spearman"] == pytest.approx(1)
     assert all(0 < row["self_spearman"] < 1 and -1 <= row["lds"] <= 1 for row in (other, half))
-    assert (other["examples"], half["examples"]) == (None, 20)
+    assert (other["examples"], half["examples"]) == ("all", 20)
     assert other["pseudo_label_seed"] != half["pseudo_label_seed"] == full["pseudo_label_seed"]
+    assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 
 
 def test_mistakes_end_in_one_sentence(run, capsys):
-    with pytest.raises(pipeline.UserError, match="--train_batch_size: there are only 40 images"):
+    with pytest.raises(pipeline.UserError, match="--train_batch_size 41: there are only 40 images"):
         run("detection", "--train_batch_size", "41")
+    with pytest.raises(pipeline.UserError, match="--halves: 1 networks have no order to predict"):
+        run("retraining", "--halves", "1")
     with pytest.raises(SystemExit, match="2"):
         run("detection", "--folds", "1")
     assert "argument --folds" in capsys.readouterr().err

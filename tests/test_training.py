@@ -24,17 +24,22 @@ def test_resnet9_parameter_count():
         + 256 * 128 * 9
     )
     batch_norms = 2 * (64 + 128 + 2 * 128 + 256 + 2 * 256 + 128)
-    parameters = sum(parameter.numel() for parameter in pipeline.construct_resnet9(10).parameters())
+    parameters = sum(
+        parameter.numel() for parameter in pipeline.construct_model("resnet9", 10).parameters()
+    )
     assert parameters == convolutions + batch_norms + 128 * 10 == 2_274_880
 
 
 def test_a_residual_block_adds_its_input():
-    residual, x = pipeline.construct_resnet9(10).eval().features[2], torch.randn(2, 128, 8, 8)
+    residual, x = (
+        pipeline.construct_model("resnet9", 10).eval().features[2],
+        torch.randn(2, 128, 8, 8),
+    )
     assert torch.allclose(residual(x), x + residual[1](residual[0](x)))
 
 
 def test_logits_stay_float32_under_autocast():
-    model = pipeline.construct_resnet9(10).eval()
+    model = pipeline.construct_model("resnet9", 10).eval()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert logits.dtype == torch.float32
@@ -158,21 +163,21 @@ def test_divergence_stops_the_training(weight_decay, batch_size):
         "train_batch_size": batch_size,
     }
     with pytest.raises(pipeline.NumericalError, match="epoch 1: lower --learning_rate"):
-        train_epochs(pipeline.construct_resnet9(10), digits(40), **diverging)
+        train_epochs(pipeline.construct_model("resnet9", 10), digits(40), **diverging)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def test_checkpoint_round_trip(tmp_path):
-    model = pipeline.construct_resnet9(3).eval()
+    model = pipeline.construct_model("resnet9", 3).eval()
     metadata = {
         "class_names": ["a", "b", "ü"],
         "seed": 3,
         "learning_rate": 0.1,
         "given_labels": None,
     }
-    metadata |= {"margins": [0.5], "data_sha256": ""}
+    metadata |= {"model": "resnet9", "margins": [0.5], "data_sha256": ""}
     pipeline.save_checkpoint(tmp_path / "new" / "model.pth", model, metadata)
     loaded, loaded_metadata = pipeline.load_checkpoint(tmp_path / "new" / "model.pth")
     assert loaded_metadata == metadata and not loaded.training

@@ -1,14 +1,13 @@
-"""How fast the scripts are beside the reference configuration of the same experiment, and how far scores agree.
+"""Compares the speed of the scripts with that of unmodified kronfluence, and the scores of both.
 
-The reference is unmodified kronfluence with its defaults (float32, a data loader with per-image transforms) but a
-given batch size, and a float32 training loop over the same kind of loader. Each runs in a process of its own,
-alternating with the scripts, on the same checkpoint, images and pseudo-labels; figures are medians over the repeats.
-Prints the tables on speed of README.md beside this file:
+The reference is kronfluence with its defaults (float32, a data loader with per-image transforms)
+and a given batch size. Its training is a float32 loop over the same kind of loader. Each run is a
+process of its own, the reference and the scripts in turn, on the same checkpoint, images and
+pseudo-labels. The tables have medians over the repeats:
 
     python tests/studies/benchmark.py
-    python tests/studies/benchmark.py --parts --scaling 1000,2000,4000
-    python tests/studies/benchmark.py --dataset imagefolder --dataset_dir DIR --num_train_examples 50000 \
-        --num_query_examples 2000 --train_batch_size 512 --num_train_epochs 25 --reference_batch_size 512
+    python tests/studies/benchmark.py --dataset imagefolder --dataset_dir DIR \
+        --num_train_examples 512 --parts self
 """
 
 import argparse
@@ -35,7 +34,12 @@ import pipeline
 import train
 
 ROOT = Path(pipeline.__file__).parent
-WORK = ("covariance", "eigendecomposition", "lambda", "scores")
+PARTS = ("training", "self", "pairwise")
+DATA_FLAGS = ("dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage")
+MODEL_FLAGS = ("model",)
+TRAINING_FLAGS = ("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
+REFERENCE_FLAGS = ("reference_batch_size", "reference_query_batch_size", "reference_examples")
+PHASES = ("covariance", "eigendecomposition", "lambda", "scores")
 ALL = ("--factor_examples", "all")  # as the reference has it
 RUNS = {
     "auto": ALL,
@@ -44,22 +48,25 @@ RUNS = {
     "as-run-fp32": ("--precision", "fp32"),
 }
 
-# ---- The reference configuration -----------------------------------------------------------------
+
+# ---- The reference -------------------------------------------------------------------------------
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """Images that go through torchvision's transforms one by one; the pseudo-labels are those of the scripts."""
+    """Images that pass torchvision's transforms one by one, with the scripts' pseudo-labels."""
 
     def __init__(self, data, augmented=False, seed=1004):
         from torchvision import transforms
 
-        augmentations = [transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=train.CROP_PADDING)]
-        augmentations += [transforms.RandomHorizontalFlip()]
-        normalization = transforms.Normalize(pipeline.CHANNEL_MEAN, pipeline.CHANNEL_STD)
-        self.transform = transforms.Compose(
-            (augmentations * augmented) + [transforms.ToTensor(), normalization]
-        )
-        self.images, self.labels = data.images.permute(0, 2, 3, 1).numpy(), data.labels
+        steps = []
+        if augmented:
+            steps.append(transforms.RandomCrop(pipeline.IMAGE_SIZE, padding=train.CROP_PADDING))
+            steps.append(transforms.RandomHorizontalFlip())
+        steps.append(transforms.ToTensor())
+        steps.append(transforms.Normalize(data.channel_mean, data.channel_std))
+        self.transform = transforms.Compose(steps)
+        self.images = data.images.permute(0, 2, 3, 1).numpy()  # (N, 32, 32, 3)
+        self.labels = data.labels
         self.uniforms = pipeline.InfluenceDataset(data, seed).uniforms
 
     def __len__(self):
@@ -68,19 +75,15 @@ class TransformedImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         from PIL import Image
 
-        return (
-            self.transform(Image.fromarray(self.images[index])),
-            self.labels[index],
-            self.uniforms[index],
-        )
+        image = self.transform(Image.fromarray(self.images[index]))
+        return image, self.labels[index], self.uniforms[index]
 
 
 def reference_training(args, data, test, device):
-    """Trains by the reference loop. Returns images per second, workers' start included, and the test accuracy."""
+    """Trains by the reference loop. Returns images per second, its workers' start included."""
     torch.manual_seed(args.seed)
-    model = pipeline.construct_resnet9(len(data.class_names)).to(
-        device, memory_format=torch.contiguous_format
-    )
+    model = pipeline.construct_model(args.model, len(data.class_names))
+    model = model.to(device, memory_format=torch.contiguous_format)
     loader = torch.utils.data.DataLoader(
         TransformedImages(data, augmented=True),
         batch_size=args.train_batch_size,
@@ -91,7 +94,9 @@ def reference_training(args, data, test, device):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
     )
-    steps, step, start = args.num_train_epochs * len(loader), 0, time.perf_counter()
+    steps = args.num_train_epochs * len(loader)
+    step = 0
+    start = time.perf_counter()
     for _ in range(args.num_train_epochs):
         model.train()
         for images, labels, _ in loader:
@@ -108,114 +113,144 @@ def reference_training(args, data, test, device):
 
 
 def reference_scores(args, data, queries, device):
-    """Computes EKFAC self-influence or pairwise scores by unmodified kronfluence. Returns seconds and the file."""
-    from kronfluence.analyzer import Analyzer, prepare_model
+    """Computes EKFAC scores by unmodified kronfluence. Returns seconds and the file of the scores.
+
+    Seconds are extrapolated to all images where the reference gets only some of them.
+    """
     from kronfluence.arguments import FactorArguments
 
-    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
-    model, _ = pipeline.load_checkpoint(path, device)
-    task = pipeline.ClassificationTask()
-    analyzer = Analyzer(
-        "reference",
-        prepare_model(model.to(memory_format=torch.contiguous_format), task),
-        task,
-        cpu=device.type == "cpu",
-        output_dir=args.output_dir,
-    )
-    dataset, batch_size, settings = (
-        TransformedImages(data),
-        args.reference_batch_size,
-        FactorArguments("ekfac"),
-    )
+    analyzer = reference_analyzer(args, device)
+    dataset, batch_size = TransformedImages(data), args.reference_batch_size
+    settings = FactorArguments("ekfac")
     start = time.perf_counter()
     analyzer.fit_covariance_matrices("ekfac", dataset, batch_size, factor_args=settings)
     decomposition_start = time.perf_counter()
     analyzer.perform_eigendecomposition("ekfac", settings)
-    fixed = time.perf_counter() - decomposition_start
+    fixed = time.perf_counter() - decomposition_start  # takes as long for any number of images
     analyzer.fit_lambda_matrices("ekfac", dataset, batch_size, factor_args=settings)
     if args.reference == "self":
         analyzer.compute_self_scores("self", "ekfac", dataset, batch_size)
     else:
+        query_batch_size = min(args.reference_query_batch_size, len(queries))
         analyzer.compute_pairwise_scores(
-            "pairwise",
-            "ekfac",
-            TransformedImages(queries),
-            dataset,
-            min(args.reference_query_batch_size, len(queries)),
-            batch_size,
+            scores_name="pairwise",
+            factors_name="ekfac",
+            query_dataset=TransformedImages(queries),
+            train_dataset=dataset,
+            per_device_query_batch_size=query_batch_size,
+            per_device_train_batch_size=batch_size,
         )
-    seconds = fixed + (time.perf_counter() - start - fixed) * args.num_train_examples / len(data)
-    return {
-        "seconds": seconds,
-        "scores": str(next(Path(args.output_dir).rglob("*_scores.safetensors"))),
-    }
+    growing = time.perf_counter() - start - fixed
+    scores = next(Path(args.output_dir).rglob("*_scores.safetensors"))
+    seconds = fixed + growing * args.num_train_examples / len(data)
+    return {"seconds": seconds, "scores": str(scores)}
+
+
+def reference_analyzer(args, device):
+    """Returns kronfluence's Analyzer, with its own trackers, of the checkpoint."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+
+    path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
+    model, _ = pipeline.load_checkpoint(path, device)
+    model = model.to(memory_format=torch.contiguous_format)
+    task = pipeline.ClassificationTask()
+    on_cpu = device.type == "cpu"
+    return Analyzer(
+        "reference",
+        prepare_model(model, task),
+        task,
+        cpu=on_cpu,
+        output_dir=args.output_dir,
+    )
 
 
 def run_reference(args):
-    """Runs one reference in this process and leaves its figures in `<output_dir>/reference.json`."""
+    """Runs one reference in this process; its results go to `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
-    cache_dir = Path(args.output_dir).parent  # reading is not what is measured
+    cache_dir = Path(args.output_dir).parent  # decoding is not what is measured
     count = args.reference_examples or args.num_train_examples
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", count, cache_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=cache_dir)
     queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
     if args.reference == "training":
-        figures = reference_training(args, data, test, device)
+        found = reference_training(args, data, test, device)
     else:
-        figures = reference_scores(args, data, queries, device)
-    figures["peak_memory_bytes"] = pipeline.environment(device)["peak_memory_bytes"]
+        found = reference_scores(args, data, queries, device)
+    found["peak_memory_bytes"] = pipeline.environment(device)["peak_memory_bytes"]
     pipeline.make_folder(args.output_dir)
-    (Path(args.output_dir) / "reference.json").write_text(json.dumps(figures))
+    (Path(args.output_dir) / "reference.json").write_text(json.dumps(found))
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
 
 
 def call(*command):
-    """Runs a Python script to its end, its output out of sight. Returns the wall-clock seconds."""
+    """Runs a Python script to its end without showing its output. Returns wall-clock seconds."""
     start = time.perf_counter()
-    process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    words = [sys.executable, *map(str, command)]
+    process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
         sys.exit(f"{command[0]} ended with {process.returncode}: {process.stderr[-2000:]}")
     return time.perf_counter() - start
 
 
-def run_training(flags, checkpoint_dir, precision, seed):
+def to_flags(args, names):
+    """Returns the flags of these names, with their values; None is left out."""
+    words = []
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name}", value]
+    return words
+
+
+def run_training(args, checkpoint_dir, precision, seed):
     """Runs train.py. Returns images per second and the test accuracy."""
     call(
-        *(ROOT / "train.py", *flags),
-        *("--checkpoint_dir", checkpoint_dir, "--precision", precision, "--seed", seed),
-        *("--output_dir", Path(checkpoint_dir).parent),  # keeps what was read from class folders
+        ROOT / "train.py",
+        *to_flags(args, DATA_FLAGS + MODEL_FLAGS + TRAINING_FLAGS),
+        *("--checkpoint_dir", checkpoint_dir),
+        *("--precision", precision),
+        *("--seed", seed),
+        *("--output_dir", checkpoint_dir.parent),  # keeps what was decoded from class folders
     )
-    metadata = torch.load(next(Path(checkpoint_dir).glob("*.pth")), weights_only=True)["metadata"]
-    steps = metadata["num_train_epochs"] * (metadata["num_train"] // metadata["train_batch_size"])
+    metadata = torch.load(next(checkpoint_dir.glob("*.pth")), weights_only=True)["metadata"]
+    batch_size = metadata["train_batch_size"]
+    steps = metadata["num_train_epochs"] * (metadata["num_train"] // batch_size)
     return {
-        "images_per_second": steps * metadata["train_batch_size"] / metadata["train_seconds"],
+        "images_per_second": steps * batch_size / metadata["train_seconds"],
         "accuracy": metadata["accuracy"]["test"],
     }
 
 
-def run_script(name, flags, checkpoint_dir, output_dir):
-    """Runs detect_mislabeled_dataset.py or analyze.py. Returns seconds, seconds to the first work, memory and file.
+def run_script(args, part, flags, checkpoint_dir, output_dir):
+    """Runs the script that computes self-influence or pairwise scores. Returns its measurements.
 
-    seconds: of covariances, eigendecomposition, lambda and scores; seconds_to_start: from the call to the first of
-    them, imports and loading included, and the end of the process, which is not timed by itself.
+    seconds: those of PHASES; seconds_to_start: from the call to the first of them, with imports
+    and loading, and with the end of the process, which has no time of its own.
     """
+    script = ROOT / "detect_mislabeled_dataset.py"
+    if part == "pairwise":
+        script = ROOT / "analyze.py"
+        flags = [*flags, "--num_query_examples", args.num_query_examples]
     wall = call(
-        *(ROOT / name, *flags),
-        *("--checkpoint_dir", checkpoint_dir, "--output_dir", output_dir),
+        script,
+        *to_flags(args, DATA_FLAGS + MODEL_FLAGS),
+        *flags,
+        *("--checkpoint_dir", checkpoint_dir),
+        *("--output_dir", output_dir),
         *("--damping_factor", "1e-8"),  # kronfluence's own default
     )
-    record = json.loads(next(Path(output_dir).glob("*/*.json")).read_text())
+    record = json.loads(next(output_dir.glob("*/*.json")).read_text())
     phases = record["seconds"]
     return {
-        "seconds": sum(phases[phase] for phase in WORK),
+        "seconds": sum(phases[phase] for phase in PHASES),
         "seconds_by_phase": phases,
         "seconds_to_start": wall - phases["total"] + phases["load"],
         "start_to_exit": wall,
         "peak_memory_bytes": record["peak_memory_bytes"],
-        "scores": str(next(Path(output_dir).rglob("*_scores.safetensors"))),
+        "scores": str(next(output_dir.rglob("*_scores.safetensors"))),
     }
 
 
@@ -230,30 +265,32 @@ def read_scores(path):
 
 
 def agreement(scores, reference, is_corrupted):
-    """Returns how well scores [N] or [Q, N] agree with the reference's, NaN of others; [N] also by what they find."""
+    """Returns how well scores [N] or [Q, N] agree with the reference's, for [N] also in recall.
+
+    All is NaN where the reference has scores of fewer images.
+    """
     if scores.shape != reference.shape:
         return dict.fromkeys(("relative_error", "spearman", "recall_at_10_difference"), math.nan)
-    rows = list(zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True))
-    result = {
-        "relative_error": float(np.linalg.norm(scores - reference) / np.linalg.norm(reference)),
+    rows = zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True)
+    error = np.linalg.norm(scores - reference) / np.linalg.norm(reference)
+    found = {
+        "relative_error": float(error),
         "spearman": float(np.mean([spearman(row, expected) for row, expected in rows])),
     }
     if scores.ndim == 1:
-        found = [
-            detect.evaluate_ranking(values, is_corrupted)["recall_at_10"]
-            for values in (scores, reference)
-        ]
-        result["recall_at_10_difference"] = found[0] - found[1]
-    return result
+        ours = detect.evaluate_ranking(scores, is_corrupted)["recall_at_10"]
+        theirs = detect.evaluate_ranking(reference, is_corrupted)["recall_at_10"]
+        found["recall_at_10_difference"] = ours - theirs
+    return found
 
 
 def median(rows, name):
-    """Returns the median of a figure over the repeats."""
+    """Returns the median of a measurement over the repeats."""
     return statistics.median(row[name] for row in rows)
 
 
 def product_speed(device, dtype, size=2048, repeats=10):
-    """Returns the floating-point operations per second of a product of square matrices, which bounds all the rest."""
+    """Returns the floating-point operations per second of a product of square matrices."""
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(repeats):
@@ -263,223 +300,161 @@ def product_speed(device, dtype, size=2048, repeats=10):
     return 2 * size**3 / min(seconds)
 
 
-def measure(args, data_flags, recipe, is_corrupted, folder):
-    """Runs everything `args.repeats` times, reference and scripts in turn. Yields (what, who, figures)."""
-    scored = [*data_flags, "--num_query_examples", args.num_query_examples]
+def measure(args, is_corrupted, folder):
+    """Runs everything `args.repeats` times. Yields part, who ran it, and the measurements."""
     checkpoint_dir = folder / f"checkpoints-{args.precision}-0"
     for repeat in range(args.repeats if args.parts else 0):
-        needed = () if checkpoint_dir.exists() else (args.precision,)
-        for precision in ("auto", "fp32") if "training" in args.parts else needed:
+        precisions = ["auto", "fp32"] if "training" in args.parts else [args.precision]
+        for precision in precisions:
             target = folder / f"checkpoints-{precision}-{repeat}"
-            yield (
-                "training",
-                precision,
-                run_training([*data_flags, *recipe], target, precision, seed=repeat),
-            )
-        for what in args.parts:
-            output_dir = folder / f"reference-{what}-{repeat}"
-            call(
-                *(
-                    __file__,
-                    "--reference",
-                    what,
-                    *scored,
-                    *recipe,
-                    "--seed",
-                    repeat,
-                    "--output_dir",
-                    output_dir,
-                ),
-                *(
-                    "--checkpoint_dir",
-                    checkpoint_dir,
-                    "--reference_batch_size",
-                    args.reference_batch_size,
-                ),
-                *("--reference_query_batch_size", args.reference_query_batch_size),
-                *("--reference_examples", args.reference_examples or args.num_train_examples),
-            )
-            figures = json.loads((output_dir / "reference.json").read_text())
-            yield what, "reference", figures
-            if what == "training":
+            if "training" in args.parts or not checkpoint_dir.exists():
+                yield "training", precision, run_training(args, target, precision, seed=repeat)
+        for part in args.parts:
+            reference_dir = folder / f"reference-{part}-{repeat}"
+            reference = call_reference(args, part, repeat, checkpoint_dir, reference_dir)
+            yield part, "reference", reference
+            if part == "training":
                 continue
-            name, flags = (
-                ("detect_mislabeled_dataset.py", data_flags)
-                if what == "self"
-                else ("analyze.py", scored)
-            )
-            expected = read_scores(figures["scores"])
+            expected = read_scores(reference["scores"])
             for who in args.runs:
-                ours = run_script(
-                    name, [*flags, *RUNS[who]], checkpoint_dir, folder / f"{what}-{who}-{repeat}"
-                )
-                yield (
-                    what,
-                    who,
-                    ours | agreement(read_scores(ours["scores"]), expected, is_corrupted),
-                )
-            shutil.rmtree(output_dir)
+                output_dir = folder / f"{part}-{who}-{repeat}"
+                ours = run_script(args, part, RUNS[who], checkpoint_dir, output_dir)
+                ours |= agreement(read_scores(ours["scores"]), expected, is_corrupted)
+                yield part, who, ours
+            shutil.rmtree(reference_dir)
 
 
-def scaling(args, data_flags, recipe, folder):
-    """Yields the figures of detect_mislabeled_dataset.py at each of `args.scaling` numbers of images."""
-    for count in args.scaling:
-        flags = [*data_flags, "--num_train_examples", count]  # the last one counts
-        run_training(
-            [*flags, *recipe, "--num_train_epochs", 1], folder / f"scaling-{count}", "auto", seed=0
-        )
-        yield (
-            count,
-            run_script(
-                "detect_mislabeled_dataset.py",
-                [*flags, *ALL],
-                folder / f"scaling-{count}",
-                folder / f"scaled-{count}",
-            ),
-        )
-
-
-def print_scores(figures, what):
-    """Prints the medians and ratios of one kind of scores in Markdown; figures: lists by (what, who)."""
-    print(
-        f"\n| {what} | reference | scripts | ratio | relative error | Spearman | found at 10 % | GB, reference | GB |"
-        "\n|---|---|---|---|---|---|---|---|---|"
+def call_reference(args, part, seed, checkpoint_dir, output_dir):
+    """Runs a reference in a process of its own. Returns its measurements."""
+    call(
+        __file__,
+        *("--reference", part),
+        *to_flags(args, DATA_FLAGS + MODEL_FLAGS + TRAINING_FLAGS + REFERENCE_FLAGS),
+        *("--num_query_examples", args.num_query_examples),
+        *("--seed", seed),
+        *("--checkpoint_dir", checkpoint_dir),
+        *("--output_dir", output_dir),
     )
-    reference = figures[what, "reference"]
-    theirs, runs = median(reference, "seconds"), [who for who in RUNS if (what, who) in figures]
-    for who in runs:
-        rows = figures[what, who]
+    return json.loads((output_dir / "reference.json").read_text())
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def print_scores(measured, part):
+    """Prints the medians and ratios of one kind of scores; measured: lists by (part, who)."""
+    columns = ["reference", "scripts", "ratio", "relative error", "Spearman"]
+    columns += ["recall at 10 %", "GB, reference", "GB"]
+    print(f"\n| {part} | {' | '.join(columns)} |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    reference = measured[part, "reference"]
+    theirs = median(reference, "seconds")
+    runs = {who: measured[part, who] for who in RUNS if (part, who) in measured}
+    for who, rows in runs.items():
         ours = median(rows, "seconds")
-        difference = (
-            f"{100 * median(rows, 'recall_at_10_difference'):+.2f} points" if what == "self" else ""
-        )
-        print(
-            f"| {who} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.1f} x | "
-            f"{median(rows, 'relative_error'):.1e} | {median(rows, 'spearman'):.5f} | {difference} | "
-            f"{median(reference, 'peak_memory_bytes') / 1e9:.1f} | {median(rows, 'peak_memory_bytes') / 1e9:.1f} |"
-        )
-    for who in runs:
-        by_phase = [row["seconds_by_phase"] for row in figures[what, who]]
-        phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in WORK)
-        whole, start = (
-            median(figures[what, who], name) for name in ("start_to_exit", "seconds_to_start")
-        )
+        cells = [who, f"{theirs:.1f} s", f"{ours:.1f} s", f"{theirs / ours:.1f} x"]
+        cells.append(f"{median(rows, 'relative_error'):.1e}")
+        cells.append(f"{median(rows, 'spearman'):.5f}")
+        if part == "self":
+            cells.append(f"{100 * median(rows, 'recall_at_10_difference'):+.2f} points")
+        else:
+            cells.append("")
+        cells.append(f"{median(reference, 'peak_memory_bytes') / 1e9:.1f}")
+        cells.append(f"{median(rows, 'peak_memory_bytes') / 1e9:.1f}")
+        print(f"| {' | '.join(cells)} |")
+    for who, rows in runs.items():
+        by_phase = [row["seconds_by_phase"] for row in rows]
+        phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in PHASES)
+        whole, start = median(rows, "start_to_exit"), median(rows, "seconds_to_start")
         print(f"{who}: {whole:.1f} s from start to exit, {start:.1f} before the first of {phases}")
 
 
-def print_training(figures):
-    """Prints the medians and ratios of the trainings in Markdown; figures: lists by (what, who)."""
+def print_training(measured):
+    """Prints the medians and ratios of the trainings; measured: lists by (part, who)."""
     print("\n| training | images/s | ratio | test accuracy, mean over seeds |\n|---|---|---|---|")
-    theirs = median(figures["training", "reference"], "images_per_second")
+    theirs = median(measured["training", "reference"], "images_per_second")
     for who in ("reference", "auto", "fp32"):
-        rows = figures["training", who]
+        rows = measured["training", who]
         speed = median(rows, "images_per_second")
-        accuracies = [row["accuracy"] for row in rows]
-        print(
-            f"| {who} | {speed:.0f} | {speed / theirs:.1f} x | {100 * statistics.mean(accuracies):.2f} % "
-            f"± {100 * statistics.stdev(accuracies) if len(accuracies) > 1 else 0:.2f} |"
-        )
+        accuracies = [100 * row["accuracy"] for row in rows]
+        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
+        accuracy = f"{statistics.mean(accuracies):.2f} % ± {deviation:.2f}"
+        print(f"| {who} | {speed:.0f} | {speed / theirs:.1f} x | {accuracy} |")
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    """Reads the command line."""
+    parser = pipeline.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument_group("data and training").add_argument
+    some = pipeline.number(float, "a fraction above 0 and below 1", lambda value: 0 < value < 1)
+    flag("--dataset", default="synthetic", help="data set to train on")
+    flag("--dataset_dir", default="./data", help="directory of the data set")
+    flag("--device", default="auto", help="auto: a GPU is used if one is available")
+    flag("--num_train_examples", type=int, default=400, help="number of training images")
+    flag("--num_query_examples", type=int, default=200, help="number of test images as queries")
+    flag("--corrupt_percentage", type=some, default=0.1, help="fraction of labels to corrupt")
+    flag("--model", choices=pipeline.MODELS, default="resnet9", help="network to train")
+    flag("--train_batch_size", type=int, default=32, help="images per training step")
+    flag("--num_train_epochs", type=int, default=6, help="passes over the training images")
+    flag("--learning_rate", type=float, default=0.2, help="peak of the schedule")
+    flag("--weight_decay", type=float, default=1e-4, help="L2 penalty")
+    add_benchmark_flags(parser.add_argument_group("benchmark").add_argument)
+    hidden = {"help": argparse.SUPPRESS}  # for the process of a reference
+    parser.add_argument("--reference", choices=PARTS, **hidden)
+    parser.add_argument("--seed", type=int, default=0, **hidden)
+    parser.add_argument("--checkpoint_dir", **hidden)
+    parser.add_argument("--output_dir", **hidden)
+    return parser.parse_args()
+
+
+def add_benchmark_flags(flag):
+    """Adds the flags that say what is compared; `flag` is add_argument of a group."""
+    few = "give the reference only so many images, and extrapolate its seconds"
+    trained = "precision of the training of the model that is scored"
+    flag("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to compare")
+    flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="runs of the scripts")
+    flag("--repeats", type=int, default=3, help="number of repeats, whose median is printed")
+    flag("--precision", choices=("auto", "fp32"), default="auto", help=trained)
+    flag("--reference_batch_size", type=int, default=128, help="training images per step")
+    flag("--reference_query_batch_size", type=int, default=200, help="queries per step")
+    flag("--reference_examples", type=int, help=few)
 
 
 def main():
     """Parses, runs, prints."""
-    parser = pipeline.OneLineParser(description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    some = pipeline.number(float, "a fraction above 0 and below 1", lambda value: 0 < value < 1)
-    flag("--dataset", default="synthetic")
-    flag("--dataset_dir", default="./data")
-    flag("--device", default="auto")
-    flag("--num_train_examples", type=int, default=400)
-    flag("--num_query_examples", type=int, default=200)
-    flag("--corrupt_percentage", type=some, default=0.1)
-    flag("--train_batch_size", type=int, default=32)
-    flag("--num_train_epochs", type=int, default=6)
-    flag("--learning_rate", type=float, default=0.2)
-    flag("--weight_decay", type=float, default=1e-4)
-    flag("--reference_batch_size", type=int, default=128)
-    flag("--reference_query_batch_size", type=int, default=200)
-    flag(
-        "--reference_examples",
-        type=int,
-        help="the reference takes so few images; its seconds are extrapolated",
-    )
-    flag(
-        "--precision",
-        choices=("auto", "fp32"),
-        default="auto",
-        help="of the training of the model that is scored",
-    )
-    flag("--repeats", type=int, default=3)
-    flag(
-        "--parts",
-        nargs="*",
-        choices=("training", "self", "pairwise"),
-        default=["training", "self", "pairwise"],
-    )
-    flag(
-        "--runs",
-        nargs="*",
-        choices=RUNS,
-        default=["auto", "fp32"],
-        help="what runs beside the reference",
-    )
-    flag(
-        "--scaling",
-        type=lambda text: [int(count) for count in text.split(",")],
-        default=[],
-        metavar="N,N,...",
-    )
-    hidden = {"help": argparse.SUPPRESS}
-    flag("--reference", choices=("training", "self", "pairwise"), **hidden)
-    flag("--seed", type=int, default=0, **hidden)
-    flag("--checkpoint_dir", **hidden)
-    flag("--output_dir", **hidden)
-    args = parser.parse_args()
+    args = parse_arguments()
     if args.reference:
-        return run_reference(args)
-    if args.reference_examples and args.parts != [
-        "self"
-    ]:  # the gradients of queries do not grow with the images
+        run_reference(args)
+        return
+    # The gradients of queries take as long for any number of training images.
+    if args.reference_examples and args.parts != ["self"]:
         raise pipeline.UserError("argument --reference_examples: give --parts self")
-
-    def flags(*names):
-        return [text for name in names for text in (f"--{name}", getattr(args, name))]
-
-    data_flags = flags(
-        "dataset", "dataset_dir", "device", "num_train_examples", "corrupt_percentage"
-    )
-    recipe = flags("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
     device = pipeline.choose_device(args.device, several_processes=False)
     dtypes = {torch.float32, pipeline.configure_precision(args.precision, device)}
     speeds = {str(dtype): product_speed(device, dtype) for dtype in dtypes}
-    machine = pipeline.environment(device) | {"product_speed": speeds}
-    figures, scaled = {}, {}
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
-        clean = pipeline.load_data(
-            args.dataset, args.dataset_dir, "train", args.num_train_examples, folder
-        )
-        is_corrupted = pipeline.training_examples(
-            clean, args.corrupt_percentage
-        ).is_corrupted.numpy()
-        for what, who, row in measure(args, data_flags, recipe, is_corrupted, Path(folder)):
-            figures.setdefault((what, who), []).append(row)
-            print(
-                f"{what:10}{who:10}",
-                {name: value for name, value in row.items() if name != "scores"},
-                flush=True,
-            )
-        for count, row in scaling(args, data_flags, recipe, Path(folder)):
-            scaled[count] = row
-            print(
-                f"{count:8} images: {row['seconds']:7.1f} s, {row['peak_memory_bytes'] / 1e9:.2f} GB",
-                flush=True,
-            )
-    print(f"\n{machine}")
-    for what in args.parts:
-        print_training(figures) if what == "training" else print_scores(figures, what)
+        place = args.dataset, args.dataset_dir
+        clean = pipeline.load_data(*place, "train", args.num_train_examples, folder)
+        data = pipeline.training_examples(clean, args.corrupt_percentage)
+        for part, who, row in measure(args, data.is_corrupted.numpy(), Path(folder)):
+            measured.setdefault((part, who), []).append(row)
+            print(f"{part:10}{who:10}", row, flush=True)
+    print(f"\n{pipeline.environment(device) | {'product_speed': speeds}}")
+    for part in args.parts:
+        if part == "training":
+            print_training(measured)
+        else:
+            print_scores(measured, part)
 
 
 if __name__ == "__main__":
-    main() if "--reference" in sys.argv else pipeline.run(
-        main
-    )  # the reference manages its memory as it always does
+    if "--reference" in sys.argv:
+        main()  # without pipeline.run, so that the allocator is as it always is
+    else:
+        pipeline.run(main)
