@@ -191,6 +191,7 @@ def main():
         test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
         runs, _, data = pipeline.load_runs(args, seconds)
+        pipeline.check_splits(data, test)
         on_device = queries.to(runs[0].data.images.device)
 
     found = [

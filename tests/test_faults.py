@@ -257,7 +257,7 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(
         assert any(moment in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         finished = finish(process)
-    sentence = f"{name}: interrupted; nothing is half-written, the same command starts again"
+    sentence = f"{name}: interrupted; no file is half-written, so run the same command again"
     assert finished.returncode == 130 and finished.stderr.splitlines()[-1] == sentence
     assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
     with started(tmp_path, ROOT / name, *COMMANDS[name]) as process:
