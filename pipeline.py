@@ -1502,7 +1502,7 @@ def resnet9(num_classes):
 
 
 def resnet18(num_classes):
-    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    """ResNet-18 of torchvision with a 3x3 stem of stride 1, without max-pool; 512 features."""
     try:
         from torchvision import models
     except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
