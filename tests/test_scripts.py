@@ -79,9 +79,7 @@ def test_imagefolder_end_to_end(folders, tmp_path):
     )
     succeed(tmp_path, TRAIN, *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
     assert (tmp_path / "ein Ordner/model.pth").is_file()
-    out = succeed(
-        tmp_path, DETECT, *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity"
-    )
+    out = succeed(tmp_path, DETECT, *flags, "--factor_strategy", "identity")
     assert "no truth to compare with" in out
     _, rows = read_table(result_folder(tmp_path) / "suspects_identity.csv")
     assert len(rows) == 15
@@ -107,30 +105,66 @@ def detected(trained, tmp_path_factory):
     return folder, succeed(folder, DETECT, *SYNTHETIC)
 
 
-def test_detect_prints_table_sentence_and_paths(detected):
+def printed_paths(folder, output):
+    """The files that a script says it wrote, and the files of scores that it names."""
+    lines = output.splitlines()
+    return [
+        [folder / line.removeprefix(word) for line in lines if line.startswith(word)]
+        for word in ("wrote ", "scores in ")
+    ]
+
+
+def test_a_detection_prints_recall_and_the_paths_of_its_files(detected):
     folder, output = detected
     lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
     assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
     assert [line.split()[0] for line in lines[start + 1 : start + 7]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
-    written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    names = (
+    written, (scores,) = printed_paths(folder, output)
+    assert [path.name for path in written] == [
         "suspects_ekfac.csv",
         "suspects_ekfac.html",
         "suspects_ekfac.png",
         "detection_curve_ekfac.png",
-    )
-    assert {path.name for path in written} == {*names, "detection_ekfac.json"}
-    (scores,) = [
-        folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")
+        "detection_ekfac.json",
     ]
-    assert scores.name == "self_scores.safetensors" and all(
-        path.is_file() for path in [*written, scores]
+    assert scores.name == "self_scores.safetensors"
+    assert all(path.is_file() for path in [*written, scores])
+
+
+def test_without_influence_the_other_rankings_are_the_same(detected, trained, tmp_path):
+    """No stage of influence is computed, and nothing of it stands in tables and json files."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    output = succeed(tmp_path, DETECT, *SYNTHETIC, "--factor_strategy", "none")
+    written, scores = printed_paths(tmp_path, output)
+    results = result_folder(tmp_path)
+    assert scores == [] and {path.name for path in results.iterdir()} == {
+        "suspects_none.csv",
+        "suspects_none.html",
+        "suspects_none.png",
+        "detection_curve_none.png",
+        "detection_none.json",
+    }
+    assert sorted(written) == sorted(results.iterdir())
+    header, rows = read_table(results / "suspects_none.csv")
+    full_header, full_rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
+    assert header == [name for name in full_header if name != "self_influence"]
+    assert rows == [{name: row[name] for name in header} for row in full_rows]
+    record, full = (
+        json.loads(path.read_text())
+        for path in (
+            results / "detection_none.json",
+            result_folder(detected[0]) / "detection_ekfac.json",
+        )
     )
+    del full["rankings"]["self_influence"]
+    assert record["rankings"] == full["rankings"]
+    assert record["seconds"]["scores"] == record["seconds"]["covariance"] == 0
+    assert not any(line.startswith("self_influence") for line in output.splitlines())
 
 
-def test_detect_suspects_csv(detected):
+def test_the_table_of_suspects_has_the_saved_scores_and_the_labels_trained_on(detected):
     header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
     assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
@@ -154,11 +188,15 @@ def test_detect_suspects_csv(detected):
         assert (row["predicted_label"] == row["label"]) == (float(row["margin"]) < 0)
 
 
-def test_detect_json_agrees_with_its_csv(detected):
+def test_the_json_file_has_the_recall_of_the_rankings_in_the_table(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
     check_record(
-        record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults
+        record,
+        corrupt_percentage=0.1,
+        factor_strategy="ekfac",
+        damping_factor="heuristic",
+        **defaults,
     )
     fields = documented("detection_<strategy>.json")
     assert (
