@@ -307,7 +307,7 @@ def test_a_record_with_a_nan_is_refused_and_not_written(tmp_path):
     ("script", "files"), [(DETECT, ("suspects", "detection")), (ANALYZE, ("top_infl", "pairwise"))]
 )
 def test_a_figure_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, script, files):
-    def draw(*_):
+    def draw(*_, **__):
         raise OSError("no font")
 
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
@@ -393,13 +393,14 @@ def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
 def test_the_figure_of_influences_begins_with_the_mean(monkeypatch, tmp_path):
     """Its first row has no image, the mean's two highest scores, and its two lowest."""
     drawn = []
-    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda *values: drawn.append(values))
+    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda path, **cells: drawn.append(cells))
     monkeypatch.setattr(analyze, "NUM_PICTURED", 2)
     queries, data = digits(2, "test"), digits(4)
     scores = torch.tensor([[4.0, 0.0, 1.0, -8.0], [2.0, 4.0, -3.0, -2.0]])  # mean 3, 2, -1, -5
     analyze.plot_top_influences(tmp_path / "figure.png", scores, queries, data, "ekfac")
-    ((_, images, texts, colours, columns, _),) = drawn
-    assert columns == 5 and len(images) == len(texts) == len(colours) == 15
+    (cells,) = drawn
+    images, texts, colours = cells["images"], cells["texts"], cells["colours"]
+    assert cells["columns"] == 5 and len(images) == len(texts) == len(colours) == 15
     assert images[0].eq(255).all() and images[5].equal(queries.images[0])
     assert torch.stack(images[1:5]).equal(data.images[[0, 1, 3, 2]])
     assert texts[0] == "mean of\n2 test images"

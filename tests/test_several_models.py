@@ -51,10 +51,7 @@ def test_several_models_give_the_mean_of_their_scores(folder):
 
 
 def test_a_detection_takes_the_mean_over_several_models(folder):
-    """Every signal of an image is the mean of those of the single models.
-
-    aum_vote standardises such means.
-    """
+    """Of each image the scores of every ranking, except aum_vote, which standardises means."""
     tables = []
     for dirs in (("checkpoints", "other"), ("checkpoints",), ("other",)):
         out = succeed(folder, *DETECTION, "--checkpoint_dir", *dirs)
