@@ -180,7 +180,14 @@ def plot_top_influences(path, scores, queries, data, strategy):
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    pipeline.draw_contact_sheet(path, images, texts, colours, 1 + tops.shape[1], title)
+    pipeline.draw_contact_sheet(
+        path,
+        images=images,
+        texts=texts,
+        colours=colours,
+        columns=1 + tops.shape[1],
+        title=title,
+    )
 
 
 def main():

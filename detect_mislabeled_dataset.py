@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import pipeline
 
+# ---- Rankings ------------------------------------------------------------------------------------
+
 
 class Ranking(NamedTuple):
     """One way to order the training images by suspicion.
@@ -106,7 +108,7 @@ RANKINGS = {
     ),
 }
 DEFAULT_METHOD = "aum_vote"
-# The published ranking, the default, and the simplest one: drawn in full strength in every figure.
+# The published ranking, the default, and the simplest one have thick lines in every figure.
 MAIN_METHODS = ("self_influence", DEFAULT_METHOD, "loss")
 
 
@@ -218,7 +220,7 @@ def knn_vote(features, labels, num_classes):
 
     It is the share of the k nearest images that have the label, less the largest share of another
     one. features: float32 [N, D] of unit length; labels: int64 [N]. Similarity is the cosine; k is
-    300 of 50,000 images, and falls with the square root of N.
+    300 of 50,000 images, and proportional to the square root of N.
     """
     k = round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)
     k = max(1, min(len(features) - 1, k))
@@ -264,18 +266,17 @@ def explain(runs, data, suspects, damping_factor):
     (rank, position, score) by suspect, opposing images first. A score is the influence on the
     log-odds of the label, the mean over the models; that of a suspect on itself is left out.
     """
-    chosen = suspects.tolist()
-    if not chosen:
+    if len(suspects) == 0:
         return {}
     # Rounding might give each process other suspects, and all must share the same queries.
-    chosen = runs[0].from_main(chosen)
-    queries = data.take(torch.tensor(chosen)).to(runs[0].data.images.device)
+    positions = runs[0].from_main(suspects.tolist())
+    queries = data.take(torch.tensor(positions)).to(runs[0].data.images.device)
     by_model = [
         run.pairwise_influence(queries, NUM_QUERIES_HELD, damping_factor)[0] for run in runs
     ]
     mean = sum(by_model) / len(by_model)  # (M, N)
     explanations = {}
-    for suspect, influence in zip(chosen, mean, strict=True):
+    for suspect, influence in zip(positions, mean, strict=True):
         influence[suspect] = 0
         opposing = strongest(-influence, influence)
         supporting = strongest(influence, influence)
@@ -302,18 +303,28 @@ def strongest(strength, influence):
 class Detection(NamedTuple):
     """What was found out about the training images, `data`, ImageData on the CPU.
 
-    scores: suspicion by ranking, float arrays [N]; suspicion: that by the chosen ranking, which
-    figures call `caption`; order: positions in `data`, int64 [N], the most suspicious image first;
-    logits: float32 [N, num_classes], the mean over the models; explanations: see `explain`.
+    scores: suspicion by ranking, float arrays [N]; method: the ranking that decides the order;
+    order: positions in `data`, int64 [N], the most suspicious image first; logits: float32
+    [N, num_classes], the mean over the models; explanations: see `explain`.
     """
 
     data: pipeline.ImageData
-    caption: str
+    method: str
+    strategy: str
     scores: dict
-    suspicion: np.ndarray
     order: np.ndarray
     logits: torch.Tensor
     explanations: dict
+
+    @property
+    def suspicion(self):
+        """The suspicion that decides the order, float [N]."""
+        return self.scores[self.method]
+
+    @property
+    def caption(self):
+        """The name in figures of the ranking that decides the order."""
+        return caption_of(self.method, self.strategy)
 
     @property
     def predicted(self):
@@ -335,9 +346,9 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
     order = np.argsort(-scores[method], kind="stable")
     detection = Detection(
         data=data,
-        caption=caption_of(method, runs[0].strategy),
+        method=method,
+        strategy=runs[0].strategy,
         scores=scores,
-        suspicion=scores[method],
         order=order,
         logits=sum(logits) / len(logits),
         explanations=explain(runs, data, order[:num_explained], damping_factor),
@@ -527,23 +538,40 @@ def plot_suspects(path, detection):
         f"The {len(shown)} most suspicious of {len(data)} training images by {detection.caption}:\n"
         "given label → predicted label (red where they differ), score"
     )
-    pipeline.draw_contact_sheet(path, data.images[shown], texts, colours, 10, title)
+    pipeline.draw_contact_sheet(
+        path,
+        data.images[shown],
+        texts=texts,
+        colours=colours,
+        columns=10,
+        title=title,
+    )
 
 
-def plot_curves(path, results, method, fraction, strategy):
+def plot_curves(path, detection, results):
     """Draws the recall of each ranking against the share of images inspected.
 
-    fraction: the share of corrupted labels. MAIN_METHODS and `method` have thick lines. Without
-    results an earlier figure is removed.
+    results: by ranking, of `evaluate_rankings`; if there are none, an earlier figure is removed.
+    MAIN_METHODS and the chosen one have thick lines.
     """
     if not results:
         path.unlink(missing_ok=True)
         return
+    fraction = detection.data.is_corrupted.double().mean().item()
     with pipeline.figure_file(path, 6.4, 6.2) as figure:
         end = min(1, max(0.2, 3 * fraction))
         axes = figure.add_subplot(xlim=(0, end), ylim=(0, 1.02))
         for name, result in results.items():
-            draw_curve(axes, name, result, strategy, is_main=name in (*MAIN_METHODS, method))
+            caption = caption_of(name, detection.strategy)
+            at_10 = f"{100 * result['recall_at_10']:.1f} % at 10 %"
+            axes.plot(
+                [0, *(point["inspected"] for point in result["curve"])],
+                [0, *(point["recall"] for point in result["curve"])],
+                label=f"{caption}: {at_10}, AUROC {result['auroc']:.3f}",
+                linestyle=RANKINGS[name].line,
+                color=RANKINGS[name].colour,
+                linewidth=2.2 if name in (*MAIN_METHODS, detection.method) else 0.8,
+            )
         axes.plot([0, fraction, 1], [0, 1, 1], ":", color="black", linewidth=1.5, label="perfect")
         axes.plot([0, 1], [0, 1], "-", color="grey", linewidth=1.5, label="random")
         axes.set_xlabel("training images inspected")
@@ -553,21 +581,6 @@ def plot_curves(path, results, method, fraction, strategy):
             axis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=4)
-
-
-def draw_curve(axes, name, result, strategy, is_main):
-    """Draws the recall of one ranking, `result` of `evaluate_ranking`, into matplotlib axes."""
-    inspected = [0, *(point["inspected"] for point in result["curve"])]
-    recall = [0, *(point["recall"] for point in result["curve"])]
-    at_10 = f"{100 * result['recall_at_10']:.1f} % at 10 %"
-    axes.plot(
-        inspected,
-        recall,
-        label=f"{caption_of(name, strategy)}: {at_10}, AUROC {result['auroc']:.3f}",
-        linestyle=RANKINGS[name].line,
-        color=RANKINGS[name].colour,
-        linewidth=2.2 if is_main else 0.8,
-    )
 
 
 # ---- The page for review -------------------------------------------------------------------------
@@ -751,6 +764,9 @@ button {
     min-width: 60px;
     max-width: 200px;
 }
+header b:empty, #warning:empty {
+    display: none;
+}
 #digits button {
     max-width: 170px;
 }
@@ -867,6 +883,7 @@ On a keyboard with other letters, the keys in the same places work.
 <input id="other" list="classes" placeholder="another class" aria-label="Another class">
 <span id="digits"></span>
 <b id="notice" role="status" aria-label="Notice"></b>
+<b id="warning" role="alert"></b>
 </nav>
 <main id="cards"></main>
 <datalist id="classes"></datalist>
@@ -876,6 +893,7 @@ If your browser saved no file, copy this text into a file called corrections.csv
 <textarea id="text" rows="12" readonly aria-label="Text of corrections.csv"></textarea>
 <button value="copy">Copy</button>
 <button value="close">Close</button>
+<span id="copied" role="status"></span>
 </dialog>
 <img id="sprite" alt="" hidden src="{{tiles}}">
 <script type="application/json" id="data">{{data}}</script>
@@ -895,7 +913,16 @@ let storage = {};
 let current = cards[0];
 
 function say(text) {
-    byId("notice").replaceChildren(text);
+    byId("notice").textContent = text;
+}
+
+// What remains true stays in sight beside the latest notice.
+function warn(text) {
+    byId("warning").textContent = text;
+}
+
+function count(number, noun) {
+    return number === 1 ? `1 ${noun}` : `${number} ${noun}s`;
 }
 
 // Another window of this page may have decided in the meantime.
@@ -907,7 +934,7 @@ function readStorage() {
     try {
         decisions = new Map(JSON.parse(stored));
     } catch {
-        say("What the browser kept of earlier decisions is damaged: load your saved file.");
+        warn("What the browser kept of earlier decisions is damaged: load your saved file.");
     }
 }
 
@@ -917,7 +944,7 @@ function writeStorage() {
         storage[fingerprint] = text;
     } catch {
         storage = { [fingerprint]: text };
-        say("The browser keeps no more: save the file before you close the page.");
+        warn("The browser keeps no more: save the file before you close the page.");
     }
 }
 
@@ -1081,6 +1108,9 @@ function goToUndecided() {
     const start = cards.indexOf(current);
     const shown = [...cards.slice(start), ...cards.slice(0, start)].filter(isShown);
     const undecided = shown.find((card) => !decisions.has(card.key));
+    if (shown.length === 0) {
+        say("No suspect is left here: save the file, or show other suspects.");
+    }
     go(undecided ?? shown[0] ?? current);
 }
 
@@ -1096,9 +1126,12 @@ function countColumns() {
 // ---- The file: as train.py reads it ----
 
 function fileText() {
-    const rows = [...decisions].map(([key, row]) => [key, ...row]);
+    // A cell must end on its line: a name with a line break is percent-encoded.
+    const encode = (key) => (/[\r\n]/.test(key) ? encodeURI(key) : key);
+    const rows = [...decisions].map(([key, row]) => [encode(key), ...row]);
     const table = [[column, "label", "new_label"], ...rows];
-    const quote = (cell) => (/[",;\s]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
+    const needsQuotes = /[",;\t]|^ | $/;
+    const quote = (cell) => (needsQuotes.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
     return table.map((cells) => `${cells.map(quote)}\n`).join("");
 }
 
@@ -1111,8 +1144,10 @@ function save() {
     const text = fileText();
     const url = URL.createObjectURL(new Blob([text]));
     make("a", { href: url, download: "corrections.csv" }).click();
-    say(`Saved ${decisions.size} decisions.`);
+    say(`Saved ${count(decisions.size, "decision")}.`);
     if (mayBeSandboxed()) {
+        say("");
+        byId("copied").textContent = "";
         byId("text").value = text;
         byId("copy").showModal();
         byId("text").select();
@@ -1121,7 +1156,8 @@ function save() {
 
 function copy() {
     byId("text").select();
-    document.execCommand("copy");
+    const isCopied = document.execCommand("copy");
+    byId("copied").textContent = isCopied ? "Copied." : "Press Ctrl+C to copy.";
 }
 
 // Returns the cells of a line, or null where its quotes are wrong.
@@ -1199,13 +1235,25 @@ function findClass(place, name) {
     throw new Error(`${place}: “${name}” is no class`);
 }
 
+// The path in a URL, as label tools write it.
+function decodePath(path) {
+    try {
+        return decodeURIComponent(path.replace(/^file:(\/\/(localhost)?)?/, ""));
+    } catch {
+        return path;
+    }
+}
+
 function findKey(place, name, cardsByKey) {
     if (name.trim() === "") {
         throw new Error(`${place} has no ${column}`);
     }
-    const key = column === "index" ? name.trim().replace(/^0+(?=\d)/, "") : name;
-    const card = cardsByKey.get(sameForm(key)) ?? cardsByKey.get(sameForm(key.trim()));
-    return card?.key ?? key;
+    if (column === "index") {
+        return name.trim().replace(/^0+(?=\d)/, "");
+    }
+    const spellings = [name, name.trim(), decodePath(name.trim())];
+    const known = spellings.map(sameForm).find((spelled) => cardsByKey.has(spelled));
+    return cardsByKey.get(known)?.key ?? name;
 }
 
 // The row of the file as this page keeps it. Throws where it does not fit the card.
@@ -1251,9 +1299,9 @@ async function load(file) {
         const { rows, numEmpty } = readDecisions(decode(await file.arrayBuffer()));
         change(rows);
         const numShown = cards.filter((card) => rows.has(card.key)).length;
-        let notice = `Loaded ${rows.size} decisions, ${numShown} of them on this page.`;
+        let notice = `Loaded ${count(rows.size, "decision")}, ${numShown} about images shown here.`;
         if (numEmpty > 0) {
-            notice += ` Ignored ${numEmpty} rows with an empty new_label: they decide nothing.`;
+            notice += ` Ignored ${count(numEmpty, "row")} whose new_label is empty.`;
             notice += ` To leave an image out, write “${leaveOut}”.`;
         }
         say(notice);
@@ -1390,7 +1438,7 @@ addEventListener("load", () => {
     try {
         storage = localStorage;
     } catch {
-        say("This browser keeps nothing: save the file before you close the page.");
+        warn("This browser keeps nothing: save the file before you close the page.");
     }
     readStorage();
     draw();
@@ -1470,7 +1518,7 @@ def main():
         pipeline.timed(seconds, "report"),
     ):
         plot_suspects(files.contact_sheet, detection)
-        plot_curves(files.curves, results, args.method, is_corrupted.mean(), args.factor_strategy)
+        plot_curves(files.curves, detection, results)
 
     print_recall(results, args.method)
     pipeline.print_seconds(seconds)

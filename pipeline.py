@@ -1516,7 +1516,7 @@ def resnet9(num_classes):
 
 
 def resnet18(num_classes):
-    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    """ResNet-18 of torchvision with a 3x3 stem of stride 1, without max-pool; 512 features."""
     try:
         from torchvision import models
     except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
@@ -2650,14 +2650,25 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    models, metadata, data = load_models(args, device, clean)
+    noisy = args.noisy_labels is not None
+    paths = [
+        checkpoint_path(folder, args.corrupt_percentage, noisy, args.cleaned)
+        for folder in args.checkpoint_dir
+    ]
+    models, metadata, data = load_models(
+        paths,
+        device,
+        clean,
+        model_name=args.model,
+        fraction=args.corrupt_percentage,
+        labels_file=args.noisy_labels,
+    )
     on_device = data.to(device)
-    model_name = next(iter(models)).stem
     runs = [
         InfluenceRun(
             model,
             on_device,
-            Path(args.output_dir) / model_name,
+            Path(args.output_dir) / paths[0].stem,
             strategy=args.factor_strategy,
             dtype=dtype,
             seed=args.seed,
@@ -2665,52 +2676,48 @@ def load_runs(args, seconds):
             batch_size=args.train_batch_size,
             factor_examples=args.factor_examples,
         )
-        for model in models.values()
+        for model in models
     ]
-    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
+    require_different_models(runs)
+    if runs[0].fixed and is_main_process():
+        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
+    return runs, metadata, data
+
+
+def require_different_models(runs):
+    """Raises UserError where two InfluenceRuns have the same weights, and so the same folder."""
+    if len({run.folder for run in runs}) < len(runs):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    if runs[0].fixed and is_main_process():
-        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
-    return runs, [*metadata.values()], data
 
 
-def load_models(args, device, clean):
-    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+def load_models(paths, device, clean, *, model_name, fraction, labels_file):
+    """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    Raises UserError where models were not trained alike.
+    The other arguments are those of `load_trained`. Raises UserError where models were not trained
+    alike.
     """
-    models, metadata = {}, {}
-    for checkpoint_dir in args.checkpoint_dir:
-        path = checkpoint_path(
-            checkpoint_dir,
-            args.corrupt_percentage,
-            noisy=args.noisy_labels is not None,
-            cleaned=args.cleaned,
-        )
-        models[path], metadata[path], data = load_trained(
+    models, metadata = [], []
+    for path in paths:
+        model, of_model, data = load_trained(
             path,
             device,
             clean,
-            model_name=args.model,
-            fraction=args.corrupt_percentage,
-            labels_file=args.noisy_labels,
+            model_name=model_name,
+            fraction=fraction,
+            labels_file=labels_file,
         )
-    require_trained_alike(metadata)
-    return models, metadata, data
-
-
-def require_trained_alike(metadata):
-    """Raises UserError where models, metadata by path, differ in training data or recipe."""
-    first_path, first = next(iter(metadata.items()))
-    for path, other in metadata.items():
+        models.append(model)
+        metadata.append(of_model)
+    for path, of_model in zip(paths, metadata, strict=True):
         for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-            if other[key] != first[key]:
+            if of_model[key] != metadata[0][key]:
                 raise UserError(
-                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    f"--checkpoint_dir: {path} and {paths[0]} differ in their {words}: "
                     "give models that were trained alike"
                 )
+    return models, metadata, data
 
 
 # ---- Results -------------------------------------------------------------------------------------

@@ -154,9 +154,9 @@ def detection(data, **fields):
     scores = np.linspace(1, 0, len(data), dtype=np.float32)
     values = {
         "data": data,
-        "caption": "loss",
+        "method": "loss",
+        "strategy": "ekfac",
         "scores": {"loss": scores},
-        "suspicion": scores,
         "order": np.arange(len(data)),
         "logits": torch.eye(10)[[1] * len(data)],
         "explanations": {},
