@@ -2608,10 +2608,11 @@ def remove_if_damaged(folder):
             if path.suffix == ".json":
                 json.loads(path.read_text())
             else:
-                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                # Raises if the file is shorter or longer than its header says.
+                with safe_open(path, "pt"):
                     pass
         except (SafetensorError, ValueError):
-            print(f"{path} is damaged: it is computed anew")
+            print(f"{path} is damaged: it is computed again")
             shutil.rmtree(folder)
             return
 
