@@ -65,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
 FULL_MEMORY = (
@@ -223,6 +224,7 @@ def shared_parser(docstring):
     parser.groups["report"].add_argument(
         "--output_dir",
         default="./influence_results",
+        metavar="DIR",
         help="directory for results and for cached images (default: %(default)s)",
     )
     return parser
@@ -234,13 +236,15 @@ def add_data_flags(group):
         "--dataset",
         choices=LOADERS,
         default="cifar10",
-        help="data set to train on (default: %(default)s)",
+        help="data set to train on: cifar10 is downloaded once; imagefolder means your own images, "
+        "one folder per class; synthetic means generated digits (default: %(default)s)",
     )
     group.add_argument(
         "--dataset_dir",
         default="./data",
-        help="directory of the data set; an imagefolder has train/ and, if you like, test/ in it, "
-        "each with one folder per class (default: %(default)s)",
+        metavar="DIR",
+        help="directory of the data set; of an imagefolder, that which contains train/ and, "
+        "optionally, test/ (default: %(default)s)",
     )
     group.add_argument(
         "--num_train_examples",
@@ -851,7 +855,7 @@ def split_samples(dataset_dir, split):
     verbose = split == "train" and is_main_process()
     test_dir = dataset_dir / "test"
     samples, class_names = list_samples(dataset_dir / "train", verbose)
-    if test_dir.exists():
+    if os.path.lexists(test_dir):  # a link to nothing is a mistake, not a folder that is not there
         test_samples, test_names = list_samples(test_dir, verbose)
         require_classes(dataset_dir / "test", test_names, class_names, test_dir)
         require_classes(dataset_dir / "train", class_names, test_names, test_dir)
@@ -1113,7 +1117,7 @@ def read_csv(flag, path, column):
     name = f"{flag} {path}"
     try:
         content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
+        text = content.decode().lstrip("\ufeff")  # some tools put the mark of UTF-8 twice
         if "\0" in text:
             raise ValueError("it has a NUL")
     except (OSError, ValueError) as error:
@@ -1326,12 +1330,15 @@ def last_parts(path):
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def find_class(place, name, class_names):
-    """Returns the number of a class by its name, in any Unicode form, also with blanks around."""
+def find_class(place, name, class_names, hint=""):
+    """Returns the number of a class by its name, in any Unicode form, also with blanks around.
+
+    Raises UserError where there is no such class; its text ends in the `hint`.
+    """
     for spelled in (same_form(name), same_form(name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
-    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
+    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
 
 
 def read_noisy_labels(path, data, test, dataset_dir):
@@ -1410,13 +1417,18 @@ def read_corrections(path, data, test, dataset_dir):
     finder = ExampleFinder(data, test, dataset_dir, data.indices)
     excluded, new_labels = [], {}
     decided = [(place, row) for place, row in rows if row["new_label"].strip()]
+    if not decided:
+        raise UserError(
+            f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
+        )
     for place, row in decided:
         index = finder.find(place, row)
         require_given_label(place, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
             excluded.append(index)
         else:
-            new_labels[index] = find_class(place, row["new_label"], data.class_names)
+            hint = f", nor '{LEAVE_OUT}'"
+            new_labels[index] = find_class(place, row["new_label"], data.class_names, hint)
     finder.print_matches()
     print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
     return {"excluded": excluded, "new_labels": new_labels}
@@ -1568,8 +1580,11 @@ def problem_of_network(network, num_classes):
             return f"features and head that hold all parameters, but {name} is in neither"
     was_training = network.training
     model = ImageClassifier(network).eval()
-    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    logits = model.logits(features)
+    try:
+        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        logits = model.logits(features)
+    except RuntimeError as error:  # shapes that do not fit
+        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
     network.train(was_training)
     if features.dim() != 2 or len(features) != 2:
         return f"features of shape [B, D], not {[*features.shape]} for 2 images"
@@ -2350,8 +2365,9 @@ class InfluenceRun:
     depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
     `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
     `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
-    the parameters that influence takes as fixed. Raises UserError, before anything is written,
-    where influence cannot be computed for a layer, or `folder` cannot be made.
+    the parameters that influence takes as fixed. With the strategy "none" there is only the folder,
+    and any network will do. Raises UserError, before anything is written, where influence cannot be
+    computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -2371,19 +2387,23 @@ class InfluenceRun:
         self.strategy, self.dtype = strategy, dtype
         self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
+        weights = [
+            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
+        ]
+        fingerprint = sha256(*weights, data.digest)
+        self.folder = Path(f"{path}-{fingerprint[:8]}")
+        if strategy == NO_INFLUENCE:
+            self.fixed = ""
+            make_folder(self.folder)
+            return
         self.dataset = InfluenceDataset(data, seed)
         self.factor_dataset = self.draw_factor_examples(factor_examples)
         tracked_model, layer_names = self.track_layers()
         self.fixed = fixed_parameters(model, layer_names)
         layers = [model.get_submodule(name) for name in layer_names]
         self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        weights = [
-            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
-        ]
-        fingerprint = sha256(*weights, data.digest)
         self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
         self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
-        self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
         self.analyzer = Analyzer(
             self.folder.name,

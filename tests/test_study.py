@@ -250,7 +250,7 @@ def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     output, (full, other, half) = run("factors", "--halves", "2")
     assert full["pairwise_spearman"] == full["self_spearman"] == pytest.approx(1)
     assert all(0 < row["self_spearman"] < 1 and -1 <= row["lds"] <= 1 for row in (other, half))
-    assert (other["examples"], half["examples"]) == (None, 20)
+    assert (other["examples"], half["examples"]) == ("all", 20)
     assert other["pseudo_label_seed"] != half["pseudo_label_seed"] == full["pseudo_label_seed"]
     assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 

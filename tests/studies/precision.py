@@ -154,7 +154,7 @@ def main():
     args = parse_arguments()
     checkpoint = pipeline.checkpoint_path(args.checkpoint_dir, 0.1)
     clean = pipeline.load_data("synthetic", "", "train", args.num_train_examples)
-    _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, 0.1)
+    _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, model_name="resnet9", fraction=0.1)
     test = pipeline.load_data("synthetic", "", "test")
     queries = test.take(torch.arange(args.num_query_examples))
     scored = data.take(torch.arange(min(args.num_scored_examples, len(data))))

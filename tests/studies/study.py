@@ -65,7 +65,7 @@ PUT_RIGHT_BY = ("aum_vote", "aum", "self_influence")
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 # Strategy, damping, number of networks whose scores are averaged, and what these were trained on.
 PREDICTIONS = [(strategy, 1e-8, 1, "all") for strategy in ("ekfac", "kfac", "diagonal", "identity")]
-PREDICTIONS += [("ekfac", damping, 1, "all") for damping in (1e-6, 1e-5, 1e-4, None)]
+PREDICTIONS += [("ekfac", damping, 1, "all") for damping in (1e-6, 1e-5, 1e-4, "heuristic")]
 PREDICTIONS += [("ekfac", 1e-6, models, "all") for models in (3, 5, 10)]
 PREDICTIONS += [("ekfac", 1e-6, models, "halves") for models in (1, 3, 5, 10)]
 
@@ -170,7 +170,7 @@ class Trainer:
         return (predicted == self.test.labels.cpu()).float().mean().item()
 
     @contextlib.contextmanager
-    def influence(self, model, data, strategy="ekfac", seed=FIRST_SEED, factor_examples=None):
+    def influence(self, model, data, strategy="ekfac", seed=FIRST_SEED, factor_examples="all"):
         """Yields an InfluenceRun whose factors and scores are deleted at the end of the block."""
         with tempfile.TemporaryDirectory() as folder:
             yield pipeline.InfluenceRun(
@@ -272,7 +272,7 @@ def detection_scores(trainer, store, run):
         with trainer.influence(model, data) as influence_run:
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
             measured, _, _ = detect.measure(influence_run, metadata, 1e-8)
-            heuristic, _ = influence_run.self_influence(None)
+            heuristic, _ = influence_run.self_influence("heuristic")
         scores = detect.rank([measured])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
@@ -549,12 +549,12 @@ def print_retraining(rows, args):
     print("\n| strategy | damping | networks | of | LDS | by half of the queries | seconds |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        damping = "heuristic" if row["damping_factor"] is None else row["damping_factor"]
         score = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
         halves = ", ".join(f"{value:.3f}" for value in row["lds_by_half"])
         networks = f"{row['models']} | {row['trained_on']}"
         seconds = f"{row['score_seconds']:.0f}"
-        print(f"| {row['strategy']} | {damping} | {networks} | {score} | {halves} | {seconds} |")
+        curvature = f"{row['strategy']} | {row['damping_factor']}"
+        print(f"| {curvature} | {networks} | {score} | {halves} | {seconds} |")
     if rows and rows[0].get("agreement"):
         print(f"Two trainings on the same half agree by {rows[0]['agreement']:.3f}.")
 
@@ -564,7 +564,7 @@ def print_retraining(rows, args):
 
 def factors(trainer, store, args):
     """Compares scores by factors of some of the images with those by factors of all."""
-    settings = [(None, FIRST_SEED), (None, FIRST_SEED + 1)]
+    settings = [("all", FIRST_SEED), ("all", FIRST_SEED + 1)]
     for examples in FACTOR_EXAMPLES:
         if examples < len(trainer.clean):
             settings.append((examples, FIRST_SEED))
@@ -582,7 +582,7 @@ def factors(trainer, store, args):
 def factor_agreement(trainer, store, examples, seed, **sizes):
     """Returns how well scores by factors of some images agree with those by all, and find errors.
 
-    examples: None for all images.
+    examples: a number of images, or "all".
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
@@ -592,8 +592,8 @@ def factor_agreement(trainer, store, examples, seed, **sizes):
         return factor_scores(trainer, model, data, queries, examples, seed)
 
     key = [data.digest, queries.digest]
-    full = store.arrays("full", key, partial(compute, None, FIRST_SEED))
-    own = full if (examples, seed) == (None, FIRST_SEED) else compute(examples, seed)
+    full = store.arrays("full", key, partial(compute, "all", FIRST_SEED))
+    own = full if (examples, seed) == ("all", FIRST_SEED) else compute(examples, seed)
     found = evaluate({"self_influence": own["self"]}, data)["self_influence"]
     found["factor_seconds"] = float(own["seconds"])
     found["self_spearman"] = spearman(own["self"], full["self"])
@@ -608,8 +608,8 @@ def factor_agreement(trainer, store, examples, seed, **sizes):
 def factor_scores(trainer, model, data, queries, examples, seed):
     """Returns self-influence, pairwise scores, and the seconds that the factors took."""
     with trainer.influence(model, data, seed=seed, factor_examples=examples) as run:
-        self_influence, _ = run.self_influence(None)
-        scores, _ = run.pairwise_influence(queries, 1000, None)
+        self_influence, _ = run.self_influence("heuristic")
+        scores, _ = run.pairwise_influence(queries, 1000, "heuristic")
     seconds = sum(run.seconds[name] for name in ("covariance", "eigendecomposition", "lambda"))
     return {
         "self": self_influence.numpy(),
@@ -626,7 +626,7 @@ def print_factors(rows, args):
     print(f"\n| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        name = "all" if row["examples"] is None else str(row["examples"])
+        name = str(row["examples"])
         if row["pseudo_label_seed"] != FIRST_SEED:
             name += ", other pseudo-labels"
         cells = [name, f"{row['pairwise_spearman']:.4f}", f"{row['self_spearman']:.5f}"]
