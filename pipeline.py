@@ -1960,12 +1960,12 @@ def padding_sides(layer):
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
-        rows, columns = (
+        height, width = (
             dilation * (size - 1)
             for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
         )
-        left, top = columns // 2, rows // 2
-        return left, columns - left, top, rows - top
+        left, top = width // 2, height // 2
+        return left, width - left, top, height - top
     rows, columns = layer.padding
     return columns, columns, rows, rows
 
