@@ -1962,12 +1962,12 @@ def padding_sides(layer):
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
-        rows, columns = (
+        height, width = (
             dilation * (size - 1)
             for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
         )
-        left, top = columns // 2, rows // 2
-        return left, columns - left, top, rows - top
+        left, top = width // 2, height // 2
+        return left, width - left, top, height - top
     rows, columns = layer.padding
     return columns, columns, rows, rows
 
@@ -2630,10 +2630,11 @@ def remove_if_damaged(folder):
             if path.suffix == ".json":
                 json.loads(path.read_text())
             else:
-                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                # Raises if the file is shorter or longer than its header says.
+                with safe_open(path, "pt"):
                     pass
         except (SafetensorError, ValueError):
-            print(f"{path} is damaged: it is computed anew")
+            print(f"{path} is damaged: it is computed again")
             shutil.rmtree(folder)
             return
 
