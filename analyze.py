@@ -1,7 +1,7 @@
-"""Computes how much each training image influences the network's answer to each chosen test image.
+"""Computes how much each training image influences the prediction for each chosen test image.
 
-A positive score means that training on the image more would raise the log-odds of the query's label (helpful), a
-negative one that it would lower them (harmful).
+A positive score is helpful: training on the image more would raise the log-odds of the query's
+label. A negative score is harmful: it would lower them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import pipeline
 
 DEFAULT_QUERIES = 2000
-NUM_LISTED = 10  # most helpful and most harmful images per query in the csv file
+NUM_LISTED = 10  # most helpful and most harmful images of each query in the csv file
 COLUMNS = (
     "query",
     "query_path",
@@ -24,8 +24,10 @@ COLUMNS = (
     "train_label",
     "score",
 )
-NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5
-HELPFUL, HARMFUL = "#0b5394", "firebrick"
+# The mean over all queries comes before them in the csv file; it has no path and no label.
+MEAN_QUERY = ("mean", "", "")
+NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5  # rows of the figure, and images on either side
+HELPFUL_COLOUR, HARMFUL_COLOUR = "#0b5394", "firebrick"
 
 
 def number_list(text):
@@ -33,7 +35,8 @@ def number_list(text):
     numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        last = last if dash else first
+        if not dash:
+            last = first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**7):
             raise argparse.ArgumentTypeError(
                 f"'{text}' is not a list of numbers such as 3,17,40-59"
@@ -45,35 +48,37 @@ def number_list(text):
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__)
-    parser.set_defaults(
-        damping_factor=1e-6
-    )  # with thousands of images it predicts retraining better than heuristic
-    number, flag = pipeline.positive_int, parser.add_argument
-    which = parser.add_mutually_exclusive_group().add_argument
-    which(
+    # With thousands of images this predicts retraining better than the heuristic.
+    parser.set_defaults(damping_factor=1e-6)
+    queries = parser.groups["data"].add_mutually_exclusive_group()
+    queries.add_argument(
         "--num_query_examples",
-        type=number,
+        type=pipeline.positive_int,
         metavar="N",
-        help=f"first N test images (default: {DEFAULT_QUERIES})",
+        help=f"compute the influence on the first N test images (default: {DEFAULT_QUERIES})",
     )
-    which(
+    queries.add_argument(
         "--query_indices",
         type=number_list,
         metavar="LIST",
-        help="just these test images, such as 3,17,40-59",
+        help="compute the influence on these test images only, such as 3,17,40-59",
     )
-    flag(
+    parser.groups["model"].add_argument(
         "--query_batch_size",
-        type=number,
+        type=pipeline.positive_int,
         default=1000,
         metavar="N",
-        help="gradients held (default: %(default)s)",
+        help="hold the gradients of N queries in memory at a time (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def choose_queries(test, num_queries, indices):
-    """Returns the test images at `indices`, or else the first `num_queries`, by default DEFAULT_QUERIES or all."""
+    """Returns the test images at `indices`, or else the first `num_queries` of them.
+
+    By default these are DEFAULT_QUERIES, or all where there are fewer. Raises UserError where there
+    are not so many.
+    """
     if indices is not None and max(indices) >= len(test):
         raise pipeline.UserError(
             f"--query_indices: there is no test image {max(indices)}, only 0 to {len(test) - 1}"
@@ -82,10 +87,26 @@ def choose_queries(test, num_queries, indices):
         raise pipeline.UserError(
             f"--num_query_examples {num_queries}: there are only {len(test)} test images"
         )
-    return test.take(torch.tensor(indices or range(min(num_queries or DEFAULT_QUERIES, len(test)))))
+    if indices is None:
+        indices = range(min(num_queries or DEFAULT_QUERIES, len(test)))
+    return test.take(torch.tensor(indices))
 
 
-# ---- Table and picture ---------------------------------------------------------------------------
+def mean_influence(found, folder, strategy):
+    """Returns the mean scores of several models, float32 [num_query, num_train], and their file.
+
+    found: scores and file of each model. The mean over several models gets a file of its own.
+    """
+    if len(found) == 1:
+        return found[0]
+    scores = sum(own for own, _ in found) / len(found)
+    path = folder / f"pairwise_{strategy}.safetensors"
+    with pipeline.atomic_path(path) as temporary:
+        save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
+    return scores, path
+
+
+# ---- Table and figure ----------------------------------------------------------------------------
 
 
 def strongest(scores, count):
@@ -97,54 +118,69 @@ def strongest(scores, count):
     return scores.topk(count, dim=1).indices, (-scores).topk(count, dim=1).indices
 
 
-def write_top_influences(path, scores, queries, data):
-    """Writes the most helpful and the most harmful images of each query, as the score's sign says, to a csv file."""
+def describe_examples(data):
+    """Returns what the table tells of each image: index, path and name of its class."""
+    labels = [data.class_names[label] for label in data.labels.tolist()]
+    return list(zip(data.indices.tolist(), data.paths, labels, strict=True))
 
-    def examples(data):
-        names = [data.class_names[label] for label in data.labels.tolist()]
-        return list(zip(data.indices.tolist(), data.paths, names, strict=True))
 
-    trained_on, rows = examples(data), []
-    tops = [
-        (scores.gather(1, indices).tolist(), indices.tolist())
-        for indices in strongest(scores, NUM_LISTED)
-    ]
-    for query, example in enumerate(examples(queries)):
-        for direction, sign, (values, indices) in zip(
-            ("helpful", "harmful"), (1, -1), tops, strict=True
-        ):
-            for rank, (score, train) in enumerate(
-                zip(values[query], indices[query], strict=True), start=1
-            ):
+def top_rows(queries, scores, trained_on):
+    """Yields the table's rows of queries: the most helpful images of each, then the most harmful.
+
+    Left out are images whose score has the other sign. queries and trained_on: what
+    `describe_examples` tells; scores: float32 [num_query, num_train].
+    """
+    helpful, harmful = strongest(scores, NUM_LISTED)
+    for query, own_scores, up, down in zip(queries, scores, helpful, harmful, strict=True):
+        for direction, sign, top in (("helpful", 1, up), ("harmful", -1, down)):
+            top_scores = own_scores[top].tolist()
+            for rank, (train, score) in enumerate(zip(top.tolist(), top_scores, strict=True), 1):
                 if sign * score > 0:
-                    rows.append([*example, direction, rank, *trained_on[train], score])
+                    yield [*query, direction, rank, *trained_on[train], score]
+
+
+def write_top_influences(path, scores, queries, data):
+    """Writes the most helpful and most harmful training images of each query to a csv file.
+
+    It begins with those of the mean over all queries.
+    """
+    trained_on = describe_examples(data)
+    mean = scores.mean(0, keepdim=True)
+    rows = [
+        *top_rows([MEAN_QUERY], mean, trained_on),
+        *top_rows(describe_examples(queries), scores, trained_on),
+    ]
     pipeline.write_table(path, COLUMNS, rows)
 
 
 def plot_top_influences(path, scores, queries, data, strategy):
-    """Draws some queries, each beside its most helpful and its most harmful training images with labels and scores."""
-    helpful, harmful = strongest(scores[:NUM_PICTURED_QUERIES], NUM_PICTURED)
+    """Draws queries, each beside its most helpful and its most harmful training images.
+
+    The first row is the mean over all queries, which has no image.
+    """
+    shown = queries.take(torch.arange(min(NUM_PICTURED_QUERIES, len(queries))))
+    no_image = torch.full_like(queries.images[:1], 255)
+    row_images = torch.cat([no_image, shown.images])
+    row_scores = torch.cat([scores.mean(0, keepdim=True), scores[: len(shown)]])
+    row_texts = [f"mean of\n{len(queries)} test images"]
+    for index, _, label in describe_examples(shown):
+        row_texts.append(f"test image {index}\n{pipeline.shorten(label)}")
+
+    tops = torch.cat(strongest(row_scores, NUM_PICTURED), dim=1)  # (rows, 2 * NUM_PICTURED)
     images, texts, colours = [], [], []
-    for query, trains in enumerate(torch.cat([helpful, harmful], 1).tolist()):
-        images += [queries.images[query], *(data.images[train] for train in trains)]
-        name = pipeline.shorten(queries.class_names[queries.labels[query]])
-        texts.append(f"test image {queries.indices[query]}\n{name}")
-        names = [pipeline.shorten(data.class_names[data.labels[train]]) for train in trains]
-        texts += [
-            f"{name}\n{scores[query, train]:+.3g}"
-            for name, train in zip(names, trains, strict=True)
-        ]
-        colours += [
-            "black",
-            *(HELPFUL if scores[query, train] > 0 else HARMFUL for train in trains),
-        ]
+    for image, text, own_scores, top in zip(row_images, row_texts, row_scores, tops, strict=True):
+        images += [image, *data.images[top]]
+        texts.append(text)
+        colours.append("black")
+        for train in top.tolist():
+            name = pipeline.shorten(data.class_names[data.labels[train]])
+            texts.append(f"{name}\n{own_scores[train]:+.3g}")
+            colours.append(HELPFUL_COLOUR if own_scores[train] > 0 else HARMFUL_COLOUR)
     title = (
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    pipeline.draw_contact_sheet(
-        path, images, texts, colours, 1 + helpful.shape[1] + harmful.shape[1], title
-    )
+    pipeline.draw_contact_sheet(path, images, texts, colours, 1 + tops.shape[1], title)
 
 
 def main():
@@ -165,19 +201,11 @@ def main():
         return
 
     folder = pipeline.result_folder(runs)
-    strategy = args.factor_strategy
-    scores, scores_path = found[0]
-    if len(runs) > 1:
-        scores = sum(own for own, _ in found) / len(runs)
-        scores_path = folder / f"pairwise_{strategy}.safetensors"
-    top_csv = folder / f"top_influences_{strategy}.csv"
-    top_png = folder / f"top_influences_{strategy}.png"
-    record_json = folder / f"pairwise_{strategy}.json"
-
+    top_csv = folder / f"top_influences_{args.factor_strategy}.csv"
+    top_png = folder / f"top_influences_{args.factor_strategy}.png"
+    record_json = folder / f"pairwise_{args.factor_strategy}.json"
     with pipeline.timed(seconds, "report"):
-        if len(runs) > 1:
-            with pipeline.atomic_path(scores_path) as temporary:
-                save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
+        scores, scores_path = mean_influence(found, folder, args.factor_strategy)
         write_top_influences(top_csv, scores, queries, data)
     with (
         pipeline.recorded(
@@ -189,7 +217,7 @@ def main():
         ),
         pipeline.timed(seconds, "report"),
     ):
-        plot_top_influences(top_png, scores, queries, data, strategy)
+        plot_top_influences(top_png, scores, queries, data, args.factor_strategy)
 
     pipeline.print_seconds(seconds)
     pipeline.print_paths([scores_path, top_csv, top_png, record_json])

@@ -65,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
 FULL_MEMORY = (
@@ -223,6 +224,7 @@ def shared_parser(docstring):
     parser.groups["report"].add_argument(
         "--output_dir",
         default="./influence_results",
+        metavar="DIR",
         help="directory for results and for cached images (default: %(default)s)",
     )
     return parser
@@ -234,13 +236,15 @@ def add_data_flags(group):
         "--dataset",
         choices=LOADERS,
         default="cifar10",
-        help="data set to train on (default: %(default)s)",
+        help="data set to train on: cifar10 is downloaded once; imagefolder means your own images, "
+        "one folder per class; synthetic means generated digits (default: %(default)s)",
     )
     group.add_argument(
         "--dataset_dir",
         default="./data",
-        help="directory of the data set; an imagefolder has train/ and, if you like, test/ in it, "
-        "each with one folder per class (default: %(default)s)",
+        metavar="DIR",
+        help="directory of the data set; of an imagefolder, that which contains train/ and, "
+        "optionally, test/ (default: %(default)s)",
     )
     group.add_argument(
         "--num_train_examples",
@@ -851,7 +855,7 @@ def split_samples(dataset_dir, split):
     verbose = split == "train" and is_main_process()
     test_dir = dataset_dir / "test"
     samples, class_names = list_samples(dataset_dir / "train", verbose)
-    if test_dir.exists():
+    if os.path.lexists(test_dir):  # a link to nothing is a mistake, not a folder that is not there
         test_samples, test_names = list_samples(test_dir, verbose)
         require_classes(dataset_dir / "test", test_names, class_names, test_dir)
         require_classes(dataset_dir / "train", class_names, test_names, test_dir)
@@ -1113,7 +1117,7 @@ def read_csv(flag, path, column):
     name = f"{flag} {path}"
     try:
         content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
+        text = content.decode().lstrip("\ufeff")  # some tools put the mark of UTF-8 twice
         if "\0" in text:
             raise ValueError("it has a NUL")
     except (OSError, ValueError) as error:
@@ -1326,12 +1330,15 @@ def last_parts(path):
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def find_class(place, name, class_names):
-    """Returns the number of a class by its name, in any Unicode form, also with blanks around."""
+def find_class(place, name, class_names, hint=""):
+    """Returns the number of a class by its name, in any Unicode form, also with blanks around.
+
+    Raises UserError where there is no such class; its text ends in the `hint`.
+    """
     for spelled in (same_form(name), same_form(name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
-    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}")
+    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
 
 
 def read_noisy_labels(path, data, test, dataset_dir):
@@ -1410,13 +1417,18 @@ def read_corrections(path, data, test, dataset_dir):
     finder = ExampleFinder(data, test, dataset_dir, data.indices)
     excluded, new_labels = [], {}
     decided = [(place, row) for place, row in rows if row["new_label"].strip()]
+    if not decided:
+        raise UserError(
+            f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
+        )
     for place, row in decided:
         index = finder.find(place, row)
         require_given_label(place, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
             excluded.append(index)
         else:
-            new_labels[index] = find_class(place, row["new_label"], data.class_names)
+            hint = f", nor '{LEAVE_OUT}'"
+            new_labels[index] = find_class(place, row["new_label"], data.class_names, hint)
     finder.print_matches()
     print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
     return {"excluded": excluded, "new_labels": new_labels}
@@ -1568,8 +1580,11 @@ def problem_of_network(network, num_classes):
             return f"features and head that hold all parameters, but {name} is in neither"
     was_training = network.training
     model = ImageClassifier(network).eval()
-    features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    logits = model.logits(features)
+    try:
+        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        logits = model.logits(features)
+    except RuntimeError as error:  # shapes that do not fit
+        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
     network.train(was_training)
     if features.dim() != 2 or len(features) != 2:
         return f"features of shape [B, D], not {[*features.shape]} for 2 images"
@@ -2206,6 +2221,22 @@ CHECKED_IMAGES = 2
 LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
 
 
+class LayerCall:
+    """One call of a layer: its input, and the gradient of its output, a sum over backward passes.
+
+    Like the trackers, it gets the gradient by a hook: later the output may be changed in place.
+    """
+
+    def __init__(self, inputs, output):
+        self.inputs = inputs.detach()
+        self.gradient = torch.zeros_like(output, requires_grad=False)
+        if output.requires_grad:
+            output.register_hook(self.add)
+
+    def add(self, gradient):
+        self.gradient += gradient
+
+
 def find_tracked_layers(model, images):
     """Returns the names of the layers that influence is computed for, in the order of the model.
 
@@ -2215,84 +2246,83 @@ def find_tracked_layers(model, images):
     """
     kinds = (nn.Conv2d, nn.Linear)
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
-    model.requires_grad_(True)
-    calls, values = record_calls(model, layers, images)
-    exact = [layer_gradients(value, layers) for value in values]
+    if not layers:
+        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+    calls, gradients = differentiate(model, layers, images)
     tracked = []
     for name, layer in layers.items():
-        expected = [gradients[name] for gradients in exact]  # of each image
-        if expected[0] is None:  # the layer does not take part in the logits
+        exact = [layer_gradient(of_image, name) for of_image in gradients]
+        if exact[0] is None:  # the layer does not take part in the logits
             continue
-        reason = refusal(model, layer, calls[name], values, expected)
+        reason = refusal(model, layer, calls[name], exact)
         if reason:
             raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
         tracked.append(name)
-    if not tracked:
-        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
     return tracked
 
 
-def record_calls(model, layers, images):
-    """Returns each layer's calls by name, lists of (input, output), and a value per image, [B].
+def differentiate(model, layers, images):
+    """Returns each layer's LayerCalls, by name, and each image's gradients by autograd.
 
-    The value is a sum of the logits with a different weight for each, so that its gradient does not
-    vanish where the network is certain of a class.
+    Differentiated is, for each image, a sum of its logits with different weights: unlike that of a
+    loss, its gradient does not vanish where the network is certain of a class. The gradients are
+    those of all parameters by name, None of those that take no part.
     """
+    model.requires_grad_(True)
     calls = {name: [] for name in layers}
 
     def record(name):
-        return lambda _, inputs, output: calls[name].append((inputs[0], output))
+        return lambda _, inputs, output: calls[name].append(LayerCall(inputs[0], output))
 
     hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.enable_grad():
         logits = model(images)
         values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+    gradients = []
+    for value in values:
+        found = torch.autograd.grad(
+            value, [*parameters.values()], retain_graph=True, allow_unused=True
+        )
+        gradients.append(dict(zip(parameters, found, strict=True)))
     for hook in hooks:
         hook.remove()
-    return calls, values
+    return calls, gradients
 
 
-def layer_gradients(value, layers):
-    """Returns the gradient of a value by each layer's weights, [O, I], in the order of `patches`.
+def layer_gradient(gradients, name):
+    """Returns a layer's gradient, [O, I], in the order of `patches`, from those by parameter.
 
-    It is None for a layer that does not take part in the value.
+    None where its weight takes no part.
     """
-    weights = [layer.weight for layer in layers.values()]
-    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
-    found = torch.autograd.grad(value, weights + biases, retain_graph=True, allow_unused=True)
-    of_weights, of_biases = found[: len(weights)], iter(found[len(weights) :])
-    gradients = {}
-    for (name, layer), gradient in zip(layers.items(), of_weights, strict=True):
-        of_bias = None if layer.bias is None else next(of_biases)
-        if gradient is not None and gradient.dim() == 4:
-            gradient = gradient.permute(0, 2, 3, 1).flatten(1)
-        if gradient is not None and of_bias is not None:
-            gradient = torch.cat([gradient, of_bias[:, None]], 1)
-        gradients[name] = gradient
-    return gradients
+    weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
+    if weight is None:
+        return None
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
 
-def refusal(model, layer, calls, values, expected):
+def refusal(model, layer, calls, exact):
     """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
 
-    calls: its (input, output) in one pass; values [B]: one per image; expected: the layer's
-    gradient of each value, [O, I], by autograd.
+    calls: the layer's LayerCalls in one pass; exact: its gradients [O, I] by autograd, per image.
     """
     names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
     if len(names) > 1:
         return f"it is also registered as '{names[1]}'; register it once"
     if len(calls) != 1:
         return f"it is called {len(calls)} times in one pass; call each layer exactly once"
-    (inputs, outputs), batch = calls[0], len(values)
-    if len(inputs) != batch:
-        return f"its input has {len(inputs)} rows for {batch} images; keep a row for each image"
-    (gradient,) = torch.autograd.grad(
-        values.sum(), outputs, retain_graph=True, materialize_grads=True
-    )
-    with torch.no_grad():
-        found = per_sample_gradient(patches(layer, inputs), by_position(layer, gradient))
-    for image, exact in zip(found, expected, strict=True):
-        if (image - exact).norm() > LARGEST_ERROR * exact.norm():
+    (call,) = calls
+    rows = len(call.inputs)
+    if rows != len(exact):
+        return (
+            f"the first dimension of its input is {rows} for {len(exact)} images; "
+            "keep the images in the first dimension"
+        )
+    found = per_sample_gradient(patches(layer, call.inputs), by_position(layer, call.gradient))
+    for image, expected in zip(found, exact, strict=True):
+        if (image - expected).norm() > LARGEST_ERROR * expected.norm():
             return (
                 "its gradients are not those of its input and output; "
                 "do not share or recompute its weight, and do not mix images"
@@ -2335,8 +2365,9 @@ class InfluenceRun:
     depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
     `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
     `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
-    the parameters that influence takes as fixed. Raises UserError, before anything is written,
-    where influence cannot be computed for a layer, or `folder` cannot be made.
+    the parameters that influence takes as fixed. With the strategy "none" there is only the folder,
+    and any network will do. Raises UserError, before anything is written, where influence cannot be
+    computed for a layer, or `folder` cannot be made.
     """
 
     def __init__(
@@ -2356,19 +2387,23 @@ class InfluenceRun:
         self.strategy, self.dtype = strategy, dtype
         self.dtypes = computation_dtypes(dtype, strategy)
         self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
+        weights = [
+            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
+        ]
+        fingerprint = sha256(*weights, data.digest)
+        self.folder = Path(f"{path}-{fingerprint[:8]}")
+        if strategy == NO_INFLUENCE:
+            self.fixed = ""
+            make_folder(self.folder)
+            return
         self.dataset = InfluenceDataset(data, seed)
         self.factor_dataset = self.draw_factor_examples(factor_examples)
         tracked_model, layer_names = self.track_layers()
         self.fixed = fixed_parameters(model, layer_names)
         layers = [model.get_submodule(name) for name in layer_names]
         self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        weights = [
-            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
-        ]
-        fingerprint = sha256(*weights, data.digest)
         self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
         self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
-        self.folder = Path(f"{path}-{fingerprint[:8]}")
         make_folder(self.folder)
         self.analyzer = Analyzer(
             self.folder.name,
@@ -2382,7 +2417,7 @@ class InfluenceRun:
     def draw_factor_examples(self, count):
         """Returns a data set of `count` random training images, or of all if there are no more."""
         total = len(self.dataset)
-        if count in ("all", None) or count >= total:
+        if count == "all" or count >= total:
             return self.dataset
         generator = torch.Generator().manual_seed(FACTORS_SEED)
         chosen = torch.randperm(total, generator=generator)[:count]

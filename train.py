@@ -16,6 +16,8 @@ import pipeline
 
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
+positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+
 
 def parse_arguments():
     """Reads the command line."""
@@ -29,6 +31,7 @@ def parse_arguments():
     parser.groups["model"].add_argument(
         "--checkpoint_dir",
         default=pipeline.CHECKPOINT_DIR,
+        metavar="DIR",
         help="directory for the trained model (default: %(default)s)",
     )
     add_training_flags(parser.groups["training"])
@@ -37,43 +40,46 @@ def parse_arguments():
 
 def add_training_flags(group):
     """Adds the hyperparameters."""
-    positive_float = pipeline.number(
-        float, "a number above 0", lambda value: 0 < value < float("inf")
-    )
     group.add_argument(
         "--train_batch_size",
         type=pipeline.positive_int,
         default=512,
+        metavar="N",
         help="training images per step (default: %(default)s)",
     )
     group.add_argument(
         "--learning_rate",
         type=positive_float,
         default=0.4,
+        metavar="X",
         help="largest learning rate of the schedule (default: %(default)s)",
     )
     group.add_argument(
         "--weight_decay",
         type=pipeline.non_negative_float,
         default=1e-3,
+        metavar="X",
         help="factor of the L2 penalty on the weights (default: %(default)s)",
     )
     group.add_argument(
         "--num_train_epochs",
         type=pipeline.positive_int,
         default=25,
+        metavar="N",
         help="number of passes over the training images (default: %(default)s)",
     )
     group.add_argument(
         "--seed",
         type=pipeline.whole_number,
         default=1004,
+        metavar="N",
         help="seed of weights, order, crops and flips (default: %(default)s)",
     )
     group.add_argument(
         "--eval_batch_size",
         type=pipeline.positive_int,
         default=1024,
+        metavar="N",
         help="images per step of the evaluation (default: %(default)s)",
     )
 

@@ -1,4 +1,4 @@
-"""What the tests share: the project's root on the path, tiny data and networks, scripts run in this process."""
+"""What the tests share: the root on the path, tiny data and networks, scripts run in-process."""
 
 import contextlib
 import csv
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 from collections import OrderedDict
@@ -16,9 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # beside another process, more threads than one wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside another process, more threads than one would wait for each other.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 import numpy as np
@@ -29,16 +29,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(
-    0, str(ROOT)
-)  # before site-packages, where kronfluence installs a package named `tests`
+# Before site-packages, where kronfluence installs a package named `tests`.
+sys.path.insert(0, str(ROOT))
 sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
 import pipeline
 
-pipeline.NUM_SYNTHETIC["test"] = (
-    50  # because drawing and evaluating 500 takes longer than most of what is tested
-)
+# Drawing and evaluating 500 takes longer than most of what is tested.
+pipeline.NUM_SYNTHETIC["test"] = 50
 
 TRAIN, ANALYZE, DETECT = SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
 # What every end-to-end test trains on: 60 digits, 6 of them mislabeled.
@@ -55,7 +53,7 @@ SYNTHETIC = (
 
 
 def run(folder, name, *flags):
-    """Runs a script's `main` in this process, in a folder. Returns exit status, standard output and error."""
+    """Runs a script's `main` in this process, in a folder. Returns status, output and error."""
     status, out, err = 0, io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", [name, *map(str, flags)])
     with (
@@ -68,24 +66,28 @@ def run(folder, name, *flags):
             pipeline.run(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as stop:
             status = stop.code
-    return SimpleNamespace(
-        status=status, out=out.getvalue(), err=err.getvalue().split("\r")[-1]
-    )  # but progress bars
+    without_progress_bars = err.getvalue().split("\r")[-1]
+    return SimpleNamespace(status=status, out=out.getvalue(), err=without_progress_bars)
 
 
 def succeed(folder, name, *flags):
-    """Runs a script, which must end well. Returns what it printed."""
+    """Runs a script, which must succeed. Returns what it printed."""
     finished = run(folder, name, *flags)
     assert finished.status == 0, finished.err
     return finished.out
 
 
 def refused(folder, name, *flags):
-    """Runs a script, which must end as at a mistake of the user: status 2 and one sentence. Returns that."""
+    """Runs a script, which must refuse: status 2 and one sentence. Returns the sentence."""
     finished = run(folder, name, *flags)
     assert finished.status == 2, finished.err
     assert finished.err.startswith(f"{name}: error: ") and finished.err.count("\n") == 1
     return finished.err
+
+
+def printed_commands(output):
+    """The commands in what a script printed, as lists of words without `python`."""
+    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  python ")]
 
 
 def influence_run(
@@ -103,10 +105,10 @@ def influence_run(
 
 
 def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32, 32)):
-    """A strided and a padded convolution, batch-norm, max-pooling as in ResNet-9, and a linear layer, in eval mode.
+    """A strided and a padded convolution, batch-norm, max-pooling, and a linear layer, float64.
 
-    In float64. Running statistics are those of `images`, or of random ones of some size, disturbed; the last weights
-    are large enough for predictions of all degrees of confidence.
+    In eval mode. Running statistics are those of `images`, or of random ones of some size,
+    disturbed; the last weights are large enough for predictions of all degrees of confidence.
     """
     torch.manual_seed(seed)
     layers = OrderedDict(
@@ -138,7 +140,7 @@ def minus_margin(logits, label):
 
 
 def relative_error(result, expected):
-    """Norm of the difference over the norm of the expectation; both must have one dtype and shape."""
+    """Norm of the difference over that of the expectation; both must have one dtype and shape."""
     assert result.dtype == expected.dtype and result.shape == expected.shape
     return ((result - expected).norm() / expected.norm()).item()
 
@@ -171,7 +173,7 @@ def result_folder(folder, name="model"):
 
 
 def results(folder):
-    """What must be the same in every run, by path: all but hidden and unfinished files, times and memory."""
+    """What must be the same in every run, by path: no hidden or unfinished files, no times."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
     return {
         str(path.relative_to(folder)): content(path)
@@ -228,7 +230,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory):
-    """An `imagefolder` data set: 3 classes with 5 training and 2 test images each, plain colours of odd sizes."""
+    """Class folders: 3 classes with 5 training and 2 test images each, plain, of odd sizes."""
     root = tmp_path_factory.mktemp("class_folders")
     for split, count in (("train", 5), ("test", 2)):
         for label, name in enumerate(("cat", "grey owl", "äpfel")):
@@ -249,7 +251,7 @@ def folders(class_folders, tmp_path):
 
 @pytest.fixture(scope="session")
 def cifar_archive(tmp_path_factory):
-    """CIFAR-10's official layout with 4 images per batch file, and the checksums torchvision would look for."""
+    """CIFAR-10's official layout with 4 images per batch file, and checksums for torchvision."""
     root = tmp_path_factory.mktemp("cifar")
     folder = root / "cifar-10-batches-py"
     folder.mkdir()

@@ -146,21 +146,26 @@ def covariances(model, images, labels):
 
     Means are over examples and positions, as kronfluence defines them, of A also over groups.
     """
-    seen = {}
+    inputs, gradients = {}, {}
 
     def record(name):
-        return lambda _, inputs, outputs: seen.update({name: (inputs[0], outputs)})
+        def hook(layer, layer_inputs, output):
+            inputs[name] = layer_inputs[0].detach()
+            # A hook, because the output may be changed in place afterwards.
+            output.register_hook(lambda gradient: gradients.update({name: gradient}))
+
+        return hook
 
     layers = named_layers(model)
     hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
     loss = F.cross_entropy(model(images), labels, reduction="sum")
+    torch.autograd.grad(loss, list(model.parameters()))
     for hook in hooks:
         hook.remove()
     result = {}
-    for name, (inputs, outputs) in seen.items():
-        a = patches(layers[name], inputs.detach())
-        (g,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-        if isinstance(layers[name], nn.Conv2d):
+    for name, layer in layers.items():
+        a, g = patches(layer, inputs[name]), gradients[name]
+        if isinstance(layer, nn.Conv2d):
             g = g.movedim(1, -1)
         g = g.flatten(0, -2)  # (N*T, O)
         result[name] = a.T @ a / len(a), g.T @ g / len(g), len(a), len(g)

@@ -1,15 +1,20 @@
-"""Mistakes of the user: exit status 2, one sentence that names what is wrong, no traceback, and no file written.
+"""Mistakes of the user: exit status 2, one sentence, no traceback, and no file written.
 
-The scripts run in this process, through their `main`, because a process per case would take minutes.
+The scripts run in this process, through their `main`, since a process per case takes minutes.
 """
 
+import importlib
 import io
 import os
+import py_compile
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, refused
+from conftest import ANALYZE, DETECT, SCRIPTS, SYNTHETIC, TRAIN, refused, succeed
 from PIL import Image
 
 import pipeline
@@ -17,7 +22,7 @@ import pipeline
 
 @pytest.fixture
 def fails(tmp_path):
-    """Runs a script in a folder that must stay as it is; checks how it ends, and returns the sentence."""
+    """Runs a script, which must refuse and write nothing into its folder; returns the sentence."""
 
     def call(name, *flags):
         before = sorted(tmp_path.rglob("*"))
@@ -76,19 +81,10 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
-PROCESSES = {  # script, number of GPUs, what torchrun says which one is this process's, and what the sentence must say
-    "training on the CPU": (
-        TRAIN,
-        0,
-        "1",
-        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
-    ),
-    "detection on the CPU": (
-        DETECT,
-        0,
-        "1",
-        "WORLD_SIZE is 2, but a run on the CPU takes one process only",
-    ),
+ON_CPU = "WORLD_SIZE is 2, but a run on the CPU takes one process only"
+PROCESSES = {  # script, number of GPUs, LOCAL_RANK of this process, and what the sentence must say
+    "training on the CPU": (TRAIN, 0, "1", ON_CPU),
+    "detection on the CPU": (DETECT, 0, "1", ON_CPU),
     "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script takes one process only"),
     "more than GPUs": (DETECT, 1, "1", "start them with torchrun"),
     "not by torchrun": (DETECT, 2, "", "start them with torchrun"),
@@ -137,6 +133,12 @@ SPOILED = {  # what is done to the folders, and what must be named
         lambda root: (root / "train" / "äpfel" / "notes.txt").write_text("hello"),
         "äpfel/notes.txt",
     ),
+    "colour of 16 bits": (
+        lambda root: (root / "train" / "cat" / "1.ppm").write_bytes(
+            b"P6 8 8 4095\n" + bytes([0, 9]) * 192
+        ),
+        "cat/1.ppm has more than 8 bits per channel",
+    ),
     "grey of 32 bits": (
         lambda root: Image.new("F", (40, 40)).save(root / "train" / "cat" / "1.tiff"),
         "cat/1.tiff",
@@ -160,6 +162,10 @@ SPOILED = {  # what is done to the folders, and what must be named
         "cannot be read (no regular file)",
     ),
     "no folder": (shutil.rmtree, "my images"),
+    "a test folder that is a link to nothing": (
+        lambda root: (root / "test").rename(root.parent / "t") and (root / "test").symlink_to("x"),
+        "my images/test must be a folder with a folder of images per class",
+    ),
 }
 
 
@@ -174,7 +180,7 @@ def test_a_spoiled_image_folder_is_named(fails, folders, how, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
-    """Such a one inside a class, or of classes; a hidden one is passed over like all that is hidden."""
+    """One inside a class, or one of classes; a hidden one is skipped like all that is hidden."""
     scandir, closed = os.scandir, ["2019"]
 
     def scan(path):
@@ -190,6 +196,53 @@ def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
     assert "cat/2019" in fails(*flags)
     closed[:] = ["train"]
     assert "a folder cannot be listed" in fails(*flags)
+
+
+INSIDE = {  # a flag, a folder that lies among the images, and where the data set is
+    "beside the classes": ("--output_dir", "my images/train/results", "my images"),
+    "in a class": ("--output_dir", "my images/train/cat/a/b", "my images"),
+    "all training images": ("--output_dir", "my images/train", "my images"),
+    "among test images": ("--output_dir", "my images/test/.results", "my images"),
+    "by way of a link": ("--output_dir", "link/train/results", "my images"),
+    "in a class that is a link": ("--output_dir", "elsewhere/results", "my images"),
+    "checkpoints": ("--checkpoint_dir", "my images/test/models", "my images"),
+    "checkpoints, by way of a parent": ("--checkpoint_dir", "x/../my images/train/m", "my images"),
+    "a data set that is a link": ("--checkpoint_dir", "my images/train/m", "link"),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_a_folder_to_write_into_among_the_images_is_refused(fails, folders, tmp_path, where):
+    flag, folder, dataset_dir = INSIDE[where]
+    (tmp_path / "link").symlink_to(folders)
+    (folders / "train" / "cat").rename(tmp_path / "elsewhere")
+    (folders / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    flags = ("--dataset", "imagefolder", "--dataset_dir", dataset_dir, "--train_batch_size", 4)
+    sentence = fails(TRAIN, *flags, flag, folder)
+    assert f"{flag} {folder} lies among the images of {dataset_dir}/t" in sentence
+
+
+def test_results_beside_train_and_test_are_not_among_the_images(folders):
+    for name in ("results", "train results", "."):
+        pipeline.refuse_inside_data("--output_dir", folders / name, folders)
+
+
+def test_classes_that_change_while_they_are_read_are_named(folders, monkeypatch):
+    """A class that comes after training images were listed would shift the numbers of others."""
+    read_images = pipeline.read_images
+
+    def read(paths, split, cache_dir):
+        images = read_images(paths, split, None)
+        if split == "train":
+            for place in ("train", "test"):
+                shutil.copytree(folders / place / "cat", folders / place / "bird")
+        return images
+
+    monkeypatch.setattr(pipeline, "read_images", read)
+    monkeypatch.setattr(pipeline, "make_folder", lambda path: pytest.fail("it writes"))
+    flags = ("--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    sentence = refused(folders.parent, TRAIN, *flags)
+    assert "training and test images have different classes (bird)" in sentence
 
 
 # ---- Values that do not fit the data, folders that are none --------------------------------------
@@ -244,7 +297,7 @@ def test_a_mistake_is_named(fails, trained, tmp_path, mistake):
 
 
 def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
-    """The tiny archive does not have the checksums of the real one, and there is no network to fetch that from."""
+    """The tiny archive lacks the checksums of the real one, and there is no network to fetch it."""
 
     def no_network(self):
         raise OSError("no network")
@@ -254,6 +307,29 @@ def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
     (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
     message = fails(TRAIN, "--dataset_dir", "data")
     assert "CIFAR-10 is not whole in data" in message and "or synthetic" in message
+
+
+# ---- Python without docstrings, or without sources -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_flags_in_groups_also_without_docstrings(tmp_path, monkeypatch, name):
+    """As by `python -OO`."""
+    monkeypatch.setattr(importlib.import_module(name.removesuffix(".py")), "__doc__", None)
+    out = succeed(tmp_path, name, "--help")
+    titles = [line for line in out.splitlines() if re.fullmatch(r"\w+:", line)]
+    third = "training:" if name == TRAIN else "curvature:"
+    assert titles == ["options:", "data:", "model:", third, "report:"]
+
+
+def test_compiled_code_without_sources_is_refused(fails, tmp_path, monkeypatch):
+    py_compile.compile(pipeline.__file__, cfile=str(tmp_path / "pipeline.pyc"))
+    (tmp_path / "numpy.py").write_text("import pipeline; print(pipeline.SOURCE); raise SystemExit")
+    command = [sys.executable, "-c", "import pipeline"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout == "None\n", found.stderr
+    monkeypatch.setattr(pipeline, "SOURCE", None)
+    assert "the .py files are needed beside it" in fails(TRAIN, *SYNTHETIC)
 
 
 # ---- What looks like a mistake and is none -------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a person or a ranking decided about training images: how train.py reads it, and what becomes of it."""
+"""Decisions about training images: how train.py reads them, and what becomes of them."""
 
 import json
 import re
@@ -7,10 +7,11 @@ import shutil
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import DETECT, digits, image_data, read_table, refused, succeed
+from conftest import DETECT, digits, image_data, printed_commands, read_table, refused, succeed
 from PIL import Image
 
 import analyze
@@ -66,16 +67,39 @@ def test_corrections_by_path_and_by_index(written, data, capsys):
     path = written(
         "path,note,new_label",
         "images/2 ü.png,a cat!,cat",
-        "images/4 ü.png,,",
+        "images/4 ü.png,, leave out",
         "images/5 ü.png,,cat",
     )
     assert read(path, data) == cleaning([4], {2: 0, 5: 0})
-    path = written("index,new_label", "4,", "0,äpfel", "1,grey owl", encoding="utf-8-sig")
+    lines = ["index,new_label", "4,leave out", "0,äpfel", "1,grey owl"]
+    path = written(*lines, encoding="utf-8-sig")
     assert read(path, without_files(data)) == cleaning([4], {0: 2, 1: 1})
     assert capsys.readouterr().out.splitlines() == [
         "Corrections: äpfel → cat 2, left out 1",
-        "Corrections: cat → äpfel 1, left out 1",  # 1 was a grey owl before
+        "Corrections: cat → äpfel 1, kept 1, left out 1",  # 1 was a grey owl before
     ]
+
+
+def test_an_empty_new_label_is_ignored_and_said_to_be(written, data, capsys):
+    """As in a ranking to which a column was added, or where pandas lost the class None."""
+    lines = ["index,new_label", "0,", "1, ", "2,cat", "3,leave out", "77,"]
+    assert read(written(*lines), without_files(data)) == cleaning([3], {2: 0})
+    ignored = "Ignored 3 rows with an empty new_label, since nothing was decided there; "
+    advice = "to leave an image out, write 'leave out'"
+    assert capsys.readouterr().out.splitlines()[1] == ignored + advice
+
+
+def test_a_class_called_leave_out_is_refused(written, data):
+    named = replace(without_files(data), class_names=["cat", "leave out", "äpfel"])
+    with pytest.raises(pipeline.UserError, match="rename the class"):
+        read(written("index,new_label", "0,leave out"), named)
+
+
+@pytest.mark.parametrize("name", ["None", "NA", "null", "nan"])
+def test_classes_may_have_the_words_that_pandas_takes_for_nothing(written, data, name):
+    named = replace(without_files(data), class_names=["cat", name, "äpfel"])
+    path = written("index,label,new_label", f"0,cat,{name}", f"1,{name},cat")
+    assert read(path, named) == cleaning([], {0: 1, 1: 0})
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])
@@ -88,6 +112,71 @@ def test_corrections_as_spreadsheets_write_them(written, data, delimiter):
     ]
     path = written(*(line.replace(",", delimiter) for line in lines), encoding="utf-8-sig")
     assert read(path, data) == cleaning([], {1: 0, 3: 1})
+
+
+SPREADSHEETS = {  # the first bytes, what stands between cells, and how lines end
+    "a line for Excel": ("sep=;\r\n", ";", "\r\n"),
+    "a line for Excel, another separator": ("sep=|\n", "|", "\n"),
+    "a line for Excel in quotes": ('\ufeff"sep=\t"\r\n', "\t", "\r\n"),
+    "a line for Excel that was saved again": ("SEP=,,,\n", ",", "\n"),
+    "lines of an old Mac": ("", ",", "\r"),
+    "blank lines": ("\n \n", ";", "\n\n"),
+    "two marks of UTF-8": ("\ufeff\ufeff", ",", "\n"),
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_first_lines_and_line_ends_of_any_system(written, data, kind):
+    above, delimiter, end = SPREADSHEETS[kind]
+    rows = [" Index ", "NEW_LABEL", ""], ["0", '"grey owl"', ""], ["2", "cat", '"a, b; c|d"']
+    path = written()
+    path.write_bytes((above + end.join(map(delimiter.join, rows)) + end).encode())
+    assert read(path, without_files(data)) == cleaning([], {0: 1, 2: 0})
+
+
+def test_a_semicolon_divides_a_header_that_has_more_commas(written, data):
+    path = written('index;"seen by a, b, c, d";new_label', "0;;äpfel")
+    assert read(path, without_files(data)) == cleaning([], {0: 2})
+
+
+BAD_FILES = {  # lines of a csv file, and what the sentence must say
+    "a quote that stays open": (
+        ["path,note,new_label", 'images/0 ü.png,"blurry,cat', "images/1 ü.png,,äpfel"],
+        "line 2: a cell in quotes must end on its line",
+    ),
+    "text after a quote": (
+        ["path,note,new_label", "images/0 ü.png,,cat", 'images/2 ü.png,"dark" one,cat'],
+        "line 3: a cell in quotes must end on its line, directly before ','",
+    ),
+    "a blank before a quote": (
+        ["path,note,new_label", 'images/0 ü.png, "blurry,cat'],
+        "line 2: a blank stands before a quote",
+    ),
+    "a cell over several lines": (
+        ["index,note,new_label", "0,,cat", '1,"one', "two", 'three",cat'],
+        "line 3: a cell in quotes must end on its line",
+    ),
+    "a column twice": (["index,new_label,new_label", "0,cat,äpfel"], "'new_label' is there twice"),
+    "a column twice, once in capitals": (
+        ["index,new_label, New_Label", "0,cat,äpfel"],
+        "'new_label' is there twice",
+    ),
+    "paths twice": (["path,Path,new_label", "a,b,cat"], "'path' is there twice"),
+    "another separator than it says": (["sep=;", "index,new_label", "0,cat"], "must name the col"),
+    "a quote in the header": (['index,"new_label', "0,cat"], "its first line must name the column"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_csv_file_that_could_be_misread_is_refused(written, data, kind):
+    lines, message = BAD_FILES[kind]
+    with pytest.raises(pipeline.UserError, match=re.escape(message)):
+        read(written(*lines), data if "path" in lines[0] else without_files(data))
+
+
+def test_a_quote_inside_a_cell_is_text(written, data):
+    path = written("index,note,new_label", '0,a 5" disk,cat', '1,"he said ""cat""",äpfel')
+    assert read(path, without_files(data)) == cleaning([], {0: 0, 1: 2})
 
 
 def test_names_and_paths_in_either_unicode_form(written, data):
@@ -127,6 +216,10 @@ SPELLINGS = {
     "a blank behind": "{tmp}/my images/train/{name} ",
     "where the data set was before": "/nowhere/old photos/train/{name}",
     "on Windows": "D:\\photos\\train\\{name}",
+    "percent-encoded": "{tmp}/my%20images/train/{quoted}",
+    "a URL": "file://{tmp}/my%20images/train/{quoted}",
+    "a URL of a host": "file://localhost{tmp}/my%20images/train/{quoted}",
+    "a URL where it was before": "file:///C:/old%20photos/train/{quoted}",
 }
 
 
@@ -137,12 +230,57 @@ def test_a_row_finds_its_image_by_the_file_meant(written, photos, tmp_path, monk
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     names = [str(Path(path).relative_to(folders / "train")) for path in data.paths]
-    paths = [
-        spelling.format(tmp=tmp_path, name=name.replace("/", "\\") if "D:" in spelling else name)
-        for name in names
-    ]
+    if "D:" in spelling:
+        names = [name.replace("/", "\\") for name in names]
+    paths = [spelling.format(tmp=tmp_path, name=name, quoted=quote(name)) for name in names]
     found = read(written("path,new_label", *(f"{path},cat" for path in paths)), *photos)
     assert found == cleaning([], dict.fromkeys(range(len(data)), 0))
+
+
+def test_a_name_that_looks_encoded_is_first_taken_as_it_is(written, folders):
+    """Of two files, one is called what the other's name is encoded to."""
+    for name, colour in (("a b.png", 1), ("a%20b.png", 2)):
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(folders / "train" / "cat" / name)
+    data, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
+    decided = read(written("path,new_label", "train/cat/a%20b.png,äpfel"), data, test, folders)
+    ((index, label),) = decided["new_labels"].items()
+    assert Path(data.paths[index]).name == "a%20b.png" and label == 2
+
+
+def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos, capsys):
+    """They may be those of another data set, whose folder is gone."""
+    rows = ["/gone/train/cat/0.png,äpfel", "train/cat/1.png,äpfel", "/gone/train/cat/2.png,äpfel"]
+    read(written("path,new_label", *rows), *photos)
+    line = (
+        "2 rows name files that do not exist and were matched by the last parts of their paths, "
+        "the first: /gone/train/cat/0.png as train/cat/0.png"
+    )
+    assert capsys.readouterr().out.splitlines()[-2] == line
+    read(written("path,new_label", rows[1]), *photos)
+    assert "last parts" not in capsys.readouterr().out
+
+
+def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written, photos, tmp_path):
+    """Its last parts are those of a training image, but its file exists."""
+    other = Path(shutil.copytree(photos[2], tmp_path / "other"))
+    with pytest.raises(pipeline.UserError, match=r"line 2: .* is not among the 15 training images$"):
+        read(written("path,new_label", f"{other}/train/cat/0.png,äpfel"), *photos)
+
+
+def test_two_links_to_one_file_are_two_images(written, photos, tmp_path):
+    """A row that names the file itself might mean either."""
+    _, _, folders = photos
+    store = tmp_path / "store.png"
+    Image.new("RGB", (8, 8)).save(store)
+    for name in ("cat", "äpfel"):
+        (folders / "train" / name / "link.png").symlink_to(store)
+    data, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
+    rows = ["train/cat/link.png,grey owl", "train/äpfel/link.png,leave out"]
+    decided = read(written("path,new_label", *rows), data, test, folders)
+    assert [data.class_names[data.labels[i]] for i in decided["new_labels"]] == ["cat"]
+    assert [data.class_names[data.labels[i]] for i in decided["excluded"]] == ["äpfel"]
+    with pytest.raises(pipeline.UserError, match="is not among"):
+        read(written("path,new_label", f"{store},cat"), data, test, folders)
 
 
 def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
@@ -155,7 +293,7 @@ def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
 
 
 def test_an_image_held_out_is_said_to_be_that(written, photos):
-    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is held out for the test"):
+    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is held out as the test split"):
         read(written("path,new_label", f"{photos[1].paths[0]},cat"), *photos)
 
 
@@ -173,25 +311,33 @@ MISTAKES = {  # lines of the file, and what the sentence must say
     "neither": (["index,new_label", ",cat"], "line 2: needs an index"),
     "class": (
         ["index,new_label", "1,dog"],
-        "line 2: 'dog' is none of the classes cat, grey owl, äpfel",
+        "line 2: 'dog' is none of the classes cat, grey owl, äpfel, nor 'leave out'",
     ),
     "twice": (
-        ["index,new_label", "1,cat", "2,", "1,"],
+        ["index,new_label", "1,cat", "2,cat", "1,leave out"],
         "line 4: image 1 has a row before this one",
     ),
     "column": (
         ["index,label", "1,cat"],
         "its first line must name the column 'new_label', but is 'index,label'",
     ),
-    "short row": (["index,new_label", "1"], "line 2: has another number of cells"),
-    "long row": (["index,new_label", "1,cat,dog"], "line 2: has another number of cells"),
+    "short row": (["index,new_label", "1"], "line 2: has 1 cells, but the first line has 2"),
+    "long row": (["index,new_label", "1,cat,dog"], "line 2: has 3 cells, but the first line"),
     "label": (
         ["index,label,new_label", "1,,cat", "2,cat,cat"],
         "line 3: image 2 has the label äpfel before any cleaning, not cat",
     ),
-    "most left out": (
-        ["index,new_label", "0,", "1,", "2,", "3,cat", "4,"],
-        "leaves out 4 of the 6 images, because",
+    "a label in other capitals": (
+        ["index,new_label", "1,Leave out"],
+        "line 2: 'Leave out' is none of the classes",
+    ),
+    "index of a table by pandas": (
+        ["index,new_label", "1.0,cat"],
+        "line 2: there is no training image 1.0",
+    ),
+    "nothing decided": (
+        ["index,new_label", "0,", "1,"],
+        "decides nothing: write a class or 'leave",
     ),
     "empty file": ([], "its first line must name the column 'new_label'"),
 }
@@ -242,14 +388,9 @@ def test_examples_after_cleaning(data):
 # ---- From scores to a better model, by the commands that the scripts print -----------------------
 
 
-def printed_commands(output):
-    """The commands in what a script printed, as lists of words without `python`."""
-    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  python ")]
-
-
 @pytest.fixture(scope="module")
 def loop(trained, tmp_path_factory):
-    """The folder after: train, detect, train without the suspects, detect again; and what each printed."""
+    """A folder after: train, detect, train without the suspects, detect again; what each printed."""
     folder = tmp_path_factory.mktemp("loop")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
@@ -257,7 +398,7 @@ def loop(trained, tmp_path_factory):
     (correct,) = printed_commands(detected)
     suspects = [row["index"] for row in ranked(*(folder / "influence_results").glob("model_*"))[:6]]
     (folder / "corrections.csv").write_text(
-        "\n".join(["index,new_label", *(f"{index}," for index in suspects)])
+        "\n".join(["index,new_label", *(f"{index},leave out" for index in suspects)])
     )
     cleaned = succeed(folder, *correct)
     again = succeed(folder, *printed_commands(cleaned)[0], "--factor_strategy", "identity")
@@ -303,7 +444,7 @@ def test_corrections_follow_the_printed_command(loop):
     folder, correct, _, _ = loop
     clean = digits(60)
     wrong = pipeline.training_examples(clean, 0.1).is_corrupted.nonzero().squeeze(1).tolist()
-    lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},"]
+    lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},leave out"]
     (folder / "corrections.csv").write_text("\n".join(["index,new_label", *lines]))
     output = succeed(folder, *correct)
     assert "59 training images (0 with a wrong label)" in output
@@ -363,13 +504,20 @@ def test_a_command_is_quoted_for_the_shell(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 6, 250])
-def test_pictures_of_any_number_of_images(tmp_path, data, count):
+def test_figures_of_any_number_of_images(tmp_path, data, count):
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
-    detect.plot_suspects(
-        tmp_path / "s.png", many, torch.arange(count).numpy(), scores.numpy(), many.labels, "loss"
+    found = detect.Detection(
+        data=many,
+        caption="loss",
+        scores={"loss": scores.numpy()},
+        suspicion=scores.numpy(),
+        order=torch.arange(count).numpy(),
+        logits=torch.eye(3)[many.labels],
+        explanations={},
     )
+    detect.plot_suspects(tmp_path / "s.png", found)
     queries = many.take(torch.tensor([0, -1]))
     analyze.plot_top_influences(tmp_path / "i.png", scores.expand(2, -1), queries, many, "diagonal")
     for name in ("s.png", "i.png"):
@@ -377,7 +525,7 @@ def test_pictures_of_any_number_of_images(tmp_path, data, count):
 
 
 def test_a_sheet_shows_each_image_in_its_place(tmp_path):
-    """Twelve images, ten a row, are twelve patches of their colours in their order, two of them in a second row."""
+    """Twelve images, ten a row, are twelve patches of their colours, in their order, in two rows."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
     pipeline.draw_contact_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
     pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))
@@ -388,7 +536,7 @@ def test_a_sheet_shows_each_image_in_its_place(tmp_path):
 
 
 def test_no_harmful_image_is_called_helpful(tmp_path, data):
-    """Of the first query's six images two are helpful, three harmful, and one is neither; of the second's all harm."""
+    """Of the first query's six images two are helpful and three harmful; the second's all harm."""
     scores = torch.tensor([[0.5, -2.0, 0.0, -1.0, 3.0, -0.1], [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]])
     analyze.write_top_influences(tmp_path / "i.csv", scores, data.take(torch.tensor([0, 1])), data)
     _, rows = read_table(tmp_path / "i.csv")

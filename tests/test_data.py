@@ -1,14 +1,19 @@
 """Loaders, label corruption and augmentation."""
 
+import io
 import os
 import pickle
+import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +85,6 @@ def test_images_are_resized_with_antialiasing(tmp_path):
 
 
 MODES = {
-    "grey, 16 bits": (Image.fromarray(np.full((40, 50), 90 * 257, np.uint16)), (90, 90, 90)),
     "black and white": (Image.new("1", (40, 40), 1), (255, 255, 255)),
     "palette with a transparent colour": (
         Image.new("RGBA", (40, 40), (10, 200, 30, 0)).quantize(),
@@ -101,25 +105,126 @@ def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
     assert np.abs(read.astype(int) - colour).max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("brightest", "bits"), [(65535, 16), (23130, 16), (4095, 12), (1000, 12), (200, 8)]
-)
-def test_16_bits_of_grey_are_scaled_by_those_that_its_images_use(tmp_path, capsys, brightest, bits):
-    """A dark image beside a bright one stays dark, and colours stay as they are."""
-    for name, value in (("bright", brightest), ("dark", brightest // 10)):
-        (tmp_path / f"{name}.pgm").write_bytes(
-            b"P5 40 40 65535\n" + np.full(1600, value, ">u2").tobytes()
-        )
-    Image.new("RGB", (40, 40), (200, 30, 9)).save(tmp_path / "red.png")
-    names = ("bright.pgm", "dark.pgm", "red.png")
-    bright, dark, red = pipeline.read_images(
-        [f"{tmp_path}/{name}" for name in names], "train", None
-    )
-    assert np.abs(bright.astype(int) - 255 * brightest / (2**bits - 1)).max() <= 1
-    assert np.abs(dark.astype(int) - 25.5 * brightest / (2**bits - 1)).max() <= 1
-    assert (
-        red == (200, 30, 9)
-    ).all() and f"by the {bits} bits that they use" in capsys.readouterr().out
+def png(colour_type, channels, bits):
+    """The bytes of a PNG file of 8 x 8 pixels. Colour types: 0 grey, 2 RGB, 4 and 6 with alpha."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = struct.pack(">IIBBBBB", 8, 8, bits, colour_type, 0, 0, 0)
+    row = b"\0" + bytes([9]) * (8 * channels * bits // 8)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff(order, channels, bits, planes=False):
+    """The bytes of a TIFF file of 8 x 8 pixels, by byte order, `<` or `>`; colours as planes."""
+    strips = channels if planes else 1
+    size = 8 * 8 * channels * bits // 8
+    values = 8 + 2 + 12 * 9 + 4  # where what is longer than 4 bytes stands: bits, strips, sizes
+    starts = values + 2 * channels
+    pixels = starts + 8 * strips
+    tags = [
+        (256, 3, 1, 8),  # width
+        (257, 3, 1, 8),  # height
+        (258, 3, channels, bits if channels == 1 else values),
+        (259, 3, 1, 1),  # no compression
+        (262, 3, 1, 2 if channels == 3 else 1),  # RGB or grey
+        (273, 4, strips, starts if strips > 1 else pixels),
+        (277, 3, 1, channels),
+        (279, 4, strips, starts + 4 * strips if strips > 1 else size),
+        (284, 3, 1, 2 if planes else 1),
+    ]
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
+    for number, kind, count, value in tags:
+        is_short = kind == 3 and count == 1
+        last = struct.pack(order + "HH", value, 0) if is_short else struct.pack(order + "I", value)
+        content += struct.pack(order + "HHI", number, kind, count) + last
+    content += bytes(4) + struct.pack(order + "H" * channels, *[bits] * channels)
+    parts = [pixels + part * size // strips for part in range(strips)]
+    content += struct.pack(order + "I" * 2 * strips, *parts, *[size // strips] * strips)
+    return content + bytes([9]) * size
+
+
+def netpbm(kind, largest, channels):
+    """The bytes of a portable pixmap of 8 x 8 pixels whose values end at `largest`."""
+    width = 2 if largest > 255 else 1
+    return f"{kind} 8 8 {largest}\n".encode() + bytes([0, 9][-width:]) * (64 * channels)
+
+
+def saved(image, kind, **settings):
+    """The bytes of a file that Pillow writes."""
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def deep_jpeg2000():
+    """The bytes of a JPEG 2000 file of colours whose first channel is said to have 16 bits."""
+    content = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG2000"))
+    first_channel = content.index(b"\xff\x4f\xff\x51") + 42  # start, and the marker of sizes
+    assert content[first_channel] == 7  # bits less 1
+    content[first_channel] = 15
+    return bytes(content)
+
+
+DEEP = {  # files of more than 8 bits per channel
+    "grey.png": png(0, 1, 16),
+    "colour.png": png(2, 3, 16),
+    "grey and alpha.png": png(4, 2, 16),
+    "colour and alpha.png": png(6, 4, 16),
+    "grey.tif": tiff("<", 1, 16),
+    "colour.tif": tiff("<", 3, 16),
+    "colour, big-endian.tif": tiff(">", 3, 16),
+    "planes.tif": tiff("<", 3, 16, planes=True),
+    "integers.tif": saved(Image.new("I", (8, 8), 9), "TIFF"),
+    "numbers.tif": saved(Image.new("F", (8, 8), 9), "TIFF"),
+    "packed.tif": saved(Image.new("I;16", (8, 8), 9), "TIFF", compression="tiff_lzw"),
+    "10 bits.pgm": netpbm("P5", 1023, 1),
+    "12 bits.ppm": netpbm("P6", 4095, 3),
+    "16 bits.ppm": netpbm("P6", 65535, 3),
+    "text.ppm": b"P3 8 8 1023\n" + b"300 " * 192,
+    "float.pfm": b"Pf\n8 8\n-1.0\n" + bytes(256),
+    "grey.jp2": saved(Image.new("I;16", (8, 8), 9), "JPEG2000"),
+    "colour.jp2": deep_jpeg2000(),
+    "colour.sgi": struct.pack(">hBBHHHH500x", 474, 0, 2, 3, 8, 8, 3) + bytes([0, 9]) * 192,
+}
+SHALLOW = {  # their neighbours of 8 bits and less
+    "grey.png": png(0, 1, 8),
+    "colour.png": png(2, 3, 8),
+    "grey and alpha.png": png(4, 2, 8),
+    "4 bits.png": png(0, 1, 4),
+    "colour.tif": tiff("<", 3, 8),
+    "planes.tif": tiff(">", 3, 8, planes=True),
+    "grey.tif": tiff(">", 1, 8),
+    "black and white.tif": saved(Image.new("1", (8, 8)), "TIFF"),
+    "7 bits.ppm": netpbm("P6", 100, 3),
+    "8 bits.pgm": netpbm("P5", 255, 1),
+    "bits.pbm": b"P4 8 8\n" + bytes(8),
+    "colour.jp2": saved(Image.new("RGB", (8, 8)), "JPEG2000"),
+    "colour.sgi": saved(Image.new("RGB", (8, 8)), "SGI"),
+    "5 or 6 bits of a colour.bmp": struct.pack(
+        "<2sIII IiiHHIIiiII III 128x",
+        *(b"BM", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_are_refused_in_a_sentence_that_names_the_file(tmp_path, name):
+    """Pillow would cut colour to its upper byte: values up to 4,095 would become 0 to 15."""
+    path = tmp_path / name
+    path.write_bytes(DEEP[name])
+    sentence = f"{name} has more than 8 bits per channel: convert all images alike to 8 bits"
+    with pytest.raises(pipeline.UserError, match=re.escape(sentence)):
+        pipeline.read_image(path)
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_8_bits_and_less_are_read(tmp_path, name):
+    (tmp_path / name).write_bytes(SHALLOW[name])
+    assert pipeline.read_image(tmp_path / name).shape == (32, 32, 3)
 
 
 def tag(number, kind, value):
@@ -160,7 +265,7 @@ def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
     assert np.abs(pipeline.read_image(tmp_path / "photo.jpg") - expected).mean() < 3
 
 
-def test_what_systems_make_and_hide_is_passed_over_and_classes_are_counted(
+def test_hidden_and_system_folders_are_skipped_and_classes_are_counted(
     class_folders, folders, capsys
 ):
     expected = pipeline.load_data("imagefolder", class_folders, "train")
@@ -175,9 +280,7 @@ def test_what_systems_make_and_hide_is_passed_over_and_classes_are_counted(
     assert torch.equal(found.labels, expected.labels) and torch.equal(found.images, expected.images)
     *passed_over, classes = capsys.readouterr().out.splitlines()
     names = "#recycle, $RECYCLE.BIN, .thumbnails, @eaDir, __MACOSX, lost+found"
-    assert passed_over == [
-        f"Passed over in {folders}/{split}: {names}" for split in ("train", "test")
-    ]
+    assert passed_over == [f"Skipped in {folders}/{split}: {names}" for split in ("train", "test")]
     assert classes == f"3 classes in {folders}: cat 5, grey owl 5, äpfel 5"
 
 
@@ -192,11 +295,8 @@ def test_class_folders_in_two_unicode_forms_are_one_class(folders):
     (folders / "test" / "äpfel").rename(folders / "test" / apart)
     train, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
     assert train.class_names == test.class_names == ["cat", "grey owl", "äpfel"]
-    assert all(
-        f"/{apart}/" in path
-        for path, label in zip(test.paths, test.labels, strict=True)
-        if label == 2
-    )
+    apples = [path for path, label in zip(test.paths, test.labels, strict=True) if label == 2]
+    assert all(f"/{apart}/" in path for path in apples)
     shutil.copytree(folders / "test" / apart, folders / "train" / apart)
     with pytest.raises(pipeline.UserError, match="has the same name as another class"):
         pipeline.load_data("imagefolder", folders, "train")
@@ -232,27 +332,22 @@ def without_test(tmp_path):
 
 def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without_test, capsys):
     train = pipeline.load_data("imagefolder", without_test, "train")
-    assert "4 images, a tenth of each class, are held out" in capsys.readouterr().out
+    sentence = "4 images, a tenth of each class, are held out as the test split"
+    assert sentence in capsys.readouterr().out
     test = pipeline.load_data("imagefolder", without_test, "test")
     assert train.class_names == ["many", "one", "some"]
-    assert train.labels.bincount().tolist() == [27, 1, 6] and test.labels.bincount().tolist() == [
-        3,
-        0,
-        1,
-    ]
+    assert train.labels.bincount().tolist() == [27, 1, 6]
+    assert test.labels.bincount().tolist() == [3, 0, 1]
     assert len({*train.paths, *test.paths}) == 38
 
 
 def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
-    """Of 31 files a tenth is 3, as of 30; at most the new one takes the place of one, in its class."""
+    """A tenth of 31 files is 3, as of 30; at most the new one replaces another of its class."""
     before = pipeline.load_data("imagefolder", without_test, "test")
     Image.new("RGB", (8, 8)).save(without_test / "train" / "many" / "a new one.png")
     after = pipeline.load_data("imagefolder", without_test, "test")
-    assert len({*before.paths} & {*after.paths}) >= 3 and after.labels.bincount().tolist() == [
-        3,
-        0,
-        1,
-    ]
+    assert len({*before.paths} & {*after.paths}) >= 3
+    assert after.labels.bincount().tolist() == [3, 0, 1]
 
 
 # ---- Images that were read before ----------------------------------------------------------------
@@ -260,7 +355,10 @@ def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
 
 @pytest.fixture
 def cached(folders, tmp_path, monkeypatch):
-    """A function that loads a copy of the class folders and says how many images were decoded; the copy; the cache."""
+    """A function that loads a copy of the class folders and returns how many images it decodes.
+
+    Also the copy, and the cache.
+    """
     decoded = []
     read_image = pipeline.read_image
     monkeypatch.setattr(
@@ -270,9 +368,8 @@ def cached(folders, tmp_path, monkeypatch):
     def load(num_examples=None):
         decoded.clear()
         data = pipeline.load_data("imagefolder", folders, "train", num_examples, tmp_path / "cache")
-        expected = pipeline.load_data(
-            "imagefolder", folders, "train", num_examples
-        )  # decodes each of them again
+        # Without a cache, so each image is decoded again.
+        expected = pipeline.load_data("imagefolder", folders, "train", num_examples)
         assert torch.equal(data.images, expected.images) and data.paths == expected.paths
         return len(decoded) - len(data)
 
@@ -287,11 +384,49 @@ def test_images_are_decoded_once_and_nothing_is_written_among_them(cached):
 
 
 def trade_places(folders, name):
-    """What is called `name` in two classes, files of one size and time of change, each under the other's name."""
+    """Swaps what is called `name` in two classes: files of one size and time of change."""
     one, other = (folders / "train" / label / name for label in ("cat", "grey owl"))
     one.rename(folders / "aside")
     other.rename(one)
     (folders / "aside").rename(other)
+
+
+def code_with(monkeypatch, old, new):
+    """Edits the text of pipeline.py, as it was imported."""
+    assert pipeline.SOURCE.count(old) == 1
+    monkeypatch.setattr(pipeline, "SOURCE", pipeline.SOURCE.replace(old, new))
+
+
+def test_cached_images_depend_on_the_code_that_reads_them_and_on_no_comment(cached, monkeypatch):
+    load, _, _ = cached
+    assert [load(), load()] == [15, 0]
+    resize = '            return np.asarray(image.convert("RGB")'
+    code_with(monkeypatch, resize, f"            # to 32 x 32 pixels\n{resize}")
+    code_with(monkeypatch, "def ten_largest(counts):", "def largest(counts):")
+    assert load() == 0
+    code_with(monkeypatch, "image.has_transparency_data", "False")
+    assert load() == 15
+
+
+def test_code_is_read_once_at_import(cached, monkeypatch):
+    """Whatever is written to the file meanwhile, the hash is that of the code which runs."""
+    load, _, _ = cached
+    assert load() == 15
+    monkeypatch.setattr("inspect.getsource", lambda _: "another text")
+    monkeypatch.setattr("linecache.getlines", lambda *_: ["another text"])
+    assert load() == 0
+    assert Path(pipeline.__file__).read_text(encoding="utf-8") == pipeline.SOURCE
+
+
+def test_code_is_read_before_the_imports_that_take_seconds(tmp_path):
+    """In place of numpy, the first of them, stands a program that says what was read before."""
+    shutil.copy(pipeline.__file__, tmp_path)
+    program = "import pipeline, sys; print(hash(pipeline.SOURCE)); sys.exit()"
+    (tmp_path / "numpy.py").write_text(program.replace("hash", "len"))
+    found = subprocess.run(
+        [sys.executable, "-c", "import pipeline"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == str(len(pipeline.SOURCE)), found.stderr
 
 
 FIRST = Path("train") / "cat" / "0.png"
@@ -328,17 +463,14 @@ def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
 def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_work(
     class_folders, monkeypatch
 ):
-    for name in (
-        "torchvision",
-        "torchvision.datasets",
-    ):  # their import fails, as beside a torch of another build
+    # Their import fails, as beside a torch of another build.
+    for name in ("torchvision", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(pipeline.UserError, match="torchvision cannot load it"):
         pipeline.load_data("cifar10", "nowhere", "train")
     assert not Path("nowhere").exists()
-    assert (
-        len(digits(3)) == 3 and len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
-    )
+    assert len(digits(3)) == 3
+    assert len(pipeline.load_data("imagefolder", class_folders, "train")) == 15
 
 
 def test_synthetic_digits_are_fixed_balanced_and_different():
@@ -347,6 +479,96 @@ def test_synthetic_digits_are_fixed_balanced_and_different():
     assert once.class_names == [str(digit) for digit in range(10)]
     assert (once.labels.bincount(minlength=10) > 25).all()
     assert len(torch.cat([once.images, digits(50, "test").images]).flatten(1).unique(dim=0)) == 550
+
+
+# ---- Loaders of one's own ------------------------------------------------------------------------
+
+
+def stripes(dataset_dir, split, cache_dir, **changed):
+    """A loader of 12 plain images, of brightness 0 to 11, in three classes."""
+    images = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2)
+    source = {
+        "labels": torch.arange(12) % 3,
+        "class_names": ["cat", "grey owl", "äpfel"],
+        "read": lambda indices: images[indices.numpy()].repeat(3, 3),
+    }
+    return pipeline.ImageSource(**source | changed)
+
+
+def test_a_loader_of_ones_own_is_one_entry_in_the_table(monkeypatch):
+    def load(*place):
+        scale = {"channel_mean": (0.5, 0.5, 0.5), "channel_std": (0.1, 0.2, 0.4)}
+        return stripes(*place, paths=[f"{i}.png" for i in range(12)], **scale)
+
+    monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
+    data = pipeline.load_data("stripes", "", "train", 5)
+    assert data.images.shape == (5, 3, 32, 32) and data.num_available == 12
+    assert torch.equal(data.numbers, pipeline.draw_examples(12, 5))
+    assert data.images[:, 1, 3, 4].tolist() == data.numbers.tolist()
+    assert data.labels.tolist() == [number % 3 for number in data.numbers.tolist()]
+    assert data.paths == [f"{number}.png" for number in data.numbers.tolist()]
+    found = data.normalize(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
+    assert torch.allclose(found, torch.tensor([5.0, 2.5, 1.25]))
+    assert data.digest != replace(data, channel_mean=(0.0, 0.5, 0.5)).digest
+
+
+WRONG_LOADERS = {  # what a loader returns, and what the sentence must say
+    "a tuple": (lambda *place: (1, 2), "labels, class_names and read"),
+    "labels of another kind": ({"labels": torch.zeros(12)}, "labels as an int64 tensor [N]"),
+    "a list of labels": ({"labels": [0] * 12}, "labels as an int64 tensor [N]"),
+    "labels in a column": ({"labels": torch.zeros(12, 1).long()}, "labels as an int64 tensor [N]"),
+    "no labels": ({"labels": torch.zeros(0).long()}, "not empty"),
+    "labels from 1": ({"labels": torch.arange(12) % 3 + 1}, "labels from 0 to 2, since it has 3"),
+    "a negative label": ({"labels": torch.arange(12) % 3 - 1}, "labels from 0 to 2"),
+    "one class": ({"class_names": ["cat"]}, "at least two class_names"),
+    "a class twice": ({"class_names": ["cat", "cat", "owl"]}, "different strings"),
+    "numbers of classes": ({"class_names": [0, 1, 2]}, "different strings"),
+    "too few paths": ({"paths": ["1.png"]}, "one path for each of its 12 labels"),
+    "one mean": ({"channel_mean": (0.5,)}, "three means and three positive deviations"),
+    "a deviation of zero": ({"channel_std": (0.5, 0, 0.5)}, "three positive deviations"),
+    "images as float": (
+        {"read": lambda indices: np.zeros((len(indices), 32, 32, 3))},
+        "must read images of uint8 [12, 32, 32, 3], but reads float64 [12, 32, 32, 3]",
+    ),
+    "channels first": (
+        {"read": lambda indices: np.zeros((len(indices), 3, 32, 32), np.uint8)},
+        "but reads uint8 [12, 3, 32, 32]",
+    ),
+    "an image too many": (
+        {"read": lambda indices: np.zeros((len(indices) + 1, 32, 32, 3), np.uint8)},
+        "but reads uint8 [13, 32, 32, 3]",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOADERS)
+def test_what_a_loader_returns_is_checked_with_a_sentence_for_its_author(monkeypatch, wrong):
+    returned, words = WRONG_LOADERS[wrong]
+    load = returned if callable(returned) else lambda *place: stripes(*place, **returned)
+    monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
+    with pytest.raises(pipeline.UserError, match=re.escape(words)) as raised:
+        pipeline.load_data("stripes", "", "train")
+    assert str(raised.value).startswith("the loader of --dataset stripes (train images) must ")
+
+
+# ---- Duplicates ----------------------------------------------------------------------------------
+
+
+def test_duplicates_are_found_by_their_pixels(capsys):
+    """Images 1, 4 and 5 are the same, under two labels; 2 and 3 are, under one; 0 is in test."""
+    data = digits(6)
+    images = data.images[[0, 1, 2, 2, 1, 1]]
+    data = replace(data, images=images, labels=torch.tensor([3, 7, 5, 5, 7, 8]))
+    data = replace(data, indices=torch.tensor([0, 10, 20, 30, 40, 50]))
+    assert pipeline.duplicate_of(data) == [-1, -1, -1, 20, 10, 10]
+    test = digits(4, "test")
+    pipeline.print_duplicates(data, replace(test, images=torch.cat([test.images[:3], images[:1]])))
+    assert capsys.readouterr().out.splitlines() == [
+        "3 training images have an identical copy with another label",
+        "1 test images are training images, too: test accuracy is too high",
+    ]
+    pipeline.print_duplicates(data.take(torch.tensor([0, 1, 2, 3])), test)
+    assert capsys.readouterr().out == ""
 
 
 # ---- Label corruption ----------------------------------------------------------------------------
@@ -378,11 +600,10 @@ def test_corruption_is_uniform_over_the_other_classes():
 def test_true_labels_stay_with_their_images():
     data = pipeline.training_examples(digits(50), 0.2)
     part = data.take(torch.tensor([7, 3, 30])).without([1])
-    assert (
-        part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist()
-        and data.is_corrupted.sum() == 10
-    )
-    assert torch.equal(data.true_labels, digits(50).labels) and part.indices.tolist() == [7, 30]
+    assert data.is_corrupted.sum() == 10
+    assert part.is_corrupted.tolist() == data.is_corrupted[[7, 30]].tolist()
+    assert torch.equal(data.true_labels, digits(50).labels)
+    assert part.indices.tolist() == [7, 30]
     assert part.to("cpu").digest == part.digest != data.digest
 
 

@@ -1,15 +1,18 @@
-"""Influence in float32 and bfloat16 against per-sample gradients by torch.func, and the reuse of what was computed."""
+"""Influence in float32 and bfloat16 against per-sample gradients by torch.func, and the cache."""
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import dense
 import precision
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import digits, influence_run, minus_margin, relative_error, tiny_network
+from dense import per_sample_gradients
 from safetensors.torch import load_file
-from torch.func import functional_call, grad, vmap
+from torch import nn
 
 import pipeline
 
@@ -17,10 +20,13 @@ SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 
 
 def network():
-    """A tiny network in float32, for digits; other pseudo-labels change its rankings as much as those of ResNet-9."""
-    return tiny_network(
-        seed=3, channels=(8, 40), images=digits(20).normalize(digits(20).images)
-    ).float()
+    """A tiny network in float32, for digits.
+
+    Other pseudo-labels change its rankings as much as those of ResNet-9.
+    """
+    examples = digits(20)
+    images = examples.normalize(examples.images)
+    return tiny_network(seed=3, channels=(8, 40), images=images).float()
 
 
 @pytest.fixture(scope="module")
@@ -45,75 +51,49 @@ def make_run(tmp_path, data):
     return make
 
 
-def gradients_by_torch_func(model, data, loss):
-    """Per-sample gradients of `loss(logits, label)` in the convolutions and the linear layer, a list of [N, ...]."""
-    layers = (torch.nn.Conv2d, torch.nn.Linear)
-    names = [
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)
-    ]
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    tracked = {name: parameters.pop(name) for name in sorted(names)}
-    rest = parameters | dict(model.named_buffers())
-
-    def loss_of_one(tracked, image, label):
-        return loss(functional_call(model, tracked | rest, (image[None],))[0], label)
-
-    gradients = vmap(grad(loss_of_one), (None, 0, 0))(
-        tracked, data.normalize(data.images), data.labels
-    )
-    return [gradient.flatten(1) for gradient in gradients.values()]
-
-
 def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
     make_run, data, queries
 ):
     torch.manual_seed(0)
     model = pipeline.construct_model("resnet9", 10).eval()
-    train_gradients = gradients_by_torch_func(model, data, F.cross_entropy)
-    query_gradients = gradients_by_torch_func(model, queries, minus_margin)
+    train_gradients = per_sample_gradients(model, data, F.cross_entropy)
+    query_gradients = per_sample_gradients(model, queries, minus_margin)
     run = make_run("identity", model=model)
     pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
     self_influence, path = run.self_influence(1e-8)
-    assert run.self_influence(None)[1] == path  # there is nothing to damp
-    assert (
-        relative_error(
-            pairwise, sum(q @ t.T for q, t in zip(query_gradients, train_gradients, strict=True))
-        )
-        < 1e-4
-    )
-    assert relative_error(self_influence, sum(t.square().sum(1) for t in train_gradients)) < 1e-4
+    assert run.self_influence("heuristic")[1] == path  # there is nothing to damp
+    products = sum(query_gradients[layer] @ train.T for layer, train in train_gradients.items())
+    assert relative_error(pairwise, products) < 1e-4
+    squares = sum(train.square().sum(1) for train in train_gradients.values())
+    assert relative_error(self_influence, squares) < 1e-4
 
 
 def test_kfac_takes_eigenvalues_that_rounding_left_below_zero_as_zero(make_run, data):
-    """Factors of three images do not span the gradients of ten, and of what they leave out rounding makes the sign."""
+    """Factors of three images do not span the gradients of ten.
+
+    The sign of the eigenvalues that they leave out is that of a rounding error.
+    """
     torch.manual_seed(0)
-    layers = torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(192, 10, bias=False)
-    run = make_run("kfac", model=torch.nn.Sequential(*layers).eval(), factor_examples=3)
+    layers = nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 10, bias=False)
+    run = make_run("kfac", model=nn.Sequential(*layers).eval(), factor_examples=3)
     found, _ = run.self_influence(1e-8)
-    factors = {
-        path.stem: load_file(path)["2"].double()
-        for path in run.folder.glob("factors_*/*eigen*.safetensors")
-    }
+    paths = run.folder.glob("factors_*/*eigen*.safetensors")
+    factors = {path.stem: load_file(path)["2"].double() for path in paths}
     values = [factors[f"{side}_eigenvalues"] for side in ("gradient", "activation")]
     assert (torch.outer(*values) < -1e-8).any()
-    (gradients,) = gradients_by_torch_func(run.model, data, F.cross_entropy)
-    rotated = (
-        factors["gradient_eigenvectors"].T
-        @ gradients.view(-1, 10, 192).double()
-        @ factors["activation_eigenvectors"]
-    )
-    expected = (rotated**2 / (torch.outer(*(value.clamp(min=0) for value in values)) + 1e-8)).sum(
-        (1, 2)
-    )
-    assert relative_error(found, expected.float()) < 1e-3
+    gradients = per_sample_gradients(run.model, data, F.cross_entropy)["2"].view(-1, 10, 192)
+    q_g, q_a = factors["gradient_eigenvectors"], factors["activation_eigenvectors"]
+    rotated = q_g.T @ gradients.double() @ q_a
+    damped = torch.outer(*(value.clamp(min=0) for value in values)) + 1e-8
+    assert relative_error(found, (rotated**2 / damped).sum((1, 2)).float()) < 1e-3
 
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
 def test_bfloat16_scores_are_float32_and_close(make_run, queries, strategy):
     exact, rounded = make_run(strategy), make_run(strategy, dtype=torch.bfloat16)
     for method, arguments in (
-        ("pairwise_influence", (queries, 3, None)),
-        ("self_influence", (None,)),
+        ("pairwise_influence", (queries, 3, "heuristic")),
+        ("self_influence", ("heuristic",)),
     ):
         (reference, _), (scores, _) = (getattr(run, method)(*arguments) for run in (exact, rounded))
         assert scores.dtype == torch.float32 and not torch.equal(scores, reference)
@@ -137,22 +117,17 @@ def test_patches_and_their_covariance_are_those_of_torchs_unfold(
 ):
     monkeypatch.setitem(pipeline.SYMMETRIC_BLOCKS, "cpu", 4)
     torch.manual_seed(0)
-    layer = torch.nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
+    layer = nn.Conv2d(5, 2, kernel_size, stride, padding, bias=False)
     images = torch.randn(3, 5, 11, 8, dtype=torch.float64)
-    expected = F.unfold(images, layer.kernel_size, 1, layer.padding, layer.stride)  # (B, C*k*k, T)
-    expected = (
-        expected.unflatten(1, (5, -1)).transpose(1, 2).flatten(1, 2).movedim(1, 2)
-    )  # (B, T, k*k*C)
-    found = pipeline.patches(layer, images)
-    assert torch.equal(found, expected)
-    rows = found.flatten(0, 1)
+    rows = pipeline.patches(layer, images).flatten(0, 1)
+    assert torch.equal(rows, dense.patches(layer, images))
     assert relative_error(pipeline.symmetric_product(rows), rows.T @ rows) < 1e-12
 
 
 def test_factors_of_fewer_images_are_those_of_a_random_subset(
     make_run, data, tmp_path, monkeypatch
 ):
-    """Of five of ten images: as fitted on these five, with their own pseudo-labels, and not as on all ten."""
+    """Of five of ten images: as fitted on these five, with their own pseudo-labels."""
 
     def factors(run):
         paths = run.fit_factors().glob("*.safetensors")
@@ -174,11 +149,13 @@ def test_factors_of_fewer_images_are_those_of_a_random_subset(
             assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-6), name
 
 
-# ---- Reuse ---------------------------------------------------------------------------------------
+# ---- The cache -----------------------------------------------------------------------------------
 
 
-def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monkeypatch):
-    """Beside what test_stale.py changes: factors and scores have another folder; a changed report changes none."""
+def test_factors_and_scores_depend_on_all_that_they_are_made_of(
+    make_run, data, queries, monkeypatch
+):
+    """Beside what test_stale.py changes; other code of the report changes nothing."""
     base, changed_weight, pixel = make_run(), network(), data.images.clone()
     changed_weight.linear.weight.data[0, 0] += 1e-3
     pixel[0, 0, 0, 0] ^= 1
@@ -196,18 +173,42 @@ def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monk
         replace(queries, labels=queries.labels.roll(1)),
         queries,
     ]
-    paths = [base.self_influence(damping)[1] for damping in (1e-3, 1.00000001e-3, None)]
+    paths = [base.self_influence(damping)[1] for damping in (1e-3, 1.00000001e-3, "heuristic")]
     paths += [base.pairwise_influence(other, 3, 1e-3)[1] for other in others]
     assert len({path.parent for path in paths}) == len(paths)
 
-    factors, source = base.fit_factors(), pipeline.inspect.getsource(pipeline)
-    monkeypatch.setattr(
-        pipeline.inspect, "getsource", lambda module: source + "\n# another chart\n"
-    )
+    factors = base.fit_factors()
+    monkeypatch.setattr(pipeline, "shorten", lambda name: name)
     assert make_run().fit_factors() == factors
-    changed = source.replace("QUERY_CHUNK = 50", "QUERY_CHUNK = 49")
-    monkeypatch.setattr(pipeline.inspect, "getsource", lambda module: changed)
-    assert changed != source and make_run().fit_factors() != factors
+    monkeypatch.setattr(pipeline, "QUERY_CHUNK", 49)
+    assert make_run().fit_factors() != factors
+
+
+def test_torchs_compiler_is_reset_neither_by_kronfluence_nor_left_without_a_reset(
+    make_run, monkeypatch
+):
+    def reset():
+        raise AssertionError("the compiler was reset, which imports it")
+
+    monkeypatch.setattr(torch.compiler, "reset", reset)
+    make_run("identity").self_influence(0.0)
+    assert torch.compiler.reset is reset
+
+
+def test_every_process_gets_the_value_of_the_main_one(make_run, monkeypatch):
+    run = make_run("identity")
+    assert run.from_main("own") == "own"
+    run.analyzer.state = SimpleNamespace(use_distributed=True, device="cpu")
+
+    def broadcast(values, device):
+        values[0] = "that of the main process"
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert run.from_main("own") == "that of the main process"
+
+
+def test_all_examples_are_a_word_or_any_larger_number(make_run):
+    assert make_run(factor_examples="all").depends_on == make_run(factor_examples=99).depends_on
 
 
 @pytest.mark.parametrize(
@@ -218,10 +219,12 @@ def test_a_stage_depends_on_all_that_it_is_made_of(make_run, data, queries, monk
         "scores_*/*.safetensors",
     ],
 )
-def test_a_truncated_file_is_named_and_its_stage_computed_anew(make_run, capsys, name):
+@pytest.mark.parametrize("missing_bytes", ["one", "half"])
+def test_a_truncated_file_is_named_and_computed_anew(make_run, capsys, name, missing_bytes):
     first = make_run().self_influence(1e-3)[0].clone()  # which would otherwise lie in the file
     (path,) = make_run().folder.glob(name)
-    os.truncate(path, path.stat().st_size // 2)
+    size = path.stat().st_size
+    os.truncate(path, size - 1 if missing_bytes == "one" else size // 2)
     capsys.readouterr()
     again, _ = make_run().self_influence(1e-3)
     out = capsys.readouterr().out

@@ -1,6 +1,8 @@
 """Labels that people gave, in a csv file in place of those that --corrupt_percentage draws."""
 
 import csv
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from conftest import (
     SYNTHETIC,
     TRAIN,
     digits,
+    printed_commands,
     read_table,
+    refused,
     result_folder,
     run,
     succeed,
@@ -24,7 +28,7 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """A folder with labels.csv, of all 5,000 digits but the first that was drawn, and a training on it."""
+    """A folder with labels.csv, of all 5,000 digits but the first one drawn, and a training on it."""
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
@@ -56,7 +60,7 @@ def test_labels_from_a_file_are_those_that_corruption_gives(trained, noisy):
         and "(6 with a wrong label)" in output
     )
 
-    commands = [line.split()[1:] for line in output.splitlines() if line.startswith("  python")]
+    commands = printed_commands(output)
     assert [name for name, *_ in commands] == [DETECT, ANALYZE] and all(
         "labels.csv" in words for words in commands
     )
@@ -98,7 +102,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
 
 
 def test_files_call_images_by_path(class_folders, tmp_path, capsys):
-    """Rows of images that are held out are passed over, and images without a row keep their label."""
+    """Rows of test images are counted as others, and images without a row keep their label."""
     place = "imagefolder", class_folders
     data, test = (pipeline.load_data(*place, split) for split in ("train", "test"))
     path = tmp_path / "labels.csv"
@@ -106,10 +110,77 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
         "path,label\ntrain/cat/1.png,äpfel\ntest/cat/0.png,äpfel\ntrain/cat/2.png,cat\n",
         encoding="utf-8",
     )
-    labels = pipeline.read_noisy_labels(path, data, test, class_folders)
+    labels, _ = pipeline.read_noisy_labels(path, data, test, class_folders)
     (changed,) = (labels != data.labels).nonzero().flatten().tolist()
     assert (
         data.paths[changed].endswith("train/cat/1.png")
         and data.class_names[labels[changed]] == "äpfel"
     )
     assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out
+
+
+MISSING = {  # what a row names, and whether it is only passed over, since it is an image
+    "of the test split": ("test/cat/0.png", True),
+    "not drawn": ("{not_drawn}", True),
+    "not drawn, of a data set that was moved": ("/gone/{not_drawn}", True),
+    "encoded twice": ("%2563at/1.png", False),
+    "no file": ("train/cat/99.png", False),
+    "no file, as a URL": ("file:///gone/train/cat/%C3%A9%202.png", False),
+    "a folder": ("train/cat", False),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
+    class_folders, tmp_path, capsys, kind
+):
+    everything = pipeline.load_data("imagefolder", class_folders, "train")
+    data = pipeline.load_data("imagefolder", class_folders, "train", 7)
+    test = pipeline.load_data("imagefolder", class_folders, "test")
+    absent = next(path for path in everything.paths if path not in data.paths)
+    name, is_image = MISSING[kind]
+    name = name.format(not_drawn=os.path.relpath(absent, class_folders))
+    path = tmp_path / "labels.csv"
+    path.write_text(f"path,label\n{data.paths[0]},cat\n{name},cat\n{name},cat\n")
+    if is_image:
+        pipeline.read_noisy_labels(path, data, test, class_folders)
+        assert "1 rows, and 2 of other images" in capsys.readouterr().out
+    else:
+        with pytest.raises(pipeline.UserError, match=r"line 3: .*there is no such file \(2 such"):
+            pipeline.read_noisy_labels(path, data, test, class_folders)
+
+
+def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
+    path = tmp_path / "labels.csv"
+    data = digits(5)
+    path.write_text(f"index,label\n{data.numbers[0]},1\n5000,3\n")
+    with pytest.raises(pipeline.UserError, match=r"line 3: there is no training image 5000, only"):
+        pipeline.read_noisy_labels(path, data, digits(0, "test"), "")
+
+
+# ---- Labels from a command -----------------------------------------------------------------------
+
+
+def test_labels_from_a_command_are_read_once_and_kept_by_the_checkpoint(noisy, tmp_path):
+    """As by `--noisy_labels <(cat labels.csv)`; the printed command finds the pipe empty."""
+    reader, writer = os.pipe()
+    os.write(writer, (noisy[0] / "labels.csv").read_bytes())  # less than a pipe holds
+    os.close(writer)
+    name = f"/dev/fd/{reader}"
+    output = succeed(tmp_path, TRAIN, *DATA, *RECIPE, "--noisy_labels", name)
+    again = succeed(tmp_path, *printed_commands(output)[0], "--factor_strategy", "identity")
+    os.close(reader)
+    assert f"{name} cannot be read again: the labels are those that the checkpoint keeps" in again
+    models = [folder / "checkpoints" / "model_noisy.pth" for folder in (noisy[0], tmp_path)]
+    (_, expected), (_, found) = map(pipeline.load_checkpoint, models)
+    assert torch.equal(found["given_labels"], expected["given_labels"])
+    assert found["labels_sha256"] == expected["labels_sha256"]
+
+
+def test_a_file_that_is_gone_is_not_needed_under_its_name_and_refused_under_another(
+    noisy, tmp_path
+):
+    shutil.copytree(noisy[0] / "checkpoints", tmp_path / "checkpoints")
+    flags = (DETECT, *DATA, "--factor_strategy", "identity", "--noisy_labels")
+    assert "labels.csv cannot be read again" in succeed(tmp_path, *flags, "labels.csv")
+    assert "lables.csv cannot be read (no such file)" in refused(tmp_path, *flags, "lables.csv")

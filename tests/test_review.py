@@ -1,9 +1,10 @@
-"""The page in which a person decides about suspects, in a real browser, and the influence that it shows."""
+"""The page for review, in a real browser, and the influence that it shows."""
 
 import base64
 import io
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ in_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"
 )
 NAMES, PAGE = ["<b>\"'&", "a, b; c", "owl"], "suspects_identity.html"
+LEAVE_OUT = "leave out"
 DATA = (
     "--dataset",
     "imagefolder",
@@ -36,12 +38,12 @@ DATA = (
     "fp32",
 )
 TRAINING = (TRAIN, *DATA, "--train_batch_size", 8, "--num_train_epochs", 1)
-DETECTION = (DETECT, *DATA, "--corrupt_percentage", 0, "--factor_strategy", "identity")
+DETECTION = (DETECT, *DATA, "--factor_strategy", "identity")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model of 24 images in three class folders, whose names are markup, and with its page."""
+    """A folder with the page of a model of 24 images in three classes, whose names are markup."""
     root, random = tmp_path_factory.mktemp("review"), np.random.default_rng(0)
     for place in (root / "photos" / split / name for split in ("train", "test") for name in NAMES):
         place.mkdir(parents=True)
@@ -49,9 +51,8 @@ def folder(tmp_path_factory):
             pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(place / f"<img src=x onerror='alert({i})'>, \"{i}.png")
     succeed(root, *TRAINING)
-    assert f"{PAGE} in a browser, decide, and save corrections.csv here" in succeed(
-        root, *DETECTION
-    )
+    printed = succeed(root, *DETECTION)
+    assert f"{PAGE} in a browser, decide, and save corrections.csv here" in printed
     return root
 
 
@@ -78,6 +79,25 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+def detection(class_names, count=12, **fields):
+    """A Detection of digits with given class names; image i is the i-th suspect, called `i.png`."""
+    data = digits(count)
+    labels = torch.arange(count) % len(class_names)
+    paths = [f"photos/{i}.png" for i in range(count)]
+    data = replace(data, labels=labels, true_labels=labels, class_names=class_names, paths=paths)
+    suspicion = np.linspace(1, 0, count, dtype=np.float32)
+    values = {
+        "data": data,
+        "caption": "loss",
+        "scores": {"loss": suspicion},
+        "suspicion": suspicion,
+        "order": np.arange(count),
+        "logits": torch.eye(len(class_names))[labels],
+        "explanations": {},
+    }
+    return detect.Detection(**values | fields)
+
+
 def open_page(browser, path):
     """Opens a page about which nothing was decided. Returns what it was told of its cards."""
     browser.get(path.as_uri())
@@ -86,13 +106,37 @@ def open_page(browser, path):
     return json.loads(browser.find_element("id", "data").get_attribute("textContent"))["cards"]
 
 
+def open_new_page(browser, folder, class_names, count=12):
+    """Opens the page of a `detection`, which has not been read before. Returns the Detection."""
+    found = detection(class_names, count)
+    detect.write_page(folder / "page.html", found, num_review=count, cleaned=False)
+    open_page(browser, folder / "page.html")
+    return found
+
+
 def decide(browser, card, how, name=""):
-    """Decides about a card by a key or, where `how` is longer, by its button of that text; types a name behind it."""
+    """Decides about a card by a key, or by a button of a longer text; types a name behind it."""
     if len(how) > 1:
-        browser.find_element("xpath", f"//article[{card['rank']}]//button[.='{how}']").click()
-    ActionChains(browser).send_keys(
-        *[how] * (len(how) == 1), *[name, Keys.ENTER] * bool(name)
-    ).perform()
+        buttons = browser.find_elements("xpath", f"//article[{card['rank']}]//button")
+        next(button for button in buttons if button.text == how).click()
+    else:
+        press(browser, how)
+    if name:
+        press(browser, name, Keys.ENTER)
+
+
+def press(browser, *keys):
+    """Presses keys, wherever the focus is."""
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def press_layout(browser, key, code, **modifiers):
+    """Presses the key at the place `code` of a keyboard whose layout has `key` there."""
+    script = (
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown',"
+        " {key: arguments[0], code: arguments[1], bubbles: true, ...arguments[2]}))"
+    )
+    browser.execute_script(script, key, code, modifiers)
 
 
 def texts(browser, selector):
@@ -104,73 +148,96 @@ def texts(browser, selector):
     ]
 
 
-def save_and_train(browser, folder):
-    """Saves the file and trains with it. Returns its rows, and what was decided by path: a class, or "" (left out)."""
+def notice(browser):
+    """What the page last said."""
+    return "".join(texts(browser, "#notice"))
+
+
+def load(browser, path, beginning):
+    """Loads a file into the page, and waits for a notice that begins so. Returns it."""
+    browser.find_element("id", "file").send_keys(str(path))
+    WebDriverWait(browser, 10).until(lambda _: notice(browser).startswith(beginning))
+    return notice(browser)
+
+
+def save(browser):
+    """Saves the file of the page. Returns its path."""
     path = browser.downloads / "corrections.csv"
     path.unlink(missing_ok=True)
     browser.find_element("css selector", "[value=save]").click()
     WebDriverWait(browser, 10).until(lambda _: path.exists())
+    return path
+
+
+def train_with(folder, path):
+    """Trains with a file of corrections. Returns what it decides by path: a class or LEAVE_OUT."""
     succeed(folder, *TRAINING, "--corrections", path)
     cleaning = pipeline.load_checkpoint(folder / "checkpoints/model_cleaned.pth")[1]["cleaning"]
     paths = pipeline.load_data("imagefolder", folder / "photos", "train").paths
-    found = {i: NAMES[label] for i, label in cleaning["new_labels"].items()} | dict.fromkeys(
-        cleaning["excluded"], ""
-    )
-    rows = [[*row.values()] for row in read_table(path)[1]]
-    return rows, {paths[i].removeprefix(f"{folder}/"): name for i, name in found.items()}
+    found = {i: NAMES[label] for i, label in cleaning["new_labels"].items()}
+    found |= dict.fromkeys(cleaning["excluded"], LEAVE_OUT)
+    return {paths[i].removeprefix(f"{folder}/"): name for i, name in found.items()}
+
+
+# ---- Decisions -----------------------------------------------------------------------------------
 
 
 @in_browser
 def test_decisions_survive_a_reload_and_reach_the_model(browser, folder):
+    """Also that a label is kept: it is in the file, which decides the same in another browser."""
     cards = open_page(browser, result_folder(folder, "model-") / PAGE)
-    ways = [Keys.ENTER, "a", "k", "x", "2", "c", "Accept", "Keep", "Leave out", "Other…"]
-    names = [
-        cards[0]["suggested"],
-        cards[1]["suggested"],
-        cards[2]["label"],
-        "",
-        NAMES[1],
-        NAMES[0],
+    suggested, kept = ([card[which] for card in cards] for which in ("suggested", "label"))
+    ways = [
+        (Keys.ENTER, "", suggested[0]),
+        ("a", "", suggested[1]),
+        ("k", "", kept[2]),
+        ("x", "", LEAVE_OUT),
+        ("2", "", NAMES[1]),
+        ("c", NAMES[0], NAMES[0]),
+        (f"→ {suggested[6]}", "", suggested[6]),
+        (f"keep {kept[7]}", "", kept[7]),
+        ("leave out", "", LEAVE_OUT),
+        ("other…", NAMES[2], NAMES[2]),
     ]
-    names += [cards[6]["suggested"], cards[7]["label"], "", NAMES[2]]
-    for card, how, name in zip(cards, ways, names, strict=False):
-        decide(browser, card, how, name if how in ("c", "Other…") else "")
+    for card, (how, typed, _) in zip(cards, ways, strict=False):
+        decide(browser, card, how, typed)
     for key in "xu":
         decide(browser, cards[10], key)
     browser.refresh()
-    new = {
-        card["key"]: name for card, name in zip(cards, names, strict=False) if name != card["label"]
-    }
-    states = [new.get(card["key"], "kept") for card in cards[:10]]
-    states = [
-        "left out" if state == "" else state if state == "kept" else f"→ {state}"
-        for state in states
-    ]
-    assert texts(browser, "h2") == [
-        f"{i}. {state}" for i, state in enumerate(states + ["undecided"] * 14, start=1)
-    ]
-    assert texts(browser, "#counts") == [f"10 of 24 decided, {len(new) - 2} changed, 2 left out"]
+    decided = {card["key"]: name for card, (*_, name) in zip(cards, ways, strict=False)}
+    states = []
+    for card in cards[:10]:
+        name = decided[card["key"]]
+        state = "kept" if name == card["label"] else f"→ {name}"
+        states.append("left out" if name == LEAVE_OUT else state)
+    headings = [f"{i}. {state}" for i, state in enumerate([*states, *["undecided"] * 14], 1)]
+    assert texts(browser, "h2") == headings
+    num_changed = sum(state.startswith("→") for state in states)
+    counts = [f"10 of 24 decided, {num_changed} changed, 2 left out"]
+    assert texts(browser, "#counts") == counts
+
     browser.find_element("id", "undecided").click()
     assert len(texts(browser, "h2")) == 14
     pairs = [f"{card['label']} → {card['suggested']}" for card in cards]
-    next(
-        option for option in browser.find_elements("tag name", "option") if option.text == pairs[12]
-    ).click()
+    options = browser.find_elements("tag name", "option")
+    next(option for option in options if option.get_attribute("value") == pairs[12]).click()
     assert len(texts(browser, "h2")) == pairs[10:].count(pairs[12]) < 14
-    rows, decided = save_and_train(browser, folder)
-    assert decided == new and rows == [
-        [c["key"], c["label"], new[c["key"]]] for c in cards if c["key"] in new
-    ]
+
+    path = save(browser)
+    rows = [[*row.values()] for row in read_table(path)[1]]
+    assert rows == [[card["key"], card["label"], decided[card["key"]]] for card in cards[:10]]
+    assert train_with(folder, path) == decided
+    open_page(browser, result_folder(folder, "model-") / PAGE)
+    load(browser, path, "Loaded 10 decisions, 10 of them on this page.")
+    assert texts(browser, "h2") == headings and texts(browser, "#counts") == counts
 
 
 @in_browser
 def test_a_second_round_goes_on_with_the_file_of_the_first(browser, folder):
-    """As a spreadsheet writes it. The page then has the labels after cleaning, of which none may be lost."""
-    path, cards = (
-        folder / "corrections.csv",
-        open_page(browser, result_folder(folder, "model-") / PAGE),
-    )
-    first = {cards[0]["key"]: cards[0]["suggested"], cards[1]["key"]: ""}
+    """As a spreadsheet writes it. The page then has the labels after cleaning, and loses none."""
+    path = folder / "corrections.csv"
+    cards = open_page(browser, result_folder(folder, "model-") / PAGE)
+    first = {cards[0]["key"]: cards[0]["suggested"], cards[1]["key"]: LEAVE_OUT}
     quoted = [
         '"{}";"{}"'.format(*(cell.replace('"', '""') for cell in row)) for row in first.items()
     ]
@@ -181,31 +248,263 @@ def test_a_second_round_goes_on_with_the_file_of_the_first(browser, folder):
     succeed(folder, *DETECTION, "--cleaned")
     cards = open_page(browser, result_folder(folder, "model_cleaned-") / PAGE)
     assert "load your earlier corrections.csv first" in texts(browser, "header")[0]
-    browser.find_element("id", "file").send_keys(str(path))
-    WebDriverWait(browser, 10).until(
-        lambda _: texts(browser, "#notice") == ["Loaded 2 rows; decided cards: 1."]
-    )
+    load(browser, path, "Loaded 2 decisions, 1 of them on this page.")
     new = next(card for card in cards if card["key"] not in first)
-    decide(browser, new, "Leave out")
-    expected = first | {new["key"]: ""}
-    assert save_and_train(browser, folder) == (
-        [[key, "", name] for key, name in expected.items()],
-        expected,
+    decide(browser, new, "leave out")
+    expected = first | {new["key"]: LEAVE_OUT}
+    saved = save(browser)
+    assert [[*row.values()] for row in read_table(saved)[1]] == [
+        [key, "", name] for key, name in expected.items()
+    ]
+    assert train_with(folder, saved) == expected
+
+
+@in_browser
+def test_windows_of_one_page_share_their_decisions(browser, tmp_path):
+    """Each shows at once what was decided in the other, and undoes only its own decisions."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k", "k")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    second = browser.current_window_handle
+    browser.get((tmp_path / "page.html").as_uri())
+    press(browser, "x", "x")
+    browser.switch_to.window(first)
+    WebDriverWait(browser, 10).until(
+        lambda _: texts(browser, "#counts") == ["4 of 12 decided, 0 changed, 2 left out"]
     )
+    press(browser, "a")
+    press(browser, "u", "u")
+    browser.switch_to.window(second)
+    browser.close()
+    browser.switch_to.window(first)
+    browser.refresh()
+    assert texts(browser, "#counts") == ["3 of 12 decided, 0 changed, 2 left out"]
+
+
+@in_browser
+def test_a_decision_keeps_those_that_another_window_stored_before(browser, tmp_path):
+    """Also where no event told of them."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k")
+    script = (
+        "const [key] = Object.keys(localStorage);"
+        "const rows = JSON.parse(localStorage[key]);"
+        "rows.push(['photos/7.png', ['dog', 'cat']]);"
+        "localStorage[key] = JSON.stringify(rows);"
+    )
+    browser.execute_script(script)
+    press(browser, "x")
+    assert texts(browser, "#counts") == ["3 of 12 decided, 1 changed, 1 left out"]
+
+
+@in_browser
+def test_a_double_click_decides_one_card(browser, tmp_path):
+    """Although the next card is then under the pointer. Two clicks on Undo undo two decisions."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    browser.find_element("id", "undecided").click()
+    button = browser.find_element("css selector", "article [value=k]")
+    ActionChains(browser).double_click(button).perform()
+    assert texts(browser, "#counts") == ["1 of 12 decided, 0 changed, 0 left out"]
+    press(browser, "k")
+    undo = browser.find_element("css selector", "nav [value=u]")
+    ActionChains(browser).double_click(undo).perform()
+    assert texts(browser, "#counts") == ["0 of 12 decided, 0 changed, 0 left out"]
+
+
+# ---- Keys, layout, labels ------------------------------------------------------------------------
 
 
 @in_browser
 @pytest.mark.parametrize(
-    "text", ["path,new_label\nx.png,cat", "path,label\nx.png,owl", "file,new_label\nx.png,owl"]
+    ("key", "code", "state"),
+    [
+        ("л", "KeyK", "kept"),  # Cyrillic
+        ("κ", "KeyK", "kept"),  # Greek
+        ("ㅏ", "KeyK", "kept"),  # Korean
+        ("Process", "KeyK", "kept"),  # an input method
+        ("é", "Digit2", "→ dog"),  # AZERTY
+        ("a", "KeyQ", "→ dog"),  # AZERTY: its own letter, not that of the place
+        ("q", "KeyA", "undecided"),
+        ("j", "KeyC", "undecided"),  # Dvorak
+        ("K", "KeyK", "kept"),
+    ],
 )
-def test_a_file_that_does_not_fit_is_refused(browser, folder, tmp_path, text):
-    open_page(browser, result_folder(folder, "model-") / PAGE)
-    (tmp_path / "corrections.csv").write_text(text)
-    browser.find_element("id", "file").send_keys(str(tmp_path / "corrections.csv"))
-    WebDriverWait(browser, 10).until(
-        lambda _: "".join(texts(browser, "#notice")).startswith("Nothing was loaded")
-    )
-    assert texts(browser, "#counts") == ["0 of 24 decided, 0 changed, 0 left out"]
+def test_keys_work_on_other_keyboards(browser, tmp_path, key, code, state):
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press_layout(browser, key, code)
+    assert texts(browser, "h2")[0] == f"1. {state}"
+    assert "Enter takes the suggestion, k keeps the label" in texts(browser, "header")[0]
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1200, 720])
+def test_no_card_is_hidden_under_the_bar(browser, tmp_path, width):
+    """Whose height grows with ten long class names."""
+    browser.set_window_size(width, 900)
+    names = [f"a class whose name is long, the one of number {i}" for i in range(10)]
+    open_new_page(browser, tmp_path, names, count=40)
+    bar = browser.find_element("tag name", "nav")
+    assert bar.size["height"] > 140
+    for _ in range(39):
+        press(browser, Keys.ARROW_RIGHT)
+    for _ in range(30):
+        press(browser, Keys.ARROW_LEFT)
+        card = browser.switch_to.active_element
+        top = "return arguments[0].getBoundingClientRect().{}"
+        bar_ends = browser.execute_script(top.format("bottom"), bar)
+        assert browser.execute_script(top.format("top"), card) >= bar_ends
+    browser.set_window_size(1200, 900)
+
+
+@in_browser
+def test_right_to_left_names_stand_in_the_order_of_the_arrow(browser, tmp_path):
+    """In the filter, where no element can isolate them: its text is measured in an element."""
+    given, suggested = "שלום", "עולם"
+    open_new_page(browser, tmp_path, [given, suggested])
+    script = """
+        const option = [...document.querySelectorAll("#filter option")]
+            .find(({ value }) => value === arguments[0]);
+        const line = document.body.appendChild(document.createElement("span"));
+        line.textContent = option.textContent;
+        return arguments[0].split(" → ").map((name) => {
+            const range = document.createRange();
+            const start = line.textContent.indexOf(name);
+            range.setStart(line.firstChild, start);
+            range.setEnd(line.firstChild, start + name.length);
+            return range.getBoundingClientRect().left;
+        });
+    """
+    left, right = browser.execute_script(script, f"{given} → {suggested}")
+    assert left < right
+    isolated = browser.find_elements("css selector", ".facts bdi, .buttons bdi, #digits bdi")
+    assert {element.text for element in isolated} >= {given, suggested}
+
+
+@in_browser
+def test_facts_and_buttons_say_what_they_are(browser, tmp_path):
+    logits = torch.tensor([[0.0, 4.0, 2.0]] * 12)
+    found = detection(["cat", "frog", "owl"], logits=logits)
+    detect.write_page(tmp_path / "page.html", found, num_review=2, cleaned=False)
+    open_page(browser, tmp_path / "page.html")
+    facts = texts(browser, ".facts")
+    expected = "given: cat (1.6 %)\nsuggested: frog (86.7 %)\nscore 1\n0.png"
+    assert facts[0] == expected
+    assert "given: frog (86.7 %)" in facts[1]
+    buttons = texts(browser, "article button")
+    assert buttons[:4] == ["→ frog", "keep cat", "leave out", "other…"]
+    assert buttons[4:6] == ["→ owl", "keep frog"]
+
+
+@in_browser
+def test_everything_has_a_label_for_screen_readers(browser, tmp_path):
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "x", "u", "u", "x")
+    labels = {
+        "progress": "Suspects decided",
+        "#filter": "Show one class or one pair of classes",
+        "#notice": "Notice",
+        "#other": "Another class",
+        "article": "Suspect 1. left out; given cat, suggested dog",
+    }
+    for selector, label in labels.items():
+        assert browser.find_element("css selector", selector).accessible_name == label
+    assert browser.find_element("id", "notice").aria_role == "status"
+    assert browser.find_element("css selector", "canvas").aria_role in ("img", "image")
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+ROWS = "photos/0.png,owl\nphotos/2.png,leave out\nphotos/3.png,äpfel\n"
+PLAIN = "path,new_label\n" + ROWS
+FILES = {
+    "plain": PLAIN,
+    "semicolons": PLAIN.replace(",", ";"),
+    "tabs": PLAIN.replace(",", "\t"),
+    "Windows": PLAIN.replace("\n", "\r\n"),
+    "old Mac": PLAIN.replace("\n", "\r"),
+    "byte order mark": "\ufeff" + PLAIN,
+    "declared comma": "sep=,\n" + PLAIN,
+    "declared semicolon": "sep=;\r\n" + PLAIN.replace(",", ";").replace("\n", "\r\n"),
+    "declared bar": '"sep=|"\n' + PLAIN.replace(",", "|"),
+    "blanks and capitals": PLAIN.replace(",", " , ").replace("path , new", " Path , New"),
+    "blank lines": "\n" + PLAIN.replace("\n", "\n\n,\n"),
+    "quotes": '"' + PLAIN.replace(",", '","').replace("\n", '"\n"')[:-1],
+    "other columns": PLAIN.replace("\n", ',"a, ""b""; c"\n').replace('"a, ""b""; c"', "note", 1),
+    "a name within quotes": PLAIN.replace("owl\n", '"owl"\n'),
+    "decomposed letters": unicodedata.normalize("NFD", PLAIN),
+    "nothing decided": PLAIN + "photos/5.png,\nphotos/6.png, \n",
+}
+
+
+@in_browser
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+def test_the_page_loads_what_train_reads(browser, tmp_path, text):
+    found = open_new_page(browser, tmp_path, ["cat", "owl", "äpfel"])
+    path = tmp_path / "decided.csv"
+    path.write_bytes(text.encode())
+    no_test = found.data.take(torch.arange(0))
+    cleaning = pipeline.read_corrections(path, found.data, no_test, ".")
+    assert cleaning == {"excluded": [2], "new_labels": {0: 1, 3: 2}}
+    said = load(browser, path, "Loaded 3 decisions, 3 of them on this page.")
+    assert ("Ignored 2 rows with an empty new_label" in said) == ("photos/5.png" in text)
+    headings = texts(browser, "h2")
+    assert [headings[0], headings[2], headings[3]] == ["1. → owl", "3. left out", "4. → äpfel"]
+    assert texts(browser, "#counts") == ["3 of 12 decided, 2 changed, 1 left out"]
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (["path,new_label", "x.png,dog"], "line 2: “dog” is no class"),
+        (["path,label", "x.png,owl"], "must name the columns path and new_label"),
+        (["file,new_label", "x.png,owl"], "must name the columns path and new_label"),
+        (["path,new_label,New_Label", "x.png,owl,cat"], "the column new_label is there twice"),
+        (["path,note,new_label", 'x.png,"dark" one,owl'], "line 2: a cell in quotes must end"),
+        (["path,note,new_label", 'x.png,"dark,owl', "y.png,,"], "line 2: a cell in quotes must"),
+        (["path,new_label", "x.png,owl,cat"], "line 2 has 3 cells, but the first line has 2"),
+        (["path,new_label", "x.png,owl", "x.png,cat"], "line 3: x.png has a row before this one"),
+        (["path,label,new_label", "photos/0.png,owl,owl"], "label here is “cat”, not “owl”"),
+        (["path,new_label", ",owl"], "line 2 has no path"),
+        (["sep=;", "path;new_label", "x.png;dog"], "line 3: “dog” is no class"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(browser, tmp_path, lines, problem):
+    open_new_page(browser, tmp_path, ["cat", "owl"])
+    (tmp_path / "decided.csv").write_text("\n".join(lines))
+    assert problem in load(browser, tmp_path / "decided.csv", "Nothing was loaded: ")
+    assert texts(browser, "#counts") == ["0 of 12 decided, 0 changed, 0 left out"]
+
+
+@in_browser
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_refused(browser, tmp_path, encoding):
+    open_new_page(browser, tmp_path, ["cat", "äpfel"])
+    path = tmp_path / "decided.csv"
+    path.write_text("path,new_label\nphotos/0.png,äpfel\n", encoding=encoding)
+    assert "not a text in UTF-8" in load(browser, path, "Nothing was loaded: ")
+
+
+@in_browser
+def test_a_page_in_a_sandbox_offers_the_text_of_the_file(browser, tmp_path):
+    """Where a frame may neither save files nor store decisions, as in notebooks and editors."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    frame = '<iframe sandbox="allow-scripts" src="page.html" width="900" height="700"></iframe>'
+    (tmp_path / "notebook.html").write_text(frame)
+    browser.get((tmp_path / "notebook.html").as_uri())
+    browser.switch_to.frame(0)
+    assert "keeps nothing: save the file before you close" in notice(browser)
+    press_layout(browser, "k", "KeyK")
+    browser.find_element("css selector", "[value=save]").click()
+    text = browser.find_element("id", "text")
+    expected = "path,label,new_label\nphotos/0.png,cat,cat\n"
+    assert text.is_displayed() and text.get_attribute("value") == expected
+    browser.find_element("css selector", "[value=close]").click()
+    assert not text.is_displayed()
+    press_layout(browser, "x", "KeyX")
+    assert texts(browser, "#counts") == ["2 of 12 decided, 0 changed, 1 left out"]
+    browser.switch_to.default_content()
 
 
 @in_browser
@@ -213,20 +512,15 @@ def test_names_do_nothing_and_nothing_is_requested(browser, folder, tmp_path):
     """Also names of classes that no folder can have."""
     browser.get_log("performance")
     cards = open_page(browser, result_folder(folder, "model-") / PAGE)
-    assert texts(browser, ".facts b") == [
+    assert texts(browser, ".facts div div bdi") == [
         name for card in cards for name in (card["label"], card["suggested"])
     ]
     links = browser.find_elements("css selector", "article a")
     files = [(card["name"], (folder / card["key"]).as_uri()) for card in cards]
     assert [(link.text, link.get_attribute("href")) for link in links] == files
     names = ["</script><script>alert(1)</script>", "{{data}}<!--<script>"]
-    data = replace(digits(6), labels=torch.arange(6) % 2, class_names=names)
-    about = {"num_review": 500, "by": "loss", "cleaned": False}
-    detect.write_page(
-        tmp_path / PAGE, data, np.arange(6), np.zeros(6), torch.eye(2)[data.labels], {}, **about
-    )
-    open_page(browser, tmp_path / PAGE)
-    assert texts(browser, ".facts b") == [*names, *names[::-1]] * 3
+    open_new_page(browser, tmp_path, names, count=6)
+    assert texts(browser, ".facts div div bdi") == [*names, *names[::-1]] * 3
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [
         event["params"]["request"]["url"]
@@ -236,19 +530,22 @@ def test_names_do_nothing_and_nothing_is_requested(browser, folder, tmp_path):
     assert urls and all(url.startswith(("file:///", "data:")) for url in urls)
 
 
+# ---- What the page is told -----------------------------------------------------------------------
+
+
 def test_a_card_has_its_image_and_the_best_class_beside_its_label_and_no_name_ends_the_data(
     tmp_path,
 ):
-    """Another ranking, and other paths, have another fingerprint, under which the browser keeps what is decided."""
-    names, order = (
-        ["</script><script>alert(1)</script>", "{{data}}<!--<script>", "owl"],
-        np.array([3, 0, 4, 2, 1]),
-    )
-    data = replace(digits(5), labels=torch.tensor([0, 1, 2, 0, 1]), class_names=names)
+    """Another ranking, and other paths, have another fingerprint, for which decisions are kept."""
+    names = ["</script><script>alert(1)</script>", "{{data}}<!--<script>", "owl"]
+    order = np.array([3, 0, 4, 2, 1])
     logits = torch.tensor([[5.0, 1, 3], [5, 1, 3], [5, 1, 3], [0, 4, 2], [2, 4, 6]])
-    about, pages = {"num_review": 5, "by": "loss", "cleaned": False}, []
-    for shown, scores in ((data, 0), (data, 1), (replace(data, paths=["a"] * 5), 0)):
-        detect.write_page(tmp_path / PAGE, shown, order, np.full(5, scores), logits, {}, **about)
+    found = detection(names, 5, order=order, logits=logits)
+    other_ranking = found._replace(suspicion=found.suspicion + 1)
+    other_paths = found._replace(data=replace(found.data, paths=["a"] * 5))
+    pages = []
+    for shown in (found, other_ranking, other_paths):
+        detect.write_page(tmp_path / PAGE, shown, num_review=5, cleaned=False)
         pages.append((tmp_path / PAGE).read_text(encoding="utf-8"))
     told = [page.partition('id="data">')[2].partition("</script>")[0] for page in pages]
     assert "<" not in told[0] and "alert" not in pages[0].replace(told[0], "")
@@ -259,15 +556,14 @@ def test_a_card_has_its_image_and_the_best_class_beside_its_label_and_no_name_en
         io.BytesIO(base64.b64decode(pages[0].partition("base64,")[2].partition('"')[0]))
     )
     for card, position in zip(cards, order.tolist(), strict=True):
-        row, column = divmod(card["image"], sprite.width // 32)
-        tile = np.asarray(
-            sprite.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
-        ).astype(int)
-        assert np.abs(tile - data.images[position].permute(1, 2, 0).numpy()).mean() < 12
+        row, column = divmod(card["tile"], sprite.width // 32)
+        tile = sprite.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
+        image = found.data.images[position].permute(1, 2, 0).numpy()
+        assert np.abs(np.asarray(tile).astype(int) - image).mean() < 12
 
 
 def test_explanations_are_the_influence_on_the_same_images_in_the_test(folder, tmp_path):
-    """Those of all images, since fewer are there than asked for, and each without its influence on itself."""
+    """Explains all images, fewer than asked for; each without its influence on itself."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     diagonal = ("--factor_strategy", "diagonal", "--factor_examples", "all")
     assert "/explanations_diagonal.csv\n" in succeed(

@@ -21,6 +21,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import analyze
 import detect_mislabeled_dataset as detect
 import pipeline
 
@@ -78,9 +79,7 @@ def test_imagefolder_end_to_end(folders, tmp_path):
     )
     succeed(tmp_path, TRAIN, *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
     assert (tmp_path / "ein Ordner/model.pth").is_file()
-    out = succeed(
-        tmp_path, DETECT, *flags, "--corrupt_percentage", 0, "--factor_strategy", "identity"
-    )
+    out = succeed(tmp_path, DETECT, *flags, "--factor_strategy", "identity")
     assert "no truth to compare with" in out
     _, rows = read_table(result_folder(tmp_path) / "suspects_identity.csv")
     assert len(rows) == 15
@@ -106,30 +105,66 @@ def detected(trained, tmp_path_factory):
     return folder, succeed(folder, DETECT, *SYNTHETIC)
 
 
-def test_detect_prints_table_sentence_and_paths(detected):
+def printed_paths(folder, output):
+    """The files that a script says it wrote, and the files of scores that it names."""
+    lines = output.splitlines()
+    return [
+        [folder / line.removeprefix(word) for line in lines if line.startswith(word)]
+        for word in ("wrote ", "scores in ")
+    ]
+
+
+def test_a_detection_prints_recall_and_the_paths_of_its_files(detected):
     folder, output = detected
     lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("inspected"))
     assert " ".join(lines[start].split()) == "inspected 1 % 5 % 10 % 20 % 30 % 50 % AUROC"
     assert [line.split()[0] for line in lines[start + 1 : start + 7]] == [*detect.RANKINGS]
     assert any(line.startswith("Inspecting 10 % of the training set finds ") for line in lines)
-    written = [folder / line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    names = (
+    written, (scores,) = printed_paths(folder, output)
+    assert [path.name for path in written] == [
         "suspects_ekfac.csv",
         "suspects_ekfac.html",
         "suspects_ekfac.png",
         "detection_curve_ekfac.png",
-    )
-    assert {path.name for path in written} == {*names, "detection_ekfac.json"}
-    (scores,) = [
-        folder / line.removeprefix("scores in ") for line in lines if line.startswith("scores in ")
+        "detection_ekfac.json",
     ]
-    assert scores.name == "self_scores.safetensors" and all(
-        path.is_file() for path in [*written, scores]
+    assert scores.name == "self_scores.safetensors"
+    assert all(path.is_file() for path in [*written, scores])
+
+
+def test_without_influence_the_other_rankings_are_the_same(detected, trained, tmp_path):
+    """No stage of influence is computed, and nothing of it stands in tables and json files."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    output = succeed(tmp_path, DETECT, *SYNTHETIC, "--factor_strategy", "none")
+    written, scores = printed_paths(tmp_path, output)
+    results = result_folder(tmp_path)
+    assert scores == [] and {path.name for path in results.iterdir()} == {
+        "suspects_none.csv",
+        "suspects_none.html",
+        "suspects_none.png",
+        "detection_curve_none.png",
+        "detection_none.json",
+    }
+    assert sorted(written) == sorted(results.iterdir())
+    header, rows = read_table(results / "suspects_none.csv")
+    full_header, full_rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
+    assert header == [name for name in full_header if name != "self_influence"]
+    assert rows == [{name: row[name] for name in header} for row in full_rows]
+    record, full = (
+        json.loads(path.read_text())
+        for path in (
+            results / "detection_none.json",
+            result_folder(detected[0]) / "detection_ekfac.json",
+        )
     )
+    del full["rankings"]["self_influence"]
+    assert record["rankings"] == full["rankings"]
+    assert record["seconds"]["scores"] == record["seconds"]["covariance"] == 0
+    assert not any(line.startswith("self_influence") for line in output.splitlines())
 
 
-def test_detect_suspects_csv(detected):
+def test_the_table_of_suspects_has_the_saved_scores_and_the_labels_trained_on(detected):
     header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     assert header == documented("suspects_<strategy>.csv")
     assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
@@ -153,11 +188,15 @@ def test_detect_suspects_csv(detected):
         assert (row["predicted_label"] == row["label"]) == (float(row["margin"]) < 0)
 
 
-def test_detect_json_agrees_with_its_csv(detected):
+def test_the_json_file_has_the_recall_of_the_rankings_in_the_table(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
     check_record(
-        record, corrupt_percentage=0.1, factor_strategy="ekfac", damping_factor=None, **defaults
+        record,
+        corrupt_percentage=0.1,
+        factor_strategy="ekfac",
+        damping_factor="heuristic",
+        **defaults,
     )
     fields = documented("detection_<strategy>.json")
     assert (
@@ -217,25 +256,74 @@ def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
     assert f"scores in {path.relative_to(folder)}\n" in out
 
     header, rows = read_table(results / "top_influences_ekfac.csv")
-    assert header == documented("top_influences_<strategy>.csv")
+    assert header == [*analyze.COLUMNS] == documented("top_influences_<strategy>.csv")
     assert set(documented("detection_<strategy>.json")) - set(record) == {
         "num_corrupted",
         "rankings",
     }
-    test, data = digits(7, "test"), pipeline.training_examples(digits(NUM_TRAIN), 0.1)
-    assert len(rows) == 7 * 20
-    for query in range(7):
+    check_top_influences(rows, scores, digits(7, "test"))
+
+
+def check_top_influences(rows, scores, queries):
+    """A table's rows are the ten highest positive and ten lowest negative scores of each query.
+
+    They begin with those of the mean over all queries, which has no path and no label.
+    """
+    assert rows[0]["query"] == "mean"
+    assert list(dict.fromkeys(row["query"] for row in rows))[1:] == [
+        str(index) for index in queries.indices.tolist()
+    ]
+    assert {row["query_path"] for row in rows} == {""}
+    expected_scores = {"mean": scores.mean(0)}
+    labels = {}
+    for index, label, row in zip(queries.indices.tolist(), queries.labels, scores, strict=True):
+        expected_scores[str(index)] = row
+        labels[str(index)] = str(label.item())
+    data = pipeline.training_examples(digits(NUM_TRAIN), 0.1)
+    for query, expected in expected_scores.items():
         for direction, sign in (("helpful", -1), ("harmful", 1)):
-            listed = [
-                row for row in rows if int(row["query"]) == query and row["direction"] == direction
-            ]
-            assert [int(row["rank"]) for row in listed] == list(range(1, 11))
-            expected = (sign * scores[query]).sort().values[:10] * sign
-            assert [float(row["score"]) for row in listed] == pytest.approx(
-                expected.tolist(), rel=1e-6
-            )
-            for row in listed:
+            listed = [row for row in rows if (row["query"], row["direction"]) == (query, direction)]
+            assert [int(row["rank"]) for row in listed] == list(range(1, len(listed) + 1))
+            strongest = (sign * expected[sign * expected < 0]).sort().values[:10] * sign
+            found = [float(row["score"]) for row in listed]
+            assert found == pytest.approx(strongest.tolist(), rel=1e-5)
+            for row, score in zip(listed, found, strict=True):
                 index = int(row["train"])
-                assert row["query_label"] == str(test.labels[query].item())
+                assert row["query_label"] == labels.get(query, "")
                 assert row["train_label"] == str(data.labels[index].item())
-                assert float(row["score"]) == pytest.approx(scores[query, index].item(), rel=1e-6)
+                assert score == pytest.approx(expected[index].item(), rel=1e-5)
+
+
+def test_with_query_indices_the_mean_is_that_of_the_group(detected):
+    folder, _ = detected
+    flags = ("--factor_strategy", "identity", "--query_indices", "9,3-4")
+    out = succeed(folder, ANALYZE, *SYNTHETIC, *flags)
+    path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
+    scores = load_file(folder / path)["all_modules"]
+    _, rows = read_table(result_folder(folder) / "top_influences_identity.csv")
+    check_top_influences(rows, scores, digits(10, "test").take(torch.tensor([9, 3, 4])))
+
+
+def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
+    """Scores of two queries on three images; the mean over the queries is (2, -1, 1)."""
+    scores = torch.tensor([[1.0, -2.0, 3.0], [3.0, 0.0, -1.0]])
+    rows = list(analyze.top_rows([analyze.MEAN_QUERY], scores.mean(0, keepdim=True), "abc"))
+    expected = [("helpful", 1, "a", 2.0), ("helpful", 2, "c", 1.0), ("harmful", 1, "b", -1.0)]
+    assert rows == [["mean", "", "", *row] for row in expected]
+
+
+def test_the_figure_of_influences_begins_with_the_mean(monkeypatch, tmp_path):
+    """Its first row has no image, the mean's two highest scores, and its two lowest."""
+    drawn = []
+    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda *values: drawn.append(values))
+    monkeypatch.setattr(analyze, "NUM_PICTURED", 2)
+    queries, data = digits(2, "test"), digits(4)
+    scores = torch.tensor([[4.0, 0.0, 1.0, -8.0], [2.0, 4.0, -3.0, -2.0]])  # mean 3, 2, -1, -5
+    analyze.plot_top_influences(tmp_path / "figure.png", scores, queries, data, "ekfac")
+    ((_, images, texts, colours, columns, _),) = drawn
+    assert columns == 5 and len(images) == len(texts) == len(colours) == 15
+    assert images[0].eq(255).all() and images[5].equal(queries.images[0])
+    assert torch.stack(images[1:5]).equal(data.images[[0, 1, 3, 2]])
+    assert texts[0] == "mean of\n2 test images"
+    assert [text.split("\n")[1] for text in texts[1:5]] == ["+3", "+2", "-5", "-1"]
+    assert colours[1:5] == [analyze.HELPFUL_COLOUR] * 2 + [analyze.HARMFUL_COLOUR] * 2

@@ -57,7 +57,7 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
             line.split()[1] for line in out.splitlines() if line.endswith("suspects_diagonal.csv")
         )
         tables.append(sorted(read_table(folder / path)[1], key=lambda row: int(row["index"])))
-    for name in set(detect.RANKINGS) - {detect.DEFAULT}:
+    for name in set(detect.RANKINGS) - {detect.DEFAULT_METHOD}:
         mean, *single = ([float(row[name]) for row in table] for table in tables)
         assert mean == pytest.approx(np.mean(single, 0).tolist(), rel=1e-5, abs=1e-6)
         assert single[0] != single[1]
@@ -81,7 +81,7 @@ def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
 
 def test_models_cleaned_in_different_ways_are_not_averaged(tmp_path):
     for index in (3, 4):
-        (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},\n")
+        (tmp_path / "decided.csv").write_text(f"index,new_label\n{index},leave out\n")
         succeed(tmp_path, *TRAINING, "--corrections", "decided.csv", "--checkpoint_dir", index)
     sentence = refused(tmp_path, *ANALYSIS, "--cleaned", "--checkpoint_dir", "3", "4")
     assert "differ in their training images or labels" in sentence

@@ -79,7 +79,7 @@ def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
 
 
 def train_epochs(model, data, **changed):
-    """Trains for one epoch in batches of twenty, or as `changed` says. Returns the margins by epoch."""
+    """Trains for one epoch in batches of twenty, or as `changed` says. Returns margins by epoch."""
     recipe = {
         "train_batch_size": 20,
         "learning_rate": 0.1,
@@ -119,7 +119,7 @@ def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_s
 
 
 class GrowingLogits(nn.Module):
-    """Gives every image the logits (step, 0, 0), with step 1 at the first batch, 2 at the second, and so on."""
+    """Gives every image the logits (step, 0, 0); the first batch has step 1, the second step 2."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class GrowingLogits(nn.Module):
 
 
 def test_margins_are_kept_by_epoch():
-    """Two epochs of two batches: an example sees step 1 or 2, then step 3 or 4; the margins follow by hand."""
+    """Two epochs of two batches: an example sees step 1 or 2, then 3 or 4; margins by hand."""
     data = digits(4)
     data = replace(data, labels=torch.tensor([0, 1, 0, 2]))
     generator = torch.Generator().manual_seed(5)
@@ -213,7 +213,8 @@ def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
     pipeline.print_machine(torch.device("cpu"), torch.float32)
     first, second = capsys.readouterr().out.splitlines()
-    words = "torch cannot use the NVIDIA GPU (The NVIDIA driver is too old (found version 11040)): install torch for"
+    reason = "The NVIDIA driver is too old (found version 11040)"
+    words = f"torch cannot use the NVIDIA GPU ({reason}): install torch for"
     assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
     with pytest.raises(pipeline.UserError, match=re.escape(words)):
         pipeline.choose_device("cuda", several_processes=False)

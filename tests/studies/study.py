@@ -181,7 +181,7 @@ class Trainer:
                 dtype=self.dtype,
                 seed=seed,
                 seconds={},
-                factor_examples=factor_examples,
+                factor_examples=factor_examples or "all",
             )
 
 

@@ -1,0 +1,468 @@
+"""Networks: what an entry of MODELS must be, and that scores follow its code and settings.
+
+Two networks go through all scripts: a narrow ResNet-18 and one with depthwise convolutions.
+"""
+
+import importlib
+import json
+import sys
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+from conftest import (
+    ANALYZE,
+    DETECT,
+    TRAIN,
+    digits,
+    influence_run,
+    minus_margin,
+    read_table,
+    refused,
+    relative_error,
+    result_folder,
+    results,
+    succeed,
+)
+from dense import per_sample_gradients
+from safetensors.torch import load_file
+from torch import nn
+
+import pipeline
+
+# ---- The entries of MODELS -----------------------------------------------------------------------
+
+
+def two_parts(features, head):
+    """A network of the two parts that MODELS asks for."""
+    return nn.Sequential(OrderedDict(features=features, head=head))
+
+
+@pytest.mark.parametrize("name", pipeline.MODELS)
+def test_logits_are_the_head_of_the_features(name):
+    model = pipeline.construct_model(name, 7).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = model.features(images)
+    assert features.dim() == 2 and model(images).shape == (2, 7)
+    assert torch.equal(model(images), model.head(features))
+    assert torch.equal(model(images), model.logits(features))
+
+
+@pytest.mark.parametrize("name", pipeline.MODELS)
+def test_logits_of_every_network_are_float32_under_autocast(name):
+    """Its other layers compute in bfloat16, and the logits are not rounded to it."""
+    model = pipeline.construct_model(name, 10).eval()
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+        assert next(iter(model.features.children()))(images).dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_the_head_of_resnet9_is_a_linear_layer_times_a_fifth():
+    model = pipeline.construct_model("resnet9", 10)
+    features = torch.randn(4, 128)
+    assert torch.equal(model.logits(features), 0.2 * (features @ model.head[0].weight.T))
+
+
+def test_resnet18_has_a_stem_for_small_images():
+    """A 3x3 stem of stride 1 and no max-pool: the first stage sees 32x32 positions.
+
+    11,173,962 parameters: torchvision's 11,689,512 for 1,000 classes, less the smaller stem and
+    the smaller last layer.
+    """
+    model = pipeline.construct_model("resnet18", 10).eval()
+    sizes = []
+    hook = model.features.layer1.register_forward_hook(
+        lambda _, inputs, output: sizes.extend([inputs[0].shape[1:], output.shape[1:]])
+    )
+    model(torch.zeros(1, 3, 32, 32))
+    hook.remove()
+    assert sizes == [(64, 32, 32), (64, 32, 32)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stem, last = 3 * 64 * (49 - 9), 513 * 990
+    assert parameters == 11_689_512 - stem - last == 11_173_962
+    assert model.features(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+
+
+def test_only_resnet18_needs_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    pipeline.construct_model("resnet9", 10)
+    with pytest.raises(pipeline.UserError, match=r"torchvision cannot be imported .*resnet9"):
+        pipeline.construct_model("resnet18", 10)
+
+
+def flat_linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+
+
+class MethodAsFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 10)
+
+    def features(self, images):
+        return images.flatten(1)[:, :4]
+
+
+class ScaledOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = flat_linear(), nn.Linear(4, 10)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+NO_NETWORKS = {  # what a function returns, and what the sentence must say
+    "no parts": (flat_linear, "but features is none"),
+    "no head": (lambda: nn.Sequential(OrderedDict(features=flat_linear())), "but head is none"),
+    "a method as features": (MethodAsFeatures, "but features is none"),
+    "a parameter outside": (ScaledOutside, "scale is in neither"),
+    "features that are images": (
+        lambda: two_parts(nn.Conv2d(3, 4, 1), nn.Flatten()),
+        r"features of shape \[B, D\], not \[2, 4, 32, 32\]",
+    ),
+    "another number of classes": (
+        lambda: two_parts(flat_linear(), nn.Linear(4, 9)),
+        r"logits of shape \[B, 10\], not \[2, 9\]",
+    ),
+    "parts that do not fit": (
+        lambda: two_parts(flat_linear(), nn.Linear(5, 10)),
+        "one after the other",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_NETWORKS)
+def test_a_function_that_returns_no_network_is_refused(monkeypatch, what):
+    function, words = NO_NETWORKS[what]
+    monkeypatch.setitem(pipeline.MODELS, "mine", lambda num_classes: function())
+    with pytest.raises(pipeline.UserError, match=f"--model mine: .*{words}"):
+        pipeline.construct_model("mine", 10)
+
+
+def test_construction_leaves_training_mode_and_random_numbers_alone(monkeypatch):
+    """So that the published network gets the weights of its seed."""
+    for model in ("resnet9", "resnet18"):
+        torch.manual_seed(0)
+        expected = pipeline.MODELS[model](10)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        found = pipeline.construct_model(model, 10)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(module.training for module in found.modules())
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor)
+
+
+# ---- The code of a network decides its scores ----------------------------------------------------
+
+OWN_NETWORK = '''
+from collections import OrderedDict
+from functools import cached_property
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SLOPE = 0.1
+KINDS = {"first": F.relu, "second": torch.tanh}
+
+def activation(x):
+    """Of the first layer."""
+    return F.leaky_relu(x, SLOPE)
+
+def unused(x):
+    return x
+
+class Base(nn.Module):
+    power = 2
+
+    @property
+    def offset(self):
+        return 3
+
+    @staticmethod
+    def square(x):
+        return x**2
+
+class Block(Base):
+    """A block."""
+
+    def forward(self, x, shift=1):
+        # the order matters
+        parts = [f(x) for f in (torch.sin, torch.cos)]
+        if "sin" in {"sin", "cos"}:
+            x = parts[0] + activation(x) + self.offset
+        return self.square(x) * shift
+
+def build(num_classes, width=4):
+    features = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), Block(), nn.Flatten())
+    return nn.Sequential(OrderedDict(features=features, head=nn.Linear(900, num_classes)))
+'''
+
+
+def own_digest(monkeypatch, source, wrap=lambda build: build):
+    """The digest of the network of a source, which stands in a module of its own."""
+    module = type(sys)("own_network")
+    exec(compile(source, "own_network.py", "exec"), vars(module))
+    monkeypatch.setitem(pipeline.MODELS, "own", wrap(module.build))
+    return pipeline.code_digest(pipeline.construct_model("own", 10))
+
+
+SAME_SCORES = {  # what is replaced in OWN_NETWORK, by what
+    "nothing": ("", ""),
+    "a comment": ("# the order matters", "# the order does not matter"),
+    "a line more": ("# the order matters", "# the order\n\n        # matters"),
+    "a docstring": ("Of the first layer.", "Of each layer."),
+    "the docstring of a class": ("A block.", "A block of my own."),
+    "a function that it does not use": ("return x\n", "return 2 * x\n"),
+    "a layout": (
+        "nn.Conv2d(3, width, 3, stride=2)",
+        "nn.Conv2d(\n        3, width, 3, stride=2\n    )",
+    ),
+}
+OTHER_SCORES = {
+    "forward": ("parts[0] + activation(x)", "parts[0] - activation(x)"),
+    "another part of a list": ("parts[0]", "parts[1]"),
+    "a function in a comprehension": ("(torch.sin, torch.cos)", "(torch.tan, torch.cos)"),
+    "a default value": ("shift=1", "shift=2"),
+    "a function that forward calls": ("F.leaky_relu(x", "F.leaky_relu(-x"),
+    "a constant that this function uses": ("SLOPE = 0.1", "SLOPE = 0.2"),
+    "a method of the base class": ("x**2", "x**3"),
+    "a property": ("return 3", "return 4"),
+    "a constant of the class": ("power = 2", "power = 3"),
+    "a setting of torch's layer": ("3, stride=2)", "3, stride=2, padding_mode='reflect')"),
+    "the function in MODELS": ("Block(), nn.Flatten()", "Block(), nn.ReLU(), nn.Flatten()"),
+}
+
+
+@pytest.mark.parametrize("change", SAME_SCORES)
+def test_what_does_not_change_the_scores_leaves_the_hash_of_the_code(monkeypatch, change):
+    old, new = SAME_SCORES[change]
+    assert old in OWN_NETWORK
+    changed = OWN_NETWORK.replace(old, new, 1) if old else OWN_NETWORK
+    assert own_digest(monkeypatch, changed) == own_digest(monkeypatch, OWN_NETWORK)
+
+
+@pytest.mark.parametrize("change", OTHER_SCORES)
+def test_what_changes_the_scores_changes_the_hash_of_the_code(monkeypatch, change):
+    old, new = OTHER_SCORES[change]
+    assert OWN_NETWORK.count(old) == 1
+    changed = OWN_NETWORK.replace(old, new)
+    assert own_digest(monkeypatch, changed) != own_digest(monkeypatch, OWN_NETWORK)
+
+
+class Times(nn.Module):
+    """Multiplies by a number that neither its weights nor its text tell."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return self.number * x
+
+
+def scaled(build, factor, num_classes):
+    """A network whose features are multiplied by a factor."""
+    network = build(num_classes)
+    return two_parts(nn.Sequential(network.features, Times(factor)), network.head)
+
+
+FACTORS_OUTSIDE = {  # networks that differ in a value, and in no line of code
+    "an argument of a partial function": lambda build, factor: partial(scaled, build, factor),
+    "a closure": lambda build, factor: lambda num_classes: scaled(build, factor, num_classes),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS_OUTSIDE)
+def test_values_that_are_bound_to_the_function_in_models_change_the_hash(monkeypatch, kind):
+    digests = [
+        own_digest(monkeypatch, OWN_NETWORK, lambda build, f=f: FACTORS_OUTSIDE[kind](build, f))
+        for f in (2, 2, 3)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SelfInfluence.update", "patches", "ClassificationTask.compute_measurement", "margin"],
+)
+def test_the_trackers_and_the_task_are_part_of_the_hash(monkeypatch, name):
+    """So is the standardisation of the images; the functions for tables and figures are not."""
+    model = pipeline.construct_model("resnet9", 10)
+    before = pipeline.code_digest(model)
+    monkeypatch.setattr(pipeline, "shorten", lambda name: name[:5])
+    assert pipeline.code_digest(model) == before
+    place = pipeline
+    *owners, function = name.split(".")
+    for owner in owners:
+        place = getattr(place, owner)
+
+    def changed(*values):
+        return 0
+
+    changed.__module__ = "pipeline"
+    monkeypatch.setattr(place, function, changed)
+    assert pipeline.code_digest(model) != before
+
+
+def test_the_standardisation_is_part_of_the_hash(monkeypatch):
+    model = pipeline.construct_model("resnet9", 10)
+    before = pipeline.code_digest(model)
+    monkeypatch.setattr(pipeline.ImageData, "normalize", lambda self, images: images / 255)
+    assert pipeline.code_digest(model) != before
+
+
+def test_a_file_that_is_edited_while_it_runs_does_not_change_the_hash(monkeypatch, tmp_path):
+    """The old code still runs. After a new import it is the new code."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "my_own_network.py"
+    path.write_text(OWN_NETWORK)
+    module = importlib.import_module("my_own_network")
+    monkeypatch.setitem(sys.modules, "my_own_network", module)
+    monkeypatch.setitem(pipeline.MODELS, "own", module.build)
+    model = pipeline.construct_model("own", 10)
+    before = pipeline.code_digest(model)
+    path.write_text(OWN_NETWORK.replace("parts[0]", "parts[1]  # changed"))
+    assert pipeline.code_digest(model) == before
+    importlib.invalidate_caches()
+    importlib.reload(module)
+    monkeypatch.setitem(pipeline.MODELS, "own", module.build)
+    assert pipeline.code_digest(pipeline.construct_model("own", 10)) != before
+
+
+class Positive(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images).relu()
+
+
+class Negative(nn.Sequential):
+    def forward(self, images):
+        return -super().forward(images).relu()
+
+
+def test_a_changed_forward_with_the_same_weights_does_not_find_the_old_scores(capsys, tmp_path):
+    """It finds the folder of the same weights, but neither its factors nor its scores."""
+    data = digits(6)
+    scores = []
+    for kind in (Positive, Negative, Positive):
+        kind.__name__ = kind.__qualname__ = "Mine"
+        torch.manual_seed(0)
+        layers = kind(nn.Conv2d(3, 4, 5, stride=4), nn.Flatten(), nn.Linear(196, 10))
+        run = influence_run(tmp_path, data, "identity", model=layers)
+        scores.append(run.self_influence(0.1)[0])
+    assert torch.equal(scores[0], scores[2]) and not torch.equal(scores[0], scores[1])
+    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*/scores_self_*"))) == 2
+    assert capsys.readouterr().out.count("Reusing") == 2  # factors and scores of the third run
+
+
+# ---- The checkpoint knows its network ------------------------------------------------------------
+
+DATA = ("--dataset", "synthetic", "--num_train_examples", "64", "--device", "cpu")
+DATA += ("--corrupt_percentage", "0.1", "--precision", "fp32")
+TRAINING = ("--train_batch_size", "16", "--num_train_epochs", "1", "--learning_rate", "0.05")
+
+
+def depthwise(num_classes):
+    """A small network with a depthwise convolution."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, kernel_size=3, padding=1, groups=8, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 12, kernel_size=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return two_parts(features, nn.Linear(12, num_classes))
+
+
+def narrow_resnet18(num_classes):
+    """torchvision's ResNet-18 with a block a stage, and an eighth of the channels."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class NarrowResNet(ResNet):
+        def _make_layer(self, block, planes, *settings, **more):
+            return super()._make_layer(block, planes // 8, *settings, **more)
+
+    network = NarrowResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+    network.fc = nn.Linear(512 // 8, num_classes)
+    return network
+
+
+@pytest.fixture(scope="module", params=["resnet18", "depthwise"])
+def explained(request, tmp_path_factory):
+    """The name of a network, and a folder in which it was trained on 64 digits."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pipeline.MODELS, "depthwise", depthwise)
+        patch.setattr("torchvision.models.resnet18", narrow_resnet18)
+        succeed(folder, TRAIN, "--model", request.param, *DATA, *TRAINING)
+        yield request.param, folder
+
+
+def test_another_network_than_that_of_the_checkpoint_is_refused(explained):
+    name, folder = explained
+    before = results(folder)
+    sentence = refused(folder, ANALYZE, *DATA)
+    assert f"model_corrupt_0.1.pth was trained with --model {name}, not resnet9: give" in sentence
+    assert results(folder) == before
+
+
+def test_a_network_that_is_gone_from_models_is_refused(explained, monkeypatch):
+    name, folder = explained
+    monkeypatch.delitem(pipeline.MODELS, name)
+    sentence = refused(folder, ANALYZE, *DATA)
+    assert f"holds a network '{name}', which MODELS does not have: add it" in sentence
+
+
+def test_the_command_that_train_prints_names_the_network(explained):
+    name, folder = explained
+    flags = (*DATA, *TRAINING, "--checkpoint_dir", "again")
+    out = succeed(folder, TRAIN, "--model", name, *flags)
+    commands = [line for line in out.splitlines() if line.startswith("  python ")]
+    assert len(commands) == 2 and all(f"--model {name}" in line for line in commands)
+
+
+# ---- Other networks, end to end ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_a_network_goes_through_all_scripts(explained, strategy):
+    name, folder = explained
+    flags = ("--model", name, *DATA, "--factor_strategy", strategy)
+    out = succeed(folder, DETECT, *flags, "--explain", 2, "--num_review", 9)
+    place = result_folder(folder)
+    _, rows = read_table(place / f"suspects_{strategy}.csv")
+    assert len(rows) == 64 and len({row["self_influence"] for row in rows}) > 32
+    assert (place / f"suspects_{strategy}.html").stat().st_size > 10_000
+    _, rows = read_table(place / f"explanations_{strategy}.csv")
+    assert len({row["suspect"] for row in rows}) == 2
+    record = json.loads((place / f"detection_{strategy}.json").read_text())
+    assert record["num_train"] == 64 and record["flags"]["model"] == name
+    out = succeed(folder, ANALYZE, *flags, "--num_query_examples", 3)
+    assert out.count("Reusing") == out.count("/factors_") == 1
+    path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
+    scores = load_file(folder / path)["all_modules"]
+    assert scores.shape == (3, 64) and scores.isfinite().all()
+    if strategy == "identity":
+        assert_products_of_gradients(folder, scores)
+
+
+def assert_products_of_gradients(folder, scores):
+    """The scores are the products of per-sample gradients by torch.func, of the trained network."""
+    model, _ = pipeline.load_checkpoint(folder / "checkpoints/model_corrupt_0.1.pth")
+    data, queries = pipeline.training_examples(digits(64), 0.1), digits(3, "test")
+    of_train = per_sample_gradients(
+        model, data, lambda logits, label: nn.functional.cross_entropy(logits, label)
+    )
+    of_queries = per_sample_gradients(model, queries, minus_margin)
+    expected = sum(of_queries[layer] @ of_train[layer].T for layer in of_train)
+    # A few activations so close to zero that rounding decides about their ReLU are off by more.
+    assert relative_error(scores, expected.detach()) < 1e-3
