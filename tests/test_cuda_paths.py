@@ -16,6 +16,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,7 @@ def test_the_queries_of_explanations_are_moved_to_the_gpu(fake_cuda, monkeypatch
         analyzer=SimpleNamespace(state=SimpleNamespace(use_distributed=False)),
     )
     with pytest.raises(Asked):
-        detect.explain([run], data, SimpleNamespace(tolist=lambda: [4, 1]), 0.1)
+        detect.explain([run], data, np.array([4, 1]), 0.1)
 
 
 # ---- Influence -----------------------------------------------------------------------------------

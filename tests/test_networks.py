@@ -287,7 +287,13 @@ def test_values_that_are_bound_to_the_function_in_models_change_the_hash(monkeyp
 
 @pytest.mark.parametrize(
     "name",
-    ["SelfInfluence.update", "patches", "ClassificationTask.compute_measurement", "margin"],
+    [
+        "SelfInfluence.update",
+        "BatchHooks.factors",
+        "patches",
+        "ClassificationTask.compute_measurement",
+        "margin",
+    ],
 )
 def test_the_trackers_and_the_task_are_part_of_the_hash(monkeypatch, name):
     """So is the standardisation of the images; the functions for tables and figures are not."""
@@ -313,6 +319,24 @@ def test_the_standardisation_is_part_of_the_hash(monkeypatch):
     before = pipeline.code_digest(model)
     monkeypatch.setattr(pipeline.ImageData, "normalize", lambda self, images: images / 255)
     assert pipeline.code_digest(model) != before
+
+
+def test_base_classes_of_other_files_are_part_of_the_hash():
+    def digest(power):
+        base = type("Base", (nn.Module,), {"power": power, "__module__": "another_file"})
+        kind = type("Layer", (base,), {"forward": lambda self, x: x**self.power})
+        return pipeline.code_digest(kind())
+
+    assert digest(2) == digest(2) != digest(3)
+
+
+def test_settings_of_layers_are_part_of_the_hash_of_any_network():
+    """Also of one that no function in MODELS constructed; the weights have one shape."""
+
+    def digest(**settings):
+        return pipeline.code_digest(nn.Sequential(nn.Conv2d(3, 4, 3, **settings)))
+
+    assert digest(stride=2) == digest(stride=2) != digest(stride=1)
 
 
 def test_a_file_that_is_edited_while_it_runs_does_not_change_the_hash(monkeypatch, tmp_path):
