@@ -16,6 +16,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,13 @@ def fake_network(name):
         return pipeline.ImageClassifier(pipeline.MODELS[name](CLASSES))
 
 
+def record_dtypes(model):
+    """Returns a set that gets the dtypes in which the network computes features."""
+    dtypes = set()
+    model.features.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
+    return dtypes
+
+
 def fake_data(count=BATCH):
     """ImageData on the GPU, with its indices on the CPU."""
     labels = torch.zeros(count, dtype=torch.int64, device=CUDA)
@@ -127,6 +135,7 @@ def test_mistakes_of_device_and_dtype_are_found_without_a_gpu(fake_cuda, dtype, 
 @pytest.mark.parametrize("name", pipeline.MODELS)
 def test_a_training_step(fake_cuda, monkeypatch, name, dtype):
     model, data = fake_network(name), fake_data()
+    computed_in = record_dtypes(model)
 
     def backward(loss):
         assert_is(loss, torch.float32)
@@ -145,6 +154,7 @@ def test_a_training_step(fake_cuda, monkeypatch, name, dtype):
     loss, margin = train.train_step(model, optimizer, normalized, data.labels[order], dtype)
     assert_is(loss, torch.float32)
     assert_is(margin, torch.float16, 4)
+    assert computed_in == {dtype}
     margins = torch.full((1, BATCH), torch.nan, dtype=torch.float16, device=CUDA)
     margins[0, order] = margin
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
@@ -153,7 +163,10 @@ def test_a_training_step(fake_cuda, monkeypatch, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pipeline.MODELS)
 def test_evaluation(fake_cuda, name, dtype):
-    logits = train.compute_logits(fake_network(name), fake_data(), 4, dtype)
+    model = fake_network(name)
+    computed_in = record_dtypes(model)
+    logits = train.compute_logits(model, fake_data(), 4, dtype)
+    assert computed_in == {dtype}
     assert_is(logits, torch.float32, BATCH, CLASSES)
     assert_is(pipeline.margin(logits, fake_data().labels), torch.float32, BATCH)
 
@@ -188,8 +201,10 @@ def test_the_signals_of_several_models_come_back_to_the_cpu(fake_cuda, monkeypat
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_are_float32_and_stay_on_the_gpu(fake_cuda, dtype):
     model = fake_network("resnet9")
+    computed_in = record_dtypes(model)
     run = SimpleNamespace(model=model, data=fake_data(), batch_size=4, dtype=dtype)
     features, logits = detect.compute_features(run)
+    assert computed_in == {dtype}
     assert_is(features, torch.float32, BATCH, 128)
     assert_is(logits, torch.float32, BATCH, CLASSES)
 
@@ -216,7 +231,7 @@ def test_the_queries_of_explanations_are_moved_to_the_gpu(fake_cuda, monkeypatch
         analyzer=SimpleNamespace(state=SimpleNamespace(use_distributed=False)),
     )
     with pytest.raises(Asked):
-        detect.explain([run], data, SimpleNamespace(tolist=lambda: [4, 1]), 0.1)
+        detect.explain([run], data, np.array([4, 1]), 0.1)
 
 
 # ---- Influence -----------------------------------------------------------------------------------
