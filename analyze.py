@@ -180,7 +180,14 @@ def plot_top_influences(path, scores, queries, data, strategy):
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
     )
-    pipeline.draw_contact_sheet(path, images, texts, colours, 1 + tops.shape[1], title)
+    pipeline.draw_contact_sheet(
+        path,
+        images=images,
+        texts=texts,
+        colours=colours,
+        columns=1 + tops.shape[1],
+        title=title,
+    )
 
 
 def main():
@@ -191,6 +198,7 @@ def main():
         test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
         runs, _, data = pipeline.load_runs(args, seconds)
+        pipeline.check_splits(data, test)
         on_device = queries.to(runs[0].data.images.device)
 
     found = [

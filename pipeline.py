@@ -756,10 +756,10 @@ def refuse_inside_data(flag, folder, dataset_dir):
     inside = [Path(folder).resolve(), *Path(folder).resolve().parents]
     for split in ("train", "test"):
         top = Path(dataset_dir) / split
-        if not top.is_dir():
-            continue
-        classes = next(os.walk(top, onerror=refuse_unlisted))[1]
-        if any((top / name).resolve() in inside for name in ("", *classes)):
+        listed = set()
+        if top.is_dir():
+            list_files(top, listed)
+        if listed.intersection(inside):
             raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
 
 
@@ -794,7 +794,8 @@ def list_samples(folder, verbose):
         files, skipped_here = list_files(folder / name, walked)
         if not files:
             raise UserError(
-                f"--dataset imagefolder: {folder / name} holds no image: fill or remove it"
+                f"--dataset imagefolder: {folder / name} holds no image of its own: "
+                "fill or remove it"
             )
         if same_form(name) in class_names:
             raise UserError(
@@ -1052,10 +1053,11 @@ def draw_digit(seed):
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8)
 
 
+# A loader is a function (dataset_dir, split, cache_dir) -> ImageSource; split: `train` or `test`.
 LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic": load_digits}
 
 
-# ---- Label corruption, and what was decided against it -------------------------------------------
+# ---- Label corruption and cleaning ---------------------------------------------------------------
 
 
 def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
@@ -1514,7 +1516,7 @@ def resnet9(num_classes):
 
 
 def resnet18(num_classes):
-    """torchvision's ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no max-pool; 512 features."""
+    """ResNet-18 of torchvision with a 3x3 stem of stride 1, without max-pool; 512 features."""
     try:
         from torchvision import models
     except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
@@ -1960,12 +1962,12 @@ def padding_sides(layer):
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
-        rows, columns = (
+        height, width = (
             dilation * (size - 1)
             for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
         )
-        left, top = columns // 2, rows // 2
-        return left, columns - left, top, rows - top
+        left, top = width // 2, height // 2
+        return left, width - left, top, height - top
     rows, columns = layer.padding
     return columns, columns, rows, rows
 
@@ -2628,10 +2630,11 @@ def remove_if_damaged(folder):
             if path.suffix == ".json":
                 json.loads(path.read_text())
             else:
-                with safe_open(path, "pt"):  # raises if the file is shorter or longer than it says
+                # Raises if the file is shorter or longer than its header says.
+                with safe_open(path, "pt"):
                     pass
         except (SafetensorError, ValueError):
-            print(f"{path} is damaged: it is computed anew")
+            print(f"{path} is damaged: it is computed again")
             shutil.rmtree(folder)
             return
 
@@ -2648,14 +2651,25 @@ def load_runs(args, seconds):
     clean = load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
-    models, metadata, data = load_models(args, device, clean)
+    noisy = args.noisy_labels is not None
+    paths = [
+        checkpoint_path(folder, args.corrupt_percentage, noisy, args.cleaned)
+        for folder in args.checkpoint_dir
+    ]
+    models, metadata, data = load_models(
+        paths,
+        device,
+        clean,
+        model_name=args.model,
+        fraction=args.corrupt_percentage,
+        labels_file=args.noisy_labels,
+    )
     on_device = data.to(device)
-    model_name = next(iter(models)).stem
     runs = [
         InfluenceRun(
             model,
             on_device,
-            Path(args.output_dir) / model_name,
+            Path(args.output_dir) / paths[0].stem,
             strategy=args.factor_strategy,
             dtype=dtype,
             seed=args.seed,
@@ -2663,52 +2677,48 @@ def load_runs(args, seconds):
             batch_size=args.train_batch_size,
             factor_examples=args.factor_examples,
         )
-        for model in models.values()
+        for model in models
     ]
-    if len({run.folder for run in runs}) < len(args.checkpoint_dir):
+    require_different_models(runs)
+    if runs[0].fixed and is_main_process():
+        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
+    return runs, metadata, data
+
+
+def require_different_models(runs):
+    """Raises UserError where two InfluenceRuns have the same weights, and so the same folder."""
+    if len({run.folder for run in runs}) < len(runs):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
-    if runs[0].fixed and is_main_process():
-        print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
-    return runs, [*metadata.values()], data
 
 
-def load_models(args, device, clean):
-    """Returns models and metadata, dictionaries by path of the checkpoint, and the training images.
+def load_models(paths, device, clean, *, model_name, fraction, labels_file):
+    """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    Raises UserError where models were not trained alike.
+    The other arguments are those of `load_trained`. Raises UserError where models were not trained
+    alike.
     """
-    models, metadata = {}, {}
-    for checkpoint_dir in args.checkpoint_dir:
-        path = checkpoint_path(
-            checkpoint_dir,
-            args.corrupt_percentage,
-            noisy=args.noisy_labels is not None,
-            cleaned=args.cleaned,
-        )
-        models[path], metadata[path], data = load_trained(
+    models, metadata = [], []
+    for path in paths:
+        model, of_model, data = load_trained(
             path,
             device,
             clean,
-            model_name=args.model,
-            fraction=args.corrupt_percentage,
-            labels_file=args.noisy_labels,
+            model_name=model_name,
+            fraction=fraction,
+            labels_file=labels_file,
         )
-    require_trained_alike(metadata)
-    return models, metadata, data
-
-
-def require_trained_alike(metadata):
-    """Raises UserError where models, metadata by path, differ in training data or recipe."""
-    first_path, first = next(iter(metadata.items()))
-    for path, other in metadata.items():
+        models.append(model)
+        metadata.append(of_model)
+    for path, of_model in zip(paths, metadata, strict=True):
         for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-            if other[key] != first[key]:
+            if of_model[key] != metadata[0][key]:
                 raise UserError(
-                    f"--checkpoint_dir: {path} and {first_path} differ in their {words}: "
+                    f"--checkpoint_dir: {path} and {paths[0]} differ in their {words}: "
                     "give models that were trained alike"
                 )
+    return models, metadata, data
 
 
 # ---- Results -------------------------------------------------------------------------------------

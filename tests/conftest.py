@@ -93,15 +93,18 @@ def printed_commands(output):
 def influence_run(
     folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings
 ):
-    """An InfluenceRun as the scripts make it, with a batch size that leaves a partial last batch."""
-    settings |= {
-        "strategy": strategy,
-        "dtype": dtype,
-        "seed": seed,
-        "batch_size": batch_size,
-        "seconds": {},
-    }
-    return pipeline.InfluenceRun(model, data, folder / "model", **settings)
+    """An InfluenceRun as the scripts make it, with batches that leave a partial last one."""
+    return pipeline.InfluenceRun(
+        model,
+        data,
+        folder / "model",
+        strategy=strategy,
+        dtype=dtype,
+        seed=seed,
+        seconds={},
+        batch_size=batch_size,
+        **settings,
+    )
 
 
 def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32, 32)):

@@ -204,6 +204,7 @@ INSIDE = {  # a flag, a folder that lies among the images, and where the data se
     "all training images": ("--output_dir", "my images/train", "my images"),
     "among test images": ("--output_dir", "my images/test/.results", "my images"),
     "by way of a link": ("--output_dir", "link/train/results", "my images"),
+    "behind a link in a class": ("--output_dir", "deep/results", "my images"),
     "in a class that is a link": ("--output_dir", "elsewhere/results", "my images"),
     "checkpoints": ("--checkpoint_dir", "my images/test/models", "my images"),
     "checkpoints, by way of a parent": ("--checkpoint_dir", "x/../my images/train/m", "my images"),
@@ -217,6 +218,8 @@ def test_a_folder_to_write_into_among_the_images_is_refused(fails, folders, tmp_
     (tmp_path / "link").symlink_to(folders)
     (folders / "train" / "cat").rename(tmp_path / "elsewhere")
     (folders / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "deep").mkdir()
+    (folders / "test" / "äpfel" / "more").symlink_to(tmp_path / "deep")
     flags = ("--dataset", "imagefolder", "--dataset_dir", dataset_dir, "--train_batch_size", 4)
     sentence = fails(TRAIN, *flags, flag, folder)
     assert f"{flag} {folder} lies among the images of {dataset_dir}/t" in sentence

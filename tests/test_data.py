@@ -190,7 +190,7 @@ DEEP = {  # files of more than 8 bits per channel
     "colour.jp2": deep_jpeg2000(),
     "colour.sgi": struct.pack(">hBBHHHH500x", 474, 0, 2, 3, 8, 8, 3) + bytes([0, 9]) * 192,
 }
-SHALLOW = {  # their neighbours of 8 bits and less
+SHALLOW = {  # files of 8 bits and less per channel
     "grey.png": png(0, 1, 8),
     "colour.png": png(2, 3, 8),
     "grey and alpha.png": png(4, 2, 8),
@@ -350,7 +350,7 @@ def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
     assert after.labels.bincount().tolist() == [3, 0, 1]
 
 
-# ---- Images that were read before ----------------------------------------------------------------
+# ---- Cached images -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -587,7 +587,7 @@ def test_corruption_changes_exactly_the_fraction_and_always_the_label(fraction, 
     )
 
 
-def test_corruption_is_uniform_over_the_other_classes():
+def test_symmetric_corruption_draws_the_other_classes_equally():
     counts = pipeline.corrupt_labels(torch.full((90_000,), 3), 0.5, 10, seed=5)[0].bincount(
         minlength=10
     )

@@ -1,6 +1,7 @@
-"""What goes wrong while the scripts run: kills, full disks, rivals, little memory, Ctrl-C, torchrun.
+"""What goes wrong during a run: kills, full disks, two runs at once, little memory, Ctrl-C.
 
-What depends on how processes start and end runs the scripts themselves, on 24 images with diagonal curvature.
+And what several processes give together. What depends on how processes start and end runs the
+scripts themselves, on 24 images with diagonal curvature.
 """
 
 import contextlib
@@ -50,14 +51,13 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def started(folder, *command, environment=()):
-    """Starts `python <command>` in a folder and kills it, if it still runs, at the end of the block."""
+    """Starts `python <command>` in a folder, and kills it at the end of the block if it runs."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", **dict(environment)},
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # what runs in the background ignores Ctrl-C
+        # What runs in the background would ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -70,7 +70,7 @@ def started(folder, *command, environment=()):
 
 
 def finish(process):
-    """Waits for a process and returns its exit status and its remaining output, as subprocess.run does."""
+    """Waits for a process; returns its exit status and remaining output like subprocess.run."""
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -99,9 +99,10 @@ def copy_checkpoint(source, folder):
 
 
 def kill_before_each_renaming(name, *flags):
-    """Runs a script in folders 1, 2, ...: in folder n it is killed before its n-th renaming, and then run once more.
+    """Runs a script twice in each of the folders 1, 2, ...
 
-    The last folder is that of the first run that no kill could reach. Prints the exit statuses.
+    In folder n the first run is killed before its n-th renaming. The last folder is that of the
+    first run that ended before it could be killed. Prints the exit statuses.
     """
     number, killed = 0, True
     while killed:
@@ -116,7 +117,10 @@ def kill_before_each_renaming(name, *flags):
 
 
 def fork_and_run(kill_at, name, flags, folder=None):
-    """Runs a script in a fork of this process, which is killed before a renaming if asked to. Returns the status."""
+    """Runs a script in a fork of this process and returns its status.
+
+    It is killed before its `kill_at`-th renaming, unless that is None.
+    """
     if (process := os.fork()) > 0:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     os.chdir(folder or str(kill_at))
@@ -146,7 +150,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(
     reference, tmp_path, name, renamings
 ):
-    """The kill comes before each of the renamings by which results appear; what is there then is whole."""
+    """It is killed before each renaming by which a result appears; what is there then is whole."""
     (tmp_path / "start").mkdir()
     copy_checkpoint(reference[TRAIN], tmp_path / "start")
     with started(tmp_path, __file__, "kill", name, *COMMANDS[name]) as process:
@@ -170,17 +174,18 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path,
     copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
     limit = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); "
+        "import resource, runpy, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); "
+        "sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     path = {"PYTHONPATH": str(ROOT)}
     with started(tmp_path, "-c", limit, ROOT / name, *COMMANDS[name], environment=path) as process:
         finished = finish(process)
     assert finished.returncode == 1, finished.stderr
-    (line,) = (
-        line for line in finished.stderr.splitlines() if line.strip() and "%|" not in line
-    )  # no progress bar
-    assert line.startswith(f"{name}: error: ")
+    lines = [line for line in finished.stderr.splitlines() if line.strip()]
+    (sentence,) = (line for line in lines if "%|" not in line)  # no progress bar
+    assert sentence.startswith(f"{name}: error: ")
     assert results(tmp_path) == before and not [
         *tmp_path.rglob("*unfinished*"),
         *tmp_path.rglob(".*"),
@@ -257,7 +262,7 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(
         assert any(moment in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         finished = finish(process)
-    sentence = f"{name}: interrupted; nothing is half-written, the same command starts again"
+    sentence = f"{name}: interrupted; no file is half-written, so run the same command again"
     assert finished.returncode == 130 and finished.stderr.splitlines()[-1] == sentence
     assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
     with started(tmp_path, ROOT / name, *COMMANDS[name]) as process:
@@ -303,7 +308,7 @@ def test_torchrun_with_one_process_gives_the_same_result(reference, tmp_path):
 def run_as_if_on_gpus(name, *flags):
     """Runs a script under torchrun on the CPU as it runs on several GPUs: gloo in place of NCCL.
 
-    kronfluence adds up factors and gathers queries only where CUDA is there, so it is told that it is.
+    kronfluence adds up factors and gathers queries only where CUDA is there, so it is told so.
     """
     from kronfluence.computer import computer
     from kronfluence.module.tracker import factor, precondition
@@ -325,9 +330,8 @@ def run_as_if_on_gpus(name, *flags):
     State._shared_state.update(num_processes=2, process_index=rank, local_process_index=rank)
     computer.DDP, factor.torch, precondition.torch = DataParallel, TorchWithCuda(), TorchWithCuda()
     torch.Tensor.cuda, torch.cuda.synchronize = lambda tensor: tensor, lambda: None
-    gather = (
-        torch.distributed.all_gather_into_tensor
-    )  # gloo wants the parts one after the other, and not stacked
+    # gloo wants the parts one after the other, and not stacked.
+    gather = torch.distributed.all_gather_into_tensor
     torch.distributed.all_gather_into_tensor = lambda output_tensor, input_tensor: gather(
         output_tensor.flatten(0, 1), input_tensor
     )

@@ -207,8 +207,10 @@ def test_every_process_gets_the_value_of_the_main_one(make_run, monkeypatch):
     assert run.from_main("own") == "that of the main process"
 
 
-def test_all_examples_are_a_word_or_any_larger_number(make_run):
-    assert make_run(factor_examples="all").depends_on == make_run(factor_examples=99).depends_on
+@pytest.mark.parametrize("count", ["all", NUM_TRAIN, 99])
+def test_factors_of_all_examples_or_more_are_those_of_the_training_images(make_run, count):
+    run = make_run(factor_examples=count)
+    assert run.factor_dataset is run.dataset
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,24 @@ Each network is a stem, the layer in question, and a head. Its scores are compar
 gradients by torch.func; `-rP` shows the errors.
 """
 
+import shutil
+from collections import OrderedDict
+
 import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import influence_run, minus_margin, relative_error
+from conftest import (
+    ANALYZE,
+    DETECT,
+    SYNTHETIC,
+    TRAIN,
+    influence_run,
+    minus_margin,
+    refused,
+    relative_error,
+    succeed,
+)
 from dense import (
     NUM_CLASSES,
     NUM_QUERY,
@@ -325,6 +338,21 @@ def test_a_network_without_a_convolution_or_linear_layer_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_scripts_refuse_a_network_before_they_write_anything(tmp_path, monkeypatch):
+    def called_twice(num_classes):
+        stem = nn.Conv2d(3, CHANNELS, 3, stride=4)
+        features = nn.Sequential(stem, CalledTwice(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(OrderedDict(features=features, head=nn.Linear(4, num_classes)))
+
+    monkeypatch.setitem(pipeline.MODELS, "called_twice", called_twice)
+    model = (*SYNTHETIC, "--model", "called_twice")
+    succeed(tmp_path, TRAIN, *model, "--train_batch_size", 20, "--num_train_epochs", 1)
+    for script in (ANALYZE, DETECT):
+        words = "the layer 'features.1.shared': it is called 2 times"
+        assert words in refused(tmp_path, script, *model)
+    assert not (tmp_path / "influence_results").exists()
+
+
 # ---- Taken as fixed ------------------------------------------------------------------------------
 
 
@@ -364,9 +392,8 @@ def test_a_layer_that_takes_no_part_is_left_out_and_the_others_stay_exact(tmp_pa
             assert relative_error(found, expected) < 1e-5
 
 
-def test_batch_norm_alone_is_counted_in_few_words():
-    model = pipeline.construct_resnet9(10)
-    layers = [name for name, layer in model.named_modules() if hasattr(layer, "weight")]
-    norms = [name for name in layers if isinstance(model.get_submodule(name), nn.BatchNorm2d)]
-    tracked = [name for name in layers if name not in norms]
-    assert pipeline.fixed_parameters(model, tracked) == f"{len(norms)} BatchNorm2d"
+def test_the_scripts_name_what_they_take_as_fixed(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "trained")
+    identity = ("--factor_strategy", "identity", "--num_query_examples", "2")
+    lines = succeed(folder, ANALYZE, *SYNTHETIC, *identity).splitlines()
+    assert lines.count("Influence takes these parameters as fixed: 8 BatchNorm2d") == 1

@@ -5,6 +5,8 @@ Two networks go through all scripts: a narrow ResNet-18 and one with depthwise c
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -14,6 +16,7 @@ import torch
 from conftest import (
     ANALYZE,
     DETECT,
+    ROOT,
     TRAIN,
     digits,
     influence_run,
@@ -226,6 +229,7 @@ OTHER_SCORES = {
     "forward": ("parts[0] + activation(x)", "parts[0] - activation(x)"),
     "another part of a list": ("parts[0]", "parts[1]"),
     "a function in a comprehension": ("(torch.sin, torch.cos)", "(torch.tan, torch.cos)"),
+    "a member of a set": ('{"sin", "cos"}', '{"sin", "tan"}'),
     "a default value": ("shift=1", "shift=2"),
     "a function that forward calls": ("F.leaky_relu(x", "F.leaky_relu(-x"),
     "a constant that this function uses": ("SLOPE = 0.1", "SLOPE = 0.2"),
@@ -287,7 +291,13 @@ def test_values_that_are_bound_to_the_function_in_models_change_the_hash(monkeyp
 
 @pytest.mark.parametrize(
     "name",
-    ["SelfInfluence.update", "patches", "ClassificationTask.compute_measurement", "margin"],
+    [
+        "SelfInfluence.update",
+        "BatchHooks.factors",
+        "patches",
+        "ClassificationTask.compute_measurement",
+        "margin",
+    ],
 )
 def test_the_trackers_and_the_task_are_part_of_the_hash(monkeypatch, name):
     """So is the standardisation of the images; the functions for tables and figures are not."""
@@ -313,6 +323,41 @@ def test_the_standardisation_is_part_of_the_hash(monkeypatch):
     before = pipeline.code_digest(model)
     monkeypatch.setattr(pipeline.ImageData, "normalize", lambda self, images: images / 255)
     assert pipeline.code_digest(model) != before
+
+
+def test_the_hash_is_the_same_in_every_process():
+    """Sets have another order in each."""
+    code = "import sys, conftest, pytest, test_networks as tests\n"
+    code += "print(tests.own_digest(pytest.MonkeyPatch(), tests.OWN_NETWORK))"
+    digests = set()
+    for seed in ("1", "2"):
+        finished = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stderr
+        digests.add(finished.stdout)
+    assert len(digests) == 1
+
+
+def test_base_classes_of_other_files_are_part_of_the_hash():
+    def digest(power):
+        base = type("Base", (nn.Module,), {"power": power, "__module__": "another_file"})
+        kind = type("Layer", (base,), {"forward": lambda self, x: x**self.power})
+        return pipeline.code_digest(kind())
+
+    assert digest(2) == digest(2) != digest(3)
+
+
+def test_settings_of_layers_are_part_of_the_hash_of_any_network():
+    """Also of one that no function in MODELS constructed; the weights have one shape."""
+
+    def digest(**settings):
+        return pipeline.code_digest(nn.Sequential(nn.Conv2d(3, 4, 3, **settings)))
+
+    assert digest(stride=2) == digest(stride=2) != digest(stride=1)
 
 
 def test_a_file_that_is_edited_while_it_runs_does_not_change_the_hash(monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """A folder with labels.csv, of all 5,000 digits but the first one drawn, and a training on it."""
+    """A folder with labels.csv, of all digits but the first one drawn, and a training on it."""
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
@@ -119,7 +119,7 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
     assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out
 
 
-MISSING = {  # what a row names, and whether it is only passed over, since it is an image
+MISSING = {  # what a row names, and whether that is an image, which is only counted
     "of the test split": ("test/cat/0.png", True),
     "not drawn": ("{not_drawn}", True),
     "not drawn, of a data set that was moved": ("/gone/{not_drawn}", True),

@@ -1,8 +1,11 @@
 """Every script end to end, as a user runs it: files, fields, messages, exit status."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -213,25 +216,97 @@ def test_the_json_file_has_the_recall_of_the_rankings_in_the_table(detected):
         )
 
 
-def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, monkeypatch):
-    """Of a notebook, or of a person who likes figures in another style."""
+# ---- Figures and records -------------------------------------------------------------------------
+
+
+def test_figures_do_not_depend_on_the_style_of_the_users_matplotlib(tmp_path):
     import matplotlib
 
-    pictures = []
-    for backend, size in (("agg", 10), ("module://no_such_backend", 90)):
-        monkeypatch.setenv("MPLBACKEND", backend)
-        with matplotlib.rc_context({"font.size": size, "savefig.facecolor": "red"}):
+    figures = []
+    for style in ({}, {"font.size": 90, "savefig.facecolor": "red"}):
+        with matplotlib.rc_context(style):
             pipeline.draw_contact_sheet(
                 tmp_path / "s.png", digits(3).images, ["text"] * 3, ["black"] * 3, 10, "title"
             )
-        pictures.append((tmp_path / "s.png").read_bytes())
-    assert pictures[0] == pictures[1]
+        figures.append((tmp_path / "s.png").read_bytes())
+    assert figures[0] == figures[1]
+
+
+# matplotlib reads MPLBACKEND once, when it is imported: so each of these is a process of its own.
+# matplotlib refuses the first name where that package is missing, and the second one always.
+DRAW = {
+    "module://matplotlib_inline.backend_inline": (
+        "pipeline.draw_contact_sheet(PATH, digits(3).images, 'abc', 'rgb', 10, 't')"
+    ),
+    "no_such_backend": "detect.plot_curves(PATH, RESULTS, 'aum', 0.5, 'ekfac')",
+}
+
+
+@pytest.mark.parametrize("backend", DRAW)
+def test_figures_do_not_need_the_backend_that_a_notebook_names(tmp_path, backend):
+    """Notebooks name theirs in MPLBACKEND for the processes that they start."""
+    code = f"""
+import os, pathlib
+import numpy as np
+import conftest
+import detect_mislabeled_dataset as detect, pipeline
+from conftest import digits
+PATH = pathlib.Path({str(tmp_path / "figure.png")!r})
+RESULTS = {{"aum": detect.evaluate_ranking(np.array([2.0, 1.0]), np.array([True, False]))}}
+{DRAW[backend]}
+print(os.environ["MPLBACKEND"])
+"""
+    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT / "tests")}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{backend}\n", "the user's variable must be as it was"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_is_there_before_figures_are_drawn_and_has_their_seconds_in_the_end(tmp_path):
+    path, seconds = tmp_path / "record.json", {"load": 1.5}
+
+    def recorded():
+        return pipeline.recorded(
+            path,
+            flags={"seed": 3},
+            fields={"num_train": 9},
+            device=torch.device("cpu"),
+            seconds=seconds,
+        )
+
+    def read():
+        record = json.loads(path.read_text())
+        return record["flags"], record["num_train"], record["seconds"]["total"]
+
+    with pytest.raises(OSError, match="no font"), recorded():
+        assert read() == ({"seed": 3}, 9, 1.5)
+        seconds["report"] = 2.0
+        raise OSError("no font")
+    assert read() == ({"seed": 3}, 9, 1.5)
+    with recorded():
+        seconds["report"] = 4.0
+    assert read() == ({"seed": 3}, 9, 5.5)
+
+
+def test_a_record_with_a_nan_is_refused_and_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        pipeline.write_record(
+            tmp_path / "record.json",
+            flags={},
+            fields={"recall": float("nan")},
+            device=torch.device("cpu"),
+            seconds={},
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("script", "files"), [(DETECT, ("suspects", "detection")), (ANALYZE, ("top_infl", "pairwise"))]
 )
-def test_a_picture_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, script, files):
+def test_a_figure_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, script, files):
     def draw(*_, **__):
         raise OSError("no font")
 
@@ -241,6 +316,9 @@ def test_a_picture_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch,
     assert finished.status == 1 and "no font" in finished.err
     names = [path.name for path in result_folder(tmp_path).glob("*_identity.*")]
     assert all(any(name.startswith(file) for name in names) for file in files)
+
+
+# ---- analyze.py ----------------------------------------------------------------------------------
 
 
 def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
@@ -315,13 +393,14 @@ def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
 def test_the_figure_of_influences_begins_with_the_mean(monkeypatch, tmp_path):
     """Its first row has no image, the mean's two highest scores, and its two lowest."""
     drawn = []
-    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda *values: drawn.append(values))
+    monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda path, **cells: drawn.append(cells))
     monkeypatch.setattr(analyze, "NUM_PICTURED", 2)
     queries, data = digits(2, "test"), digits(4)
     scores = torch.tensor([[4.0, 0.0, 1.0, -8.0], [2.0, 4.0, -3.0, -2.0]])  # mean 3, 2, -1, -5
     analyze.plot_top_influences(tmp_path / "figure.png", scores, queries, data, "ekfac")
-    ((_, images, texts, colours, columns, _),) = drawn
-    assert columns == 5 and len(images) == len(texts) == len(colours) == 15
+    (cells,) = drawn
+    images, texts, colours = cells["images"], cells["texts"], cells["colours"]
+    assert cells["columns"] == 5 and len(images) == len(texts) == len(colours) == 15
     assert images[0].eq(255).all() and images[5].equal(queries.images[0])
     assert torch.stack(images[1:5]).equal(data.images[[0, 1, 3, 2]])
     assert texts[0] == "mean of\n2 test images"

@@ -44,8 +44,10 @@ def test_several_models_give_the_mean_of_their_scores(folder):
     single = [load_file(path)["all_modules"] for path in paths]
     assert len(single) == 2 and not torch.equal(*single)
     assert torch.allclose(mean, (single[0] + single[1]) / 2)
-    _, (row, *_) = read_table(results / "top_influences_diagonal.csv")
-    assert float(row["score"]) == pytest.approx(mean[0].max().item())
+    _, rows = read_table(results / "top_influences_diagonal.csv")
+    for query, expected in (("mean", mean.mean(0)), ("0", mean[0])):
+        row = next(row for row in rows if row["query"] == query)
+        assert float(row["score"]) == pytest.approx(expected.max().item())
 
 
 def test_a_detection_takes_the_mean_over_several_models(folder):

@@ -29,7 +29,7 @@ QUERIES = (*SCORE, "--num_query_examples", "4")
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A folder with model.pth, trained on DATA, and the results of one analyze.py and one detection on it."""
+    """A folder with model.pth, trained on DATA, and the results of an analysis and a detection."""
     folder = tmp_path_factory.mktemp("pretrained")
     succeed(folder, TRAIN, *DATA, *RECIPE)
     succeed(folder, ANALYZE, *DATA, *QUERIES)

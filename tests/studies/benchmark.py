@@ -414,7 +414,7 @@ def parse_arguments():
 
 def add_benchmark_flags(flag):
     """Adds the flags that say what is compared; `flag` is add_argument of a group."""
-    few = "give the reference only so many images, and extrapolate its seconds"
+    few = "give the reference only N images, and extrapolate its seconds"
     trained = "precision of the training of the model that is scored"
     flag("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to compare")
     flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="runs of the scripts")

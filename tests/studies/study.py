@@ -668,7 +668,7 @@ def parse_arguments():
     flag = parser.add_argument_group("study").add_argument
     count, positive = pipeline.whole_number, pipeline.positive_int
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
-    seeds = "trainings with different seeds; 0 prints the results that are there"
+    seeds = "number of training seeds; 0 prints the existing results"
     noises = f"use the first N of {NOISES}"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
     flag(
@@ -740,7 +740,7 @@ def load(args):
 
 
 def main():
-    """Parses, computes what is not there yet, and prints the tables."""
+    """Parses, computes the missing results, and prints the tables."""
     args = parse_arguments()
     trainer, store = load(args)
     compute, print_table = STUDIES[args.study]
