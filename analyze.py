@@ -70,7 +70,24 @@ def parse_arguments():
         metavar="N",
         help="hold the gradients of N queries in memory at a time (default: %(default)s)",
     )
-    return parser.parse_args()
+    parser.groups["curvature"].add_argument(
+        "--eigenvector_fraction",
+        type=pipeline.kept_fraction,
+        default=1.0,
+        metavar="FRACTION",
+        help="keep this fraction of the eigenvectors of each layer's input covariance, those with "
+        "the largest eigenvalues; less is faster and needs less memory (default: all)",
+    )
+    args = parser.parse_args()
+    if (
+        args.eigenvector_fraction < 1
+        and args.factor_strategy not in pipeline.EIGENVECTOR_STRATEGIES
+    ):
+        parser.error(
+            f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
+            "choose another strategy"
+        )
+    return args
 
 
 def choose_queries(test, num_queries, indices):
@@ -202,7 +219,9 @@ def main():
         on_device = queries.to(runs[0].data.images.device)
 
     found = [
-        run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor)
+        run.pairwise_influence(
+            on_device, args.query_batch_size, args.damping_factor, args.eigenvector_fraction
+        )
         for run in runs
     ]
     if not pipeline.is_main_process():

@@ -388,13 +388,13 @@ def test_squares_are_taken_in_one_part_on_the_gpu(fake_cuda, monkeypatch, dtype)
 def test_the_memory_of_a_cpu_does_not_limit_the_queries_held_on_a_gpu(fake_cuda):
     run = SimpleNamespace(
         data=fake_data(),
-        num_weights=2**40,
+        layer_sizes=[(2**20, 2**20)],
         dtype=torch.float32,
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
-    assert pipeline.InfluenceRun.queries_held(run, 1000) == 500
+    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 500
     run.data = run.data.__class__(**{**vars(run.data), "images": torch.zeros(1)})
-    assert pipeline.InfluenceRun.queries_held(run, 1000) == 1
+    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 1
 
 
 @pytest.mark.parametrize(("on_gpu", "batch_size"), [(True, 1024), (False, 64)])
