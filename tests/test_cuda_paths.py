@@ -13,6 +13,7 @@ it needs values or a real GPU:
 import ast
 import contextlib
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -367,6 +368,23 @@ def test_pairwise_influence_is_float32_on_the_gpu(fake_cuda, kind, dtype, strate
     layer.train_on_batch(ModuleMode.PAIRWISE_SCORE, torch.float32)
     scores = layer.storage[constants.PAIRWISE_SCORE_MATRIX_NAME]
     assert_is(scores, torch.float32, 2 * BATCH, BATCH)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_truncated_pairwise_scores_are_float32_on_the_gpu(fake_cuda, kind, dtype):
+    """Of queries, only the kept columns are held, in the compute dtype."""
+    layer = Layer(kind, dtype, "ekfac")
+    layer.add_factors("ekfac")
+    pipeline.keep_leading(layer.storage, 0.3)
+    kept = math.ceil(0.3 * layer.inputs)
+    layer.train_on_batch(ModuleMode.PRECONDITION_GRADIENT, torch.float32)
+    gradient = layer.storage[constants.PRECONDITIONED_GRADIENT_NAME]
+    assert_is(gradient, dtype, BATCH, layer.outputs, kept)
+    layer.module._trackers[ModuleMode.PRECONDITION_GRADIENT].accumulate_iterations()
+    layer.train_on_batch(ModuleMode.PAIRWISE_SCORE, torch.float32)
+    scores = layer.storage[constants.PAIRWISE_SCORE_MATRIX_NAME]
+    assert_is(scores, torch.float32, BATCH, BATCH)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
