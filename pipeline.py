@@ -1831,6 +1831,25 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
     return model, metadata, data
 
 
+def earlier_models(path, model, snapshots, count):
+    """Returns the last `count` networks of the training of `model` that are not the final one.
+
+    snapshots: weights by name, in a dictionary by epoch. Raises UserError where there are fewer.
+    """
+    if count > len(snapshots):
+        raise UserError(
+            f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
+            "give at most that, or train for more epochs"
+        )
+    epochs = sorted(snapshots)[len(snapshots) - count :]
+    if epochs and is_main_process():
+        print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
+    models = [copy.deepcopy(model) for _ in epochs]
+    for earlier, epoch in zip(models, epochs, strict=True):
+        earlier.load_state_dict(snapshots[epoch])
+    return models
+
+
 # ---- Influence: what is measured, and in which precision -----------------------------------------
 
 
@@ -2713,11 +2732,10 @@ def remove_if_damaged(folder):
             return
 
 
-def load_runs(args, seconds):
-    """Returns what the flags of `influence_parser` name, ready to compute influence.
+def load_runs(args, seconds, snapshots=1):
+    """Returns an InfluenceRun for each model that the flags of `influence_parser` name.
 
-    That is an InfluenceRun for each model, the metadata of each, and their training images,
-    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
+    Also returns the metadata of each checkpoint, and the training images, ImageData on the CPU.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -2737,6 +2755,7 @@ def load_runs(args, seconds):
         model_name=args.model,
         fraction=args.corrupt_percentage,
         labels_file=args.noisy_labels,
+        snapshots=snapshots,
     )
     on_device = data.to(device)
     runs = [
@@ -2767,10 +2786,11 @@ def require_different_models(runs):
         )
 
 
-def load_models(paths, device, clean, *, model_name, fraction, labels_file):
+def load_models(paths, device, clean, *, model_name, fraction, labels_file, snapshots):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    The other arguments are those of `load_trained`. Raises UserError where models were not trained
+    `snapshots` is how many models to take from each checkpoint, the last ones of its training. The
+    other arguments are those of `load_trained`. Raises UserError where models were not trained
     alike.
     """
     models, metadata = [], []
@@ -2783,7 +2803,8 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file):
             fraction=fraction,
             labels_file=labels_file,
         )
-        models.append(model)
+        kept = of_model.get("snapshots", {})  # an earlier train.py kept none
+        models += [*earlier_models(path, model, kept, snapshots - 1), model]
         metadata.append(of_model)
     for path, of_model in zip(paths, metadata, strict=True):
         for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
