@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 import pipeline
 
+# Parts of the epochs after which the weights are kept beside the final ones, for --snapshots of
+# analyze.py: scores of several networks of the last half predict retraining better than one's.
+SNAPSHOT_FRACTIONS = (0.6, 0.8)
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
 positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
@@ -134,6 +137,32 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
+def augmented_batches(data, batch_size, generator):
+    """Draws one epoch of ImageData, and yields its batches, cropped, flipped and standardised.
+
+    Each is a triple: indices, int64 [B], images, float32 [B, 3, 32, 32], and labels, int64 [B].
+    """
+    drawn = epoch_batches(len(data), batch_size, generator)
+    on_device = (tensor.to(data.images.device) for tensor in drawn)
+    for chosen, offsets, flips in zip(*on_device, strict=True):
+        images = crop_and_flip(data.images[chosen], offsets, flips)
+        yield chosen, data.normalize(images), data.labels[chosen]
+
+
+def snapshot_epochs(num_train_epochs):
+    """Returns after which epochs, counted from 1, the weights are kept beside the final ones.
+
+    There are fewer than SNAPSHOT_FRACTIONS in a training of one or two epochs.
+    """
+    epochs = {round(fraction * num_train_epochs) for fraction in SNAPSHOT_FRACTIONS}
+    return sorted(epochs - {num_train_epochs})
+
+
+def copy_weights(model):
+    """Returns a copy of a network's weights and buffers on the CPU, by name."""
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+
+
 def train(
     model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype
 ):
@@ -142,30 +171,26 @@ def train(
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN where it was
     in none: the logit of its label minus the largest other one (Pleiss et al. 2020, section 3.1).
+    Also returns the weights on the CPU by name, in a dictionary by epoch of `snapshot_epochs`.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
-    device, generator = data.images.device, batch_generator(seed)
+    generator, snapshots = batch_generator(seed), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps_per_epoch = len(data) // train_batch_size
     total_steps = num_train_epochs * steps_per_epoch
     rates = [learning_rate * schedule(step, total_steps) for step in range(total_steps)]
     shape = (num_train_epochs, len(data))
-    margins = torch.full(shape, torch.nan, dtype=torch.float16, device=device)
+    margins = torch.full(shape, torch.nan, dtype=torch.float16, device=data.images.device)
     with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
         for epoch in range(num_train_epochs):
             start = time.perf_counter()
-            drawn = epoch_batches(len(data), train_batch_size, generator)
-            order, offsets, flips = (tensor.to(device) for tensor in drawn)
             model.train()
-            epoch_loss = torch.zeros((), device=device)
-            for step in range(steps_per_epoch):
-                rate = rates[epoch * steps_per_epoch + step]
+            epoch_loss = torch.zeros((), device=margins.device)
+            batches = augmented_batches(data, train_batch_size, generator)
+            for step, (chosen, images, labels) in enumerate(batches, epoch * steps_per_epoch):
+                rate = rates[step]
                 optimizer.param_groups[0]["lr"] = rate
-                chosen = order[step]
-                images = crop_and_flip(data.images[chosen], offsets[step], flips[step])
-                loss, margin = train_step(
-                    model, optimizer, data.normalize(images), data.labels[chosen], dtype
-                )
+                loss, margin = train_step(model, optimizer, images, labels, dtype)
                 epoch_loss += loss
                 margins[epoch, chosen] = margin
                 progress.update()
@@ -176,8 +201,10 @@ def train(
                 f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
             )
             require_finite(model, mean_loss, epoch)
+            if epoch + 1 in snapshot_epochs(num_train_epochs):
+                snapshots[epoch + 1] = copy_weights(model)
     print_without_margin(margins)
-    return margins.cpu()
+    return margins.cpu(), snapshots
 
 
 def train_step(model, optimizer, images, labels, dtype):
@@ -336,7 +363,7 @@ def main():
     model = pipeline.construct_model(args.model, len(data.class_names)).to(device)
     recipe = {name: getattr(args, name) for name in RECIPE}
     train_start = time.perf_counter()
-    margins = train(model, data, **recipe, seed=args.seed, dtype=dtype)
+    margins, snapshots = train(model, data, **recipe, seed=args.seed, dtype=dtype)
     train_seconds = time.perf_counter() - train_start
     accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
     metadata = vars(args) | kept_labels
@@ -347,6 +374,7 @@ def main():
         "num_train": len(data),
         "data_sha256": data.digest,
         "margins": margins,
+        "snapshots": snapshots,
         "accuracy": accuracy,
         "train_seconds": train_seconds,
         "environment": pipeline.environment(device),
