@@ -375,7 +375,9 @@ class SavedTraining:
             print(f"{self.path} is damaged: the training starts anew")
             return None
         content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        different = [name for name in self.run if content["run"].get(name) != self.run[name]]
+        run = content["run"]
+        names = {**self.run, **run}
+        different = [name for name in names if run.get(name) != self.run.get(name)]
         if different:
             print(
                 f"{self.path} belongs to another training (other {', '.join(different)}): "
