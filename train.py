@@ -140,12 +140,12 @@ def epoch_batches(num_examples, batch_size, generator):
 
 
 def augmented_batches(data, batch_size, generator):
-    """Draws one epoch of ImageData and yields its batches, cropped, flipped and standardised.
+    """Draws one epoch of ImageData, and yields its batches, cropped, flipped and standardised.
 
-    Each is indices, int64 [B], images, float32 [B, 3, 32, 32], and labels, int64 [B].
+    Each is a triple: indices, int64 [B], images, float32 [B, 3, 32, 32], and labels, int64 [B].
     """
     drawn = epoch_batches(len(data), batch_size, generator)
-    on_device = [tensor.to(data.images.device) for tensor in drawn]
+    on_device = (tensor.to(data.images.device) for tensor in drawn)
     for chosen, offsets, flips in zip(*on_device, strict=True):
         images = crop_and_flip(data.images[chosen], offsets, flips)
         yield chosen, data.normalize(images), data.labels[chosen]

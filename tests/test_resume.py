@@ -97,7 +97,9 @@ def momentum(request, monkeypatch):
 
 # Steps 4 and 7 are the first ones of epochs 2 and 3, and step 8 is in the middle of epoch 3.
 @pytest.mark.parametrize(
-    ("step", "epochs_done"), [(4, 1), (7, 2), (8, 2), (12, 3)], ids="at step {}".format
+    ("step", "epochs_done"),
+    [(4, 1), (7, 2), (8, 2), (12, 3)],
+    ids=["after epoch 1", "after epoch 2", "in epoch 3", "in the last step"],
 )
 def test_continuing_equals_not_stopping_bit_for_bit(tmp_path, capsys, momentum, step, epochs_done):
     start, model, _ = new_training(tmp_path / "reference")
