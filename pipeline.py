@@ -1616,14 +1616,17 @@ def margin(logits, labels, of_others=torch.logsumexp):
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
-def code_digest(model):
-    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+def code_digest(model, entry_points=None):
+    """Returns the SHA-256, as hex digits, of the code that decides what is computed of a network.
 
-    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
-    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
-    the settings of torch's own layers.
+    That is `entry_points`, functions and classes, by default those of the scores: InfluenceRun and
+    the standardisation of images. Then the classes of the network's modules, the function in
+    MODELS, and whatever these name in their own files. `str(model)` tells the rest: the settings
+    of torch's own layers.
     """
-    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    if entry_points is None:
+        entry_points = [InfluenceRun, ImageData.normalize]
+    waiting = [*entry_points, *network_code(model)]
     seen = {}  # by id; holds the values, so that no id is given twice
     texts = [str(model)]
     while waiting:
