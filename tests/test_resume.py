@@ -75,10 +75,13 @@ def new_training(path, seed=5):
     return start, model, saved
 
 
-def bits(model, margins):
-    """All numbers of a trained network and its margins, as bytes: NaN equals NaN."""
+def bits(model, result):
+    """All numbers of a network and of what its training returned, as bytes: NaN equals NaN."""
+    margins, snapshots = result
     tensors = [*model.state_dict().values(), margins]
-    return [tensor.numpy().tobytes() for tensor in tensors]
+    for weights in snapshots.values():
+        tensors += weights.values()
+    return [*snapshots, *(tensor.numpy().tobytes() for tensor in tensors)]
 
 
 def interrupt(path, number, **stop):
