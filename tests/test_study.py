@@ -234,7 +234,7 @@ def test_truncated_scores_and_snapshots_are_predicted_with(run, monkeypatch, tmp
     rows = [study.Prediction(), study.Prediction(eigenvector_fraction=0.05)]
     rows.append(study.Prediction(eigenvector_fraction=0.05, snapshots=3))
     monkeypatch.setattr(study, "PREDICTIONS", rows)
-    output, found = run("retraining", "--halves", "2", "--num_train_epochs", "3")
+    output, found = run("retraining", "--halves", "2", "--num_train_epochs", "4")
     (full, truncated, of_three) = found
     assert full["full_spearman"] == pytest.approx(1) and full["full_helpful"] == 10
     for row in (truncated, of_three):
