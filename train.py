@@ -157,7 +157,7 @@ def augmented_batches(data, batch_size, generator):
 def snapshot_epochs(num_train_epochs):
     """Returns after which epochs, counted from 1, the weights are kept beside the final ones.
 
-    There are fewer than SNAPSHOT_FRACTIONS in a training of one or two epochs.
+    A training of two or three epochs keeps one such network, of one epoch none.
     """
     epochs = {round(fraction * num_train_epochs) for fraction in SNAPSHOT_FRACTIONS}
     return sorted(epochs - {num_train_epochs})

@@ -66,6 +66,7 @@ VALUES = {
     ANALYZE: [
         ("--num_query_examples", "0"),
         ("--query_batch_size", "-3"),
+        ("--snapshots", "0"),
         *(("--eigenvector_fraction", value) for value in ("0", "1.1", "nan", "10 %")),
         *(("--query_indices", value) for value in ("", "3,", "3-", "5-3", "-1", "1.5", "all")),
     ],

@@ -9,6 +9,7 @@ from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, read_table, refused, suc
 from safetensors.torch import load_file
 
 import detect_mislabeled_dataset as detect
+import pipeline
 
 DATA = (*SYNTHETIC, "--num_train_examples", "40", "--precision", "fp32")
 TRAINING = (
@@ -48,6 +49,52 @@ def test_several_models_give_the_mean_of_their_scores(folder):
     for query, expected in (("mean", mean.mean(0)), ("0", mean[0])):
         row = next(row for row in rows if row["query"] == query)
         assert float(row["score"]) == pytest.approx(expected.max().item())
+
+
+def scores_of(folder, *flags):
+    """Analyzes, and returns the scores that it names, [num_query, num_train]."""
+    out = succeed(folder, *ANALYSIS, *flags)
+    path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
+    return load_file(folder / path)["all_modules"].clone()
+
+
+def earlier_checkpoint(folder, name, epoch):
+    """Writes the checkpoint of a training as if it had ended after an epoch; returns its folder."""
+    path = folder / name / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    model.load_state_dict(metadata["snapshots"].pop(epoch))
+    pipeline.save_checkpoint(folder / f"{name}_{epoch}" / path.name, model, metadata)
+    return f"{name}_{epoch}"
+
+
+def test_snapshots_give_the_mean_of_the_scores_of_each_network(folder):
+    """Of the two networks of a training of two epochs, and of two such trainings."""
+    singles = []
+    for name in ("checkpoints", "other"):
+        dirs = (earlier_checkpoint(folder, name, 1), name)
+        singles += [scores_of(folder, "--checkpoint_dir", each) for each in dirs]
+    assert not torch.allclose(singles[0], singles[1])
+    for count in (1, 2):
+        dirs = ("checkpoints", "other")[:count]
+        found = scores_of(folder, "--snapshots", 2, "--checkpoint_dir", *dirs)
+        expected = torch.stack(singles[: 2 * count]).mean(0)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=0)
+    assert torch.equal(scores_of(folder, "--snapshots", 1), singles[1])
+
+
+def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
+    assert "--snapshots 3: checkpoints/model_corrupt_0.1.pth holds only 2 of them" in refused(
+        folder, *ANALYSIS, "--snapshots", 3
+    )
+    single = earlier_checkpoint(folder, "checkpoints", 1)
+    path = folder / single / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    del metadata["snapshots"]  # as an earlier train.py left it
+    pipeline.save_checkpoint(path, model, metadata)
+    output = ("--output_dir", tmp_path, "--checkpoint_dir", single)
+    assert "holds only 1 of them" in refused(folder, *ANALYSIS, *output, "--snapshots", 2)
+    assert not list(tmp_path.glob("model*"))
+    succeed(folder, *ANALYSIS, *output)
 
 
 def test_a_detection_takes_the_mean_over_several_models(folder):

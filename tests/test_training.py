@@ -147,6 +147,61 @@ def test_margins_are_kept_by_epoch():
     assert found.dtype == torch.float16 and torch.equal(found.float(), sign * steps)
 
 
+def normalized_network():
+    """A network with buffers, the running statistics of batch normalisation."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 6), nn.BatchNorm1d(6), nn.Linear(6, 10))
+
+
+class Stopped(Exception):
+    """A training was stopped."""
+
+
+def weights_after(num_batches, data, **settings):
+    """Returns the weights and buffers of a training that is stopped before its next batch."""
+    model, seen = normalized_network(), []
+
+    def stop(*_):
+        if len(seen) == num_batches:
+            raise Stopped
+        seen.append(True)
+
+    model.register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        train_epochs(model, data, **settings)
+    return model.state_dict()
+
+
+def test_snapshots_are_the_networks_of_trainings_that_stop_after_their_epochs():
+    """After three and four of five epochs, of two batches each."""
+    data, model = digits(8), normalized_network()
+    settings = {"train_batch_size": 4, "num_train_epochs": 5}
+    _, snapshots = train_epochs(model, data, **settings)
+    assert sorted(snapshots) == [3, 4]
+    for epoch, weights in snapshots.items():
+        expected = weights_after(2 * epoch, data, **settings)
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name], tensor)
+
+
+def test_a_training_is_the_same_without_snapshots(monkeypatch):
+    data, settings = digits(8), {"train_batch_size": 4, "num_train_epochs": 5}
+    model, other = normalized_network(), normalized_network()
+    margins, _ = train_epochs(model, data, **settings)
+    monkeypatch.setattr(train, "SNAPSHOT_FRACTIONS", ())
+    found, snapshots = train_epochs(other, data, **settings)
+    assert torch.equal(found, margins) and not snapshots
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_snapshots_are_kept_after_60_and_80_percent_of_the_epochs():
+    kept = {count: train.snapshot_epochs(count) for count in (1, 2, 3, 4, 6, 10, 25)}
+    few = {1: [], 2: [1], 3: [2]}
+    assert kept == few | {4: [2, 3], 6: [4, 5], 10: [6, 8], 25: [15, 20]}
+
+
 def test_an_image_in_no_batch_has_no_margin(capsys):
     data = replace(digits(3), labels=torch.tensor([0, 0, 0]))
     (found,), _ = train_epochs(GrowingLogits(), data, train_batch_size=2)

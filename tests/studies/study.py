@@ -552,7 +552,7 @@ def trained_model(trainer, store, data, seed, back=0):
             weights[name] = torch.from_numpy(array)
     if not weights:
         reason = f"a training keeps fewer than {back + 1} networks"
-        raise pipeline.UserError(f"argument --num_train_epochs: {reason}: give at least 3")
+        raise pipeline.UserError(f"argument --num_train_epochs: {reason}: give at least 4")
     model = trainer.new_model(data)
     model.load_state_dict(weights)
     return model.eval()
