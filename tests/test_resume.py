@@ -19,13 +19,8 @@ import pipeline
 import train
 
 EPOCHS, STEPS = 4, 3  # steps of an epoch
-FLAGS = (
-    *SYNTHETIC,
-    *("--model", "small"),
-    *("--precision", "fp32"),
-    *("--train_batch_size", 20),
-    *("--num_train_epochs", EPOCHS),
-)
+RECIPE = ("--train_batch_size", 20, "--num_train_epochs", EPOCHS)
+FLAGS = (*SYNTHETIC, *RECIPE, "--model", "small", "--precision", "fp32")
 STATE = Path("checkpoints/model_corrupt_0.1.unfinished")
 CHECKPOINT = STATE.with_suffix(".pth")
 SENTENCE = "interrupted; no file is half-written, so run the same command again"
