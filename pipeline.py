@@ -25,7 +25,6 @@ import shutil
 import stat
 import sys
 import time
-import types
 import unicodedata
 import warnings
 from collections import Counter, OrderedDict
@@ -109,6 +108,7 @@ def run(main):
     try:
         if SOURCE is None:
             raise UserError("only compiled code is there: the .py files are needed beside it")
+        read_own_sources()
         return main()
     except UserError as error:
         status, message = error.status, f"error: {error}"
@@ -414,14 +414,24 @@ def print_machine(device, dtype):
 
 
 def code_of(*names):
-    """Returns the code of functions and classes of this file as it was imported, without comments.
+    """Returns the code of functions and classes of this file, as it was imported.
 
-    Caches are found by a hash of it: a changed comment leaves them valid, a changed statement not.
+    Results are cached by a hash of code. A changed comment or docstring leaves the cache valid.
     """
-    definitions = ast.parse(SOURCE).body
+    definitions = parse_code(SOURCE).body
     kinds = (ast.FunctionDef, ast.ClassDef)
-    code = {node.name: ast.unparse(node) for node in definitions if isinstance(node, kinds)}
+    code = {node.name: ast.dump(node) for node in definitions if isinstance(node, kinds)}
     return "\n".join(code[name] for name in names)
+
+
+def parse_code(text):
+    """Returns the syntax tree of Python code, which has no comments, without docstrings."""
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree
 
 
 def make_folder(path):
@@ -1485,9 +1495,6 @@ class Scale(nn.Module):
     def forward(self, x):
         return self.factor * x
 
-    def extra_repr(self):
-        return str(self.factor)
-
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     """Convolution without bias, batch-norm, ReLU."""
@@ -1499,7 +1506,7 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
 
 
 def resnet9(num_classes):
-    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    """The ResNet-9 of the published example: 2.3 M parameters, 128 features."""
     features = nn.Sequential(
         conv_block(3, 64),
         conv_block(64, 128, kernel_size=5, stride=2, padding=2),
@@ -1516,13 +1523,16 @@ def resnet9(num_classes):
 
 
 def resnet18(num_classes):
-    """ResNet-18 of torchvision with a 3x3 stem of stride 1, without max-pool; 512 features."""
+    """torchvision's ResNet-18 for small images: a 3x3 stem of stride 1, no max-pool; 512 features.
+
+    Raises UserError if torchvision cannot be imported.
+    """
     try:
         from torchvision import models
-    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+    except (ImportError, OSError, RuntimeError) as error:  # built for another version of torch
         raise UserError(
             f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
-            "install the one for this torch, or use --model resnet9"
+            "install the version for this torch, or use --model resnet9"
         ) from error
     features = models.resnet18(num_classes=num_classes)
     features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -1539,7 +1549,7 @@ MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
 
 class ImageClassifier(nn.Module):
-    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+    """The two parts of a network of MODELS; the logits are float32, also under autocast."""
 
     def __init__(self, network):
         super().__init__()
@@ -1550,7 +1560,7 @@ class ImageClassifier(nn.Module):
         return self.logits(self.features(images))
 
     def logits(self, features):  # (B, D) -> (B, num_classes)
-        # Logits in bfloat16 would tie, and losses and margins with them.
+        # In bfloat16, logits of different images would be equal, and so would losses and margins.
         dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(dtype))
@@ -1559,164 +1569,177 @@ class ImageClassifier(nn.Module):
 def construct_model(name, num_classes):
     """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
 
-    Raises UserError where the function in MODELS does not return what a network has to be.
+    Raises UserError if the function in MODELS returns something else than a network.
     """
     network = MODELS[name](num_classes)
-    problem = problem_of_network(network, num_classes)
-    if problem:
-        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    try:
+        check_parts(network)
+        check_shapes(network, num_classes)
+    except ValueError as error:
+        raise UserError(f"--model {name}: its function in MODELS must return {error}") from error
     model = ImageClassifier(network)
-    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    model.constructed_by = MODELS[name]  # for code_digest
     return model.to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def problem_of_network(network, num_classes):
-    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+def check_parts(network):
+    """Raises ValueError, whose text is what a network must be, if its parts are incomplete."""
     for part in ("features", "head"):
         if not isinstance(getattr(network, part, None), nn.Module):
-            return f"a module with the parts features and head, modules both, but {part} is none"
+            raise ValueError(f"a module with two modules, features and head, but {part} is none")
     in_parts = {*network.features.parameters(), *network.head.parameters()}
     for name, parameter in network.named_parameters():
         if parameter not in in_parts:
-            return f"features and head that hold all parameters, but {name} is in neither"
-    was_training = network.training
-    model = ImageClassifier(network).eval()
+            raise ValueError(
+                f"features and head that hold all parameters, but {name} is in neither"
+            )
+
+
+@torch.no_grad()
+def check_shapes(network, num_classes):
+    """Raises ValueError, whose text is what a network must be, if a shape is wrong.
+
+    Checks it on a copy, because a forward pass may change the buffers of a module.
+    """
+    model = ImageClassifier(copy.deepcopy(network)).eval()
     try:
         features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
         logits = model.logits(features)
     except RuntimeError as error:  # shapes that do not fit
-        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
-    network.train(was_training)
+        raise ValueError(
+            "features that take images [B, 3, 32, 32], and a head that takes these features "
+            f"({first_line(error)})"
+        ) from error
     if features.dim() != 2 or len(features) != 2:
-        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+        raise ValueError(f"features of shape [B, D], not {[*features.shape]} for 2 images")
     if logits.shape != (2, num_classes):
-        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
-    return None
+        raise ValueError(f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images")
 
 
-def margin(logits, labels, of_others=torch.logsumexp):
-    """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
+def split_logits(logits, labels):
+    """Returns the labels' logits, [B], and the other logits, [B, num_classes].
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
-    2020, section 3.1).
+    The second result has -inf in place of the labels' logits.
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+    return logits.gather(1, labels[:, None]).squeeze(1), others
+
+
+def log_odds(logits, labels):
+    """Returns the log-odds of each label, [B]: logit[label] - logsumexp(the other logits).
+
+    logits: [B, num_classes]; labels: int64 [B]. Source: Park et al. 2023, "TRAK", section 3.3.
+    """
+    of_label, others = split_logits(logits, labels)
+    return of_label - others.logsumexp(1)
+
+
+def margin(logits, labels):
+    """Returns the margin of each label, [B]: logit[label] minus the largest other logit.
+
+    logits: [B, num_classes]; labels: int64 [B]. Source: Pleiss et al. 2020, section 3.1.
+    """
+    of_label, others = split_logits(logits, labels)
+    return of_label - others.amax(1)
 
 
 # ---- The code that scores depend on --------------------------------------------------------------
 #
-# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
-# is what Python compiled, which runs, and not the files: somebody may have edited them since.
-# Comments, layout and the docstrings of functions do not change it.
+# Factors and scores are cached by a hash of the model, the data, the settings and the code. The
+# code of pipeline.py counts from the section "Networks" to the section "Results". Of the network's
+# own classes, and of its function in MODELS, the whole file counts: so a changed helper function or
+# constant changes the hash, too.
+#
+# A file may be edited during a run. The code that was imported runs on, so the files are read at
+# the start of the run.
 
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+SOURCES = {}  # the texts of Python files, by the name of the module
+SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
-def code_digest(model):
-    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+def read_own_sources():
+    """Reads the files of all imported modules into SOURCES, except those of installed packages."""
+    for name, module in list(sys.modules.items()):
+        if is_of_library(name):
+            continue
+        path = Path(getattr(module, "__file__", None) or "")
+        is_installed = "site-packages" in path.parts or "dist-packages" in path.parts
+        if path.suffix == ".py" and not is_installed:
+            with contextlib.suppress(UserError):  # it may be a file that no score depends on
+                source_of(name)
 
-    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
-    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
-    the settings of torch's own layers.
+
+def is_of_library(module_name):
+    """Returns whether a module belongs to torch, torchvision or Python.
+
+    Their code does not count: the version of torch is hashed, and torchvision's follows from it.
     """
-    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
-    seen = {}  # by id; holds the values, so that no id is given twice
-    texts = [str(model)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, CONSTANTS):
-            texts.append(repr(value))
-        elif id(value) not in seen:
-            seen[id(value)] = value
-            waiting += parts_of(value)
-    return sha256("\n".join(texts))
-
-
-def network_code(model):
-    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
-
-    Classes of torch and torchvision are left out: the version of torch tells their code.
-    """
-    classes = {}  # a dictionary keeps their order
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if not is_of_library(cls):
-                classes[cls] = None
-    return [*classes, getattr(model, "constructed_by", None)]
-
-
-def is_of_library(value):
-    """Returns whether a function or class belongs to torch, torchvision or Python."""
-    package = str(value.__module__).partition(".")[0]
+    package = module_name.partition(".")[0]
     return package in {"torch", "torchvision", *sys.stdlib_module_names}
 
 
-def is_code(value):
-    """Returns whether a value is a function or a class."""
-    return isinstance(value, (types.FunctionType, type))
+def code_digest(model, entry_points=()):
+    """Returns the SHA-256, as hex digits, of the code and settings that decide a model's scores.
+
+    Hashes pipeline.py's part, the files of the network and of `entry_points` (functions and
+    classes), and the settings of all layers. Raises UserError if one of the files is missing.
+    """
+    owners = [cls for module in model.modules() for cls in type(module).__mro__]
+    owners += entry_points
+    constructor = getattr(model, "constructed_by", None)
+    if isinstance(constructor, partial):
+        constructor = constructor.func
+    if constructor is not None:
+        owners.append(constructor)
+    names = {owner.__module__ for owner in owners} - {__name__}
+    sources = [source_of(name) for name in sorted(names) if not is_of_library(name)]
+    files = [ast.dump(parse_code(source)) for source in sources]
+    return sha256(score_code(), *files, settings_of(model))
 
 
-def parts_of(value):
-    """Returns what a function, class or container consists of; nothing of other values."""
-    if is_code(value) and is_of_library(value):
-        return []
-    for kind, parts in PARTS.items():
-        if isinstance(value, kind):
-            return parts(value)
-    return []
+def score_code():
+    """Returns the code of pipeline.py that decides scores."""
+    start = SOURCE.index("\n# ---- Networks ---")
+    end = SOURCE.index("\n# ---- Results ---")
+    sections = ast.dump(parse_code(SOURCE[start:end]))
+    return sections + code_of("ImageData")  # it standardises the images
 
 
-def parts_of_code(code, docstring=None):
-    """Returns the instructions, names and constants of compiled code, without the docstring."""
-    constants = [constant for constant in code.co_consts if constant != docstring]
-    return [code.co_code, code.co_names, code.co_varnames, *constants]
+def source_of(name):
+    """Returns the text of a module's file, as it was when it was first asked for.
+
+    Raises UserError if the module has no readable .py file.
+    """
+    if name not in SOURCES:
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        try:
+            SOURCES[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(
+                f"influence needs the code of the network, but the module '{name}' has no readable "
+                "file: put it into a .py file in UTF-8"
+            ) from error
+    return SOURCES[name]
 
 
-def parts_of_function(function):
-    """Returns the code, default values and closure of a function, and what it names in its file."""
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = [function.__defaults__, function.__kwdefaults__, *closure]
-    for name in names_in(function.__code__):
-        value = function.__globals__.get(name)
-        if not is_code(value) or value.__module__ == function.__module__:
-            values.append(value)
-    return parts_of_code(function.__code__, function.__doc__) + values
+def settings_of(model):
+    """Returns the names, classes and settings of all modules of a network, as text.
+
+    Settings are attributes such as a stride or a constant factor.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        settings = {key: value for key, value in vars(module).items() if is_setting(value)}
+        settings.pop("training")  # influence is computed in eval mode
+        lines.append(f"{name} {type(module).__qualname__} {settings}")
+    return "\n".join(lines)
 
 
-def names_in(code):
-    """Returns the global names and attributes in compiled code, and in functions inside it."""
-    names = list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += names_in(constant)
-    return names
-
-
-def parts_of_class(cls):
-    """Returns the methods and constants of a class, and its base classes of the same file."""
-    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
-    for name, member in vars(cls).items():
-        if isinstance(member, types.FunctionType) or not name.startswith("__"):
-            parts.append(member)
-    return parts
-
-
-PARTS = {
-    types.CodeType: parts_of_code,
-    types.FunctionType: parts_of_function,
-    types.MethodType: lambda method: [method.__func__],
-    (staticmethod, classmethod): lambda method: [method.__func__],
-    property: lambda attribute: [attribute.fget],
-    cached_property: lambda attribute: [attribute.func],
-    partial: lambda call: [call.func, call.args, call.keywords],
-    type: parts_of_class,
-    (tuple, list): list,
-    dict: lambda entries: [*entries.items()],
-    (set, frozenset): lambda members: sorted(map(repr, members)),
-    Tensor: lambda tensor: [sha256(tensor)],
-}
+def is_setting(value):
+    """Returns whether a value is a number, a string, None, a dtype, or a sequence of these."""
+    if isinstance(value, (tuple, list)):
+        return all(is_setting(item) for item in value)
+    return isinstance(value, SETTINGS)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1860,7 +1883,7 @@ class ClassificationTask(Task):
     def compute_measurement(self, batch, model):
         """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, sign changed)."""
         images, labels, _ = batch
-        return -margin(model(images), labels).sum()
+        return -log_odds(model(images), labels).sum()
 
     def get_influence_tracked_modules(self):
         """Returns the names of the layers to track, for kronfluence."""
