@@ -1744,12 +1744,14 @@ def is_setting(value):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
+CHECKPOINT_KEYS = {"model", "margins", "given_labels"}  # an earlier train.py did not write all
+
 
 def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
     """Returns the path of the checkpoint of a training.
 
-    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
-    one used corrections as well.
+    `fraction` of the training labels were corrupted; None and 0 mean none. `noisy`: the labels came
+    from a file. `cleaned`: the training used corrections.
     """
     if noisy:
         name = "model_noisy"
@@ -1763,22 +1765,23 @@ def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
 
 
 def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+    """Writes weights and `metadata` to a file. A failure leaves no incomplete file.
 
-    The metadata must tell `model`, the name in MODELS.
+    The metadata may hold numbers, strings, lists, dictionaries and tensors. It must hold
+    CHECKPOINT_KEYS; the value of "model" is the name in MODELS.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    content = io.BytesIO()  # if the disk is full, torch.save to a file raises no OSError
     torch.save({"weights": weights, "metadata": metadata}, content)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+    """Returns the model of a checkpoint of train.py, in eval mode on `device`, and its metadata.
 
-    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
-    has no such network.
+    Raises UserError if there is no checkpoint, if train.py did not write the file, or if MODELS
+    does not contain the network.
     """
     path = Path(path)
     if not path.is_file():
@@ -1789,7 +1792,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+        if not CHECKPOINT_KEYS.issubset(metadata):
             raise ValueError("written by an earlier train.py")
         if metadata["model"] not in MODELS:
             raise UserError(
@@ -1800,16 +1803,19 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["weights"])
     except (OSError, UserError):
         raise
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # torch.load may raise any exception for another kind of file
         reason = f"{first_line(error):.100}"
         raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+            f"{path} is not a complete checkpoint of train.py ({reason}): train again"
         ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
 def checkpoints_beside(path):
-    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    """Returns which checkpoints are in the folder of a missing checkpoint, as part of a sentence.
+
+    The text is empty if there are none.
+    """
     names = sorted(other.name for other in path.parent.glob("model*.pth"))
     if not names:
         return ""
@@ -1819,37 +1825,41 @@ def checkpoints_beside(path):
 
 
 def load_trained(path, device, clean, *, model_name, fraction, labels_file=None):
-    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+    """Returns a trained model, its metadata, and the ImageData that it was trained on.
 
-    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
-    from the `labels_file` of `--noisy_labels`. Returns the model, its metadata, and the
-    ImageData that it was trained on. Raises UserError where any of these was another one.
+    `clean` holds the training images with the labels of the data set. The model must be the network
+    `model_name` of MODELS, trained on `clean` with a `fraction` of corrupted labels, or with the
+    labels in the `labels_file` of `--noisy_labels`. Otherwise raises UserError. Prints a line.
     """
     model, metadata = load_checkpoint(path, device)
     if metadata["model"] != model_name:
         raise UserError(
             f"{path} was trained with --model {metadata['model']}, not {model_name}: "
-            "give that, or train again"
+            "give the flag that it was trained with, or train again"
         )
-    data = clean
-    is_same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
-    if is_same:
-        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        trained_on = metadata["data_sha256"], metadata["class_names"]
-        is_same = trained_on == (data.digest, data.class_names)
-    if not is_same:
-        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        raise UserError(
-            f"{path} was trained on other images or labels ({metadata['num_train']} of "
-            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
-            "give its data flags, or train again"
-        )
+    if metadata["num_loaded"] != len(clean) or not has_labels_of(metadata, labels_file):
+        raise other_data_error(path, metadata)
+    data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+    if metadata["data_sha256"] != data.digest or metadata["class_names"] != data.class_names:
+        raise other_data_error(path, metadata)
     if is_main_process():
         print(
             f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
             f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
         )
     return model, metadata, data
+
+
+def other_data_error(path, metadata):
+    """Returns the UserError for a checkpoint that was trained on other images or labels."""
+    if metadata["noisy_labels"] is None:
+        labels = f"--corrupt_percentage {metadata['corrupt_percentage']}"
+    else:
+        labels = f"--noisy_labels {metadata['noisy_labels']}, a file that may have changed since"
+    return UserError(
+        f"{path} was trained on other images or labels ({metadata['num_train']} images of "
+        f"{metadata['dataset']}, {labels}): give its data flags, or train again"
+    )
 
 
 # ---- Influence: what is measured, and in which precision -----------------------------------------
@@ -2752,7 +2762,7 @@ MAX_NAME = 16  # characters of a class name in a figure
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to `seconds[phase]`; `phase` is one of PHASES."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -2761,16 +2771,22 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    """Returns the folder for tables and figures.
+
+    That is the folder of a single run. Several runs share another folder, named after all of them.
+    """
     if len(runs) == 1:
         return runs[0].folder
-    names = [run.folder.name for run in runs]
+    names = sorted(run.folder.name for run in runs)  # so their order does not matter
     model_name = names[0].rpartition("-")[0]
     return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
 
 
 def peak_memory_bytes(device):
-    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    """Returns the peak of CUDA memory, or of resident memory on a CPU.
+
+    Returns None on Windows, where Python has no module `resource`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2778,12 +2794,12 @@ def peak_memory_bytes(device):
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
-    return peak if in_bytes else 1024 * peak
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return peak * unit
 
 
 def environment(device):
-    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
+    """Returns the peak memory so far, the hardware and the versions, for the record of a run."""
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
@@ -2805,7 +2821,7 @@ def environment(device):
 def write_record(path, *, flags, fields, device, seconds):
     """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Raises ValueError where a field is NaN or infinite.
+    `seconds` contains the seconds by phase. Raises ValueError if a field is NaN or infinite.
     """
     by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
     by_phase["total"] = round(sum(seconds.values()), 3)
@@ -2816,14 +2832,22 @@ def write_record(path, *, flags, fields, device, seconds):
 
 @contextlib.contextmanager
 def recorded(path, *, flags, fields, device, seconds):
-    """Writes the json record of a run before the block, and again after it with the final seconds.
+    """Writes the json record of a run before the block, and again after it.
 
-    The block draws figures. Where one fails, the record is there already.
+    The block draws figures. If that fails, the first record remains. The second record has the
+    final seconds: so a block of `timed` around the figures must end before this one, inside it.
     """
-    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
-    write_record(path, **values)
+    write = partial(
+        write_record,
+        path,
+        flags=flags,
+        fields=fields,
+        device=device,
+        seconds=seconds,
+    )
+    write()
     yield
-    write_record(path, **values)
+    write()
 
 
 def print_seconds(seconds):
@@ -2833,7 +2857,7 @@ def print_seconds(seconds):
 
 
 def print_paths(paths):
-    """Prints the paths of scores and of other results, one a line."""
+    """Prints the paths of results, one per line."""
     for path in paths:
         if path.suffix == ".safetensors":
             print(f"scores in {path}")
@@ -2842,7 +2866,7 @@ def print_paths(paths):
 
 
 def write_table(path, columns, rows):
-    """Writes rows under the names of their columns to a csv file, whole or not at all."""
+    """Writes column names and rows to a csv file. A failure leaves no incomplete file."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -2850,10 +2874,10 @@ def write_table(path, columns, rows):
 
 
 def import_matplotlib():
-    """Returns matplotlib, imported without the user's MPLBACKEND.
+    """Returns matplotlib, imported without the user's environment variable MPLBACKEND.
 
-    matplotlib refuses to be imported where that names a backend which is not installed, as
-    notebooks do for the processes that they start. Figures that are only saved need none.
+    Notebooks set it for the programs that they start. If it names a backend that is not installed,
+    the import of matplotlib fails. Saving a figure to a file needs no such backend.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
@@ -2868,8 +2892,8 @@ def import_matplotlib():
 def figure_file(path, width, height):
     """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
-    Letters of other scripts are drawn where a font for them is installed.
+    A failure leaves no incomplete file. The user's matplotlib settings have no effect. Letters that
+    the font DejaVu Sans lacks, such as Chinese ones, need another installed font.
     """
     matplotlib = import_matplotlib()
     from matplotlib import font_manager
@@ -2879,22 +2903,23 @@ def figure_file(path, width, height):
     wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
     style = dict(matplotlib.rcParamsDefault)
     style["font.family"] = ["DejaVu Sans", *wide_fonts]
-    style["text.parse_math"] = False  # a class name may hold a $
+    style["text.parse_math"] = False  # a class name may contain a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-# Pixels of a contact sheet's cell, and the height of the text at its top.
+# The size of a contact sheet's cell in pixels, and the height of the text at the cell's top.
 CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
 PIXELS_PER_INCH = 33
 
 
 def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+    """Draws a contact sheet, a grid of images, as a png file. Each image is below its own text.
 
-    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
+    images: uint8 [N, 3, 32, 32]; texts: of at most three lines each; colours: of the texts;
+    columns: images per row.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -2904,8 +2929,8 @@ def draw_contact_sheet(path, images, texts, colours, columns, title):
     with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            row, column = divmod(place, columns)
+        for cell, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
+            row, column = divmod(cell, columns)
             top = row * CELL_HEIGHT + TEXT_HEIGHT
             left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
             pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
@@ -2924,7 +2949,8 @@ def draw_contact_sheet(path, images, texts, colours, columns, title):
 
 
 def shorten(name):
-    """Returns a name, or both ends of one that is longer than 16 characters."""
+    """Returns a name, or only its two ends if it is longer than MAX_NAME characters."""
     if len(name) <= MAX_NAME:
         return name
-    return f"{name[:8]}…{name[-7:]}"
+    half = MAX_NAME // 2
+    return f"{name[:half]}…{name[1 - half :]}"
