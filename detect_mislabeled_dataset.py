@@ -184,7 +184,7 @@ def measure(run, metadata, damping_factor):
         labels = run.data.labels
         epoch_margins = metadata["margins"].float()  # (epochs, N), NaN where an image was left out
         features, logits = compute_features(run)
-        final_margin = pipeline.margin(logits, labels, torch.amax).cpu()
+        final_margin = pipeline.margin(logits, labels).cpu()
         was_never_drawn = epoch_margins.isnan().all(0)
         signals["aum"] = torch.where(was_never_drawn, final_margin, epoch_margins.nanmean(0))
         signals["margin"] = final_margin
@@ -233,7 +233,7 @@ def knn_vote(features, labels, num_classes):
         votes = labels[neighbours]
         counts = features.new_zeros(len(rows), num_classes)
         counts.scatter_add_(1, votes, features.new_ones(votes.shape))
-        margins.append(pipeline.margin(counts / k, labels[rows], torch.amax))
+        margins.append(pipeline.margin(counts / k, labels[rows]))
     return torch.cat(margins)
 
 

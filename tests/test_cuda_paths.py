@@ -169,6 +169,7 @@ def test_evaluation(fake_cuda, name, dtype):
     logits = train.compute_logits(model, fake_data(), 4, dtype)
     assert computed_in == {dtype}
     assert_is(logits, torch.float32, BATCH, CLASSES)
+    assert_is(pipeline.log_odds(logits, fake_data().labels), torch.float32, BATCH)
     assert_is(pipeline.margin(logits, fake_data().labels), torch.float32, BATCH)
 
 

@@ -210,13 +210,13 @@ def test_what_needs_influence_is_refused_without_it(tmp_path, monkeypatch, flags
     assert not list(tmp_path.iterdir())
 
 
-def test_no_network_is_refused_for_a_ranking_without_influence(tmp_path, monkeypatch):
-    """Neither are its layers looked at, nor its parameters called fixed."""
-    monkeypatch.setattr(pipeline.InfluenceRun, "track_layers", None)
-    settings = {"dtype": torch.float32, "seed": 0, "seconds": {}}
+def test_no_network_is_refused_for_a_ranking_without_influence(tmp_path):
+    """Its layers are not checked, and no parameter is named as fixed."""
     model = torch.nn.BatchNorm2d(3)
-    found = pipeline.InfluenceRun(model, digits(3), tmp_path / "model", strategy="none", **settings)
-    assert found.folder.is_dir() and not found.fixed
+    path = tmp_path / "model"
+    trained = pipeline.TrainedModel(model, digits(3), path, dtype=torch.float32, seconds={})
+    assert trained.strategy == pipeline.NO_INFLUENCE and not trained.fixed
+    assert trained.folder.parent == tmp_path
 
 
 def test_without_the_flag_no_label_is_corrupted_in_the_detection(tmp_path, monkeypatch):

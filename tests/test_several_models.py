@@ -114,7 +114,7 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
 
 def test_models_of_another_recipe_are_refused(folder, tmp_path):
     succeed(folder, *TRAINING, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
-    assert "differ in their recipe" in refused(
+    assert "differ in their hyperparameters" in refused(
         folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path
     )
 

@@ -254,7 +254,7 @@ class WritesAFile:
 def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": {}, "metadata": WritesAFile()}, "model.pth")
-    with pytest.raises(pipeline.UserError, match="not a whole checkpoint"):
+    with pytest.raises(pipeline.UserError, match="not a complete checkpoint"):
         pipeline.load_checkpoint("model.pth")
     assert not Path("executed").exists()
 

@@ -586,7 +586,7 @@ def retrained(trainer, store, data, *, num_queries, halves, trainings):
 def half_margins(trainer, half, queries, seed):
     """Trains on a half of the images. Returns the margins of queries, [num_query]."""
     model, _, _ = trainer.train(half, seed)
-    return {"margins": pipeline.margin(trainer.logits(model, queries), queries.labels).numpy()}
+    return {"margins": pipeline.log_odds(trainer.logits(model, queries), queries.labels).numpy()}
 
 
 def linear_datamodeling_scores(scores, members, margins):
