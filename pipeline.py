@@ -1,7 +1,7 @@
 """What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order data meets it.
 
-Command line ► files ► images and labels ► label corruption ► csv files ► checkpoints ► batches ►
-network ► influence ► results.
+Command line ► files ► images and labels ► label corruption and cleaning ► csv files ► networks ►
+code that scores depend on ► checkpoints ► influence ► results.
 """
 # ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
 
@@ -39,8 +39,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-# The text of this file as it is imported; None where there is only compiled code. Results are
-# cached under a hash of the code that computes them, and the file may be edited during a run.
+# The text of this file when it is imported, since the file may be edited during a run. It serves
+# the cache of decoded images, which depends on the code that reads them (`code_of`). It is None
+# if there is only compiled code; `run` refuses that.
 SOURCE = __spec__.loader.get_source(__name__)
 
 import numpy as np
@@ -65,25 +66,30 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
-NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
+NO_INFLUENCE = "none"  # used in place of a strategy: no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
-# How torch says that memory is full, and kronfluence that even a single image did not fit.
+# Parts of the messages by which torch reports that memory is full, and kronfluence that a batch of
+# a single image did not fit.
 FULL_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator",
     "No executable batch size",
 )
+# Options of glibc's mallopt, as its malloc.h numbers them.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+LARGEST_C_INT = 2**31 - 1
 
 
 class UserError(Exception):
-    """A mistake that only the user can correct; its text is one sentence that says what to do."""
+    """A mistake that only the user can correct. Its text is one sentence that states what to do."""
 
     status = 2
 
 
 class NumericalError(UserError):
-    """A NaN or an infinity; its text is one sentence that says where it arose and what to do."""
+    """A NaN or an infinity. Its text is one sentence: where it arose, and what to do."""
 
     status = 1
 
@@ -101,22 +107,24 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls `main`; turns what can go wrong into one line on standard error.
+    """Calls `main`, and prints an expected failure as one line on standard error.
 
     Exit status: 2 for a mistake of the user, 130 for Ctrl-C, 1 for a failure of the machine or NaN.
     """
     prepare_process()
     try:
         if SOURCE is None:
-            raise UserError("only compiled code is there: the .py files are needed beside it")
+            raise UserError("there is only compiled code: add the .py files beside it")
         return main()
     except UserError as error:
-        status, message = error.status, f"error: {error}"
+        status = error.status
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; no file is half-written, so run the same command again"
+        status = 130
+        message = "interrupted; no file is half-written, so run the same command again"
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status = 1
-        message = f"error: {first_line(error)}; the results of earlier runs are unharmed"
+        message = f"error: {first_line(error)}; the results of earlier runs are complete"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -127,42 +135,64 @@ def run(main):
 
 
 def prepare_process():
-    """Sets warnings, the console's encoding and the allocator of this process."""
-    # kronfluence constructs a GradScaler by its old name, even where it has no effect.
+    """Sets warnings, the console's encoding and the memory allocator of this process."""
+    # kronfluence constructs a GradScaler by its deprecated name, even if scaling is off.
     warnings.filterwarnings("ignore", message=r".*GradScaler")
-    with contextlib.suppress(AttributeError):  # the stream of a notebook has no such method
-        # Names of files may have letters that the console lacks.
+    with contextlib.suppress(AttributeError):  # the output stream of a notebook has no reconfigure
+        # File names may contain letters that the console's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # glibc then keeps freed memory, which saves 3 to 16 % of the time on AVX2.
-    with contextlib.suppress(AttributeError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    # With these options glibc keeps freed memory, which saves 3 to 16 % of the time on AVX2.
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_C_INT)
 
 
 def is_out_of_memory(error):
-    """Returns whether an exception says that memory is full."""
+    """Returns whether an exception was raised because memory is full."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in FULL_MEMORY)
 
 
 def first_line(error):
     """Returns the first line of an exception's text, or its type if it has no text."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def number(kind, description, allowed):
-    """Returns an argparse type: `kind(text)` if `allowed` holds of it.
+    """Returns an argparse type that accepts a text if `allowed(kind(text))` is true.
 
-    Otherwise argparse reports that the text is not `description`.
+    For any other text, argparse reports that it is not `description`.
     """
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        try:
             value = kind(text)
-            if allowed(value):
-                return value
-        raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+            is_allowed = allowed(value)
+        except ValueError:
+            is_allowed = False
+        if not is_allowed:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+        return value
 
     return parse
+
+
+def number_or_word(parse, word):
+    """Returns an argparse type that accepts `word`, and every text that the type `parse` accepts.
+
+    The value is `word` itself, or what `parse` returns.
+    """
+
+    def parse_or_word(text):
+        if text == word:
+            return word
+        try:
+            return parse(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor '{word}'") from error
+
+    return parse_or_word
 
 
 positive_int = number(
@@ -177,29 +207,12 @@ corrupt_fraction = number(
 )
 
 
-def damping(text):
-    """Parses a `--damping_factor`: a number of at least 0, or the word `heuristic`."""
-    if text == "heuristic":
-        return text
-    try:
-        return non_negative_float(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor 'heuristic'") from error
-
-
-def some_or_all(text):
-    """Parses a `--factor_examples`: a whole number of at least 1, or the word `all`."""
-    if text == "all":
-        return text
-    try:
-        return positive_int(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor 'all'") from error
-
-
 def shared_parser(docstring):
-    """Returns a parser with the flags of all scripts; `docstring` is a script's, None under -OO."""
-    description = (docstring or "").partition("\n")[0]
+    """Returns a parser with the flags that all scripts share.
+
+    docstring: the module docstring of a script, or None, as under `python -OO`.
+    """
+    description = docstring.partition("\n")[0] if docstring else None
     parser = OneLineParser(description=description, allow_abbrev=False)
     add_data_flags(parser.groups["data"])
     model = parser.groups["model"]
@@ -207,19 +220,20 @@ def shared_parser(docstring):
         "--model",
         choices=MODELS,
         default="resnet9",
-        help="network to train or to explain (default: %(default)s)",
+        help="network architecture (default: %(default)s)",
     )
     model.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="number format of the computation; auto: bfloat16 where it is fast, else float32",
+        help="number format of the computation; auto: bfloat16 if the device is fast at it, "
+        "else float32 (default: %(default)s)",
     )
     model.add_argument(
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="where to compute; auto: a GPU is used if one is available",
+        help="device to compute on; auto: a GPU is used if one is available (default: %(default)s)",
     )
     parser.groups["report"].add_argument(
         "--output_dir",
@@ -243,7 +257,7 @@ def add_data_flags(group):
         "--dataset_dir",
         default="./data",
         metavar="DIR",
-        help="directory of the data set; of an imagefolder, that which contains train/ and, "
+        help="directory of the data set; for imagefolder, the directory that contains train/ and, "
         "optionally, test/ (default: %(default)s)",
     )
     group.add_argument(
@@ -256,14 +270,15 @@ def add_data_flags(group):
     labels.add_argument(
         "--corrupt_percentage",
         type=corrupt_fraction,
+        default=0.0,
         metavar="FRACTION",
-        help="fraction of the training labels to corrupt, such as 0.1 (default: none)",
+        help="fraction of the training labels to corrupt, such as 0.1 (default: 0)",
     )
     labels.add_argument(
         "--noisy_labels",
         metavar="CSV",
-        help="file with the labels to train on: columns label, and path or index "
-        "(default: the labels of the data set)",
+        help="file with the labels to train on: columns label, and path or index, which is the "
+        "position in the whole data set, from 0 (default: the labels of the data set)",
     )
 
 
@@ -276,7 +291,7 @@ def influence_parser(docstring, strategies=STRATEGIES):
         nargs="+",
         default=[CHECKPOINT_DIR],
         metavar="DIR",
-        help="directory of the trained model; with several, their scores are averaged "
+        help="directory of the trained model; the scores of several models are averaged "
         f"(default: {CHECKPOINT_DIR})",
     )
     model.add_argument(
@@ -295,7 +310,7 @@ def influence_parser(docstring, strategies=STRATEGIES):
 
 
 def add_curvature_flags(group, strategies):
-    """Adds the flags that say how the curvature of the loss is approximated."""
+    """Adds the flags that choose how the curvature of the loss is approximated."""
     group.add_argument(
         "--factor_strategy",
         choices=strategies,
@@ -304,14 +319,14 @@ def add_curvature_flags(group, strategies):
     )
     group.add_argument(
         "--factor_examples",
-        type=some_or_all,
+        type=number_or_word(positive_int, "all"),
         default="all",
         metavar="N",
         help="fit the curvature on N random training images, or on all (default: %(default)s)",
     )
     group.add_argument(
         "--damping_factor",
-        type=damping,
+        type=number_or_word(non_negative_float, "heuristic"),
         default="heuristic",
         metavar="X",
         help="number added to each eigenvalue of the curvature; heuristic: a tenth of the layer's "
@@ -328,12 +343,12 @@ def add_curvature_flags(group, strategies):
 def command(script, args, **values):
     """Returns the command that runs a script with the shared flags of `args` and other `values`.
 
-    Flags that have their default value, None or False are left out.
+    The command omits a flag whose value is its default, None or False.
     """
-    defaults = vars(shared_parser("").parse_args([]))
-    flags = {name: getattr(args, name) for name in defaults}
+    shared = vars(shared_parser("").parse_args([]))
+    defaults = {**shared, "checkpoint_dir": CHECKPOINT_DIR}
+    flags = {name: getattr(args, name) for name in shared}
     flags.update(values)
-    defaults["checkpoint_dir"] = CHECKPOINT_DIR
     words = ["python", script]
     for name, value in flags.items():
         if value is None or value is False or value == defaults.get(name):
@@ -350,15 +365,16 @@ def number_of_processes():
 
 
 def is_main_process():
-    """Returns whether this process prints and writes: the first one under torchrun."""
+    """Returns whether this process prints and writes: the first process under torchrun."""
     return number_of_processes() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
-    Raises UserError for `cuda` without a usable GPU, and for several processes where the script
-    cannot use them or lacks a GPU for each: kronfluence sums over processes on CUDA only.
+    several_processes: whether the script can share its work between processes. Raises UserError for
+    `cuda` without a usable GPU. Several processes also raise it if the script cannot share its
+    work, or if a process lacks its own GPU: kronfluence sums over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -366,24 +382,25 @@ def choose_device(name, several_processes):
     on_gpu = name != "cpu" and torch.cuda.is_available()
     count = number_of_processes()
     if count > 1 and not (on_gpu and several_processes):
-        place = "this script" if on_gpu else "a run on the CPU"
+        what = "this script" if on_gpu else "a run on the CPU"
         raise UserError(
-            f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun"
+            f"WORLD_SIZE is {count}, but {what} uses one process only: start it without torchrun"
         )
-    # Without torchrun no process knows its own GPU; the count itself is then too high a number.
-    if count > 1 and int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
+    local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it: which GPU the process may use
+    has_own_gpu = bool(local_rank) and int(local_rank) < torch.cuda.device_count()
+    if count > 1 and not has_own_gpu:
         raise UserError(
             "each process needs its own GPU: start them with torchrun, as many as there are GPUs"
         )
     if not on_gpu:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    return torch.device("cuda", int(local_rank or 0))
 
 
 def unusable_gpu():
     """Returns why torch cannot use the NVIDIA GPU of this machine, as a sentence.
 
-    The text is empty where torch can use it, or where there is none.
+    The text is empty if torch can use the GPU, or if there is no GPU.
     """
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if torch.cuda.is_available() or not has_driver:
@@ -391,14 +408,17 @@ def unusable_gpu():
     reason = "it finds none"
     try:
         torch.cuda.init()
-    except Exception as error:  # in torch's own words
+    except Exception as error:  # torch states the reason in its own words
         reason = first_line(error).rstrip(".")
     remedy = "install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
     return f"torch cannot use the NVIDIA GPU ({reason}): {remedy}"
 
 
 def print_machine(device, dtype):
-    """Prints which hardware and dtype the script computes with, and why not on the GPU it finds."""
+    """Prints the hardware and the dtype of the computation.
+
+    On the CPU of a machine with a GPU, it also prints why the GPU cannot be used.
+    """
     if not is_main_process():
         return
     if device.type == "cpu":
@@ -406,11 +426,12 @@ def print_machine(device, dtype):
     else:
         name = torch.cuda.get_device_name(device)
     print(f"{name}, {str(dtype).removeprefix('torch.')}")
-    if device.type == "cpu" and (reason := unusable_gpu()):
+    reason = unusable_gpu() if device.type == "cpu" else ""
+    if reason:
         print(f"On the CPU: {reason}")
 
 
-# ---- Files: whole or not at all ------------------------------------------------------------------
+# ---- Files: complete or not at all ---------------------------------------------------------------
 
 
 def code_of(*names):
@@ -425,21 +446,24 @@ def code_of(*names):
 
 
 def make_folder(path):
-    """Creates a folder and its parents. Raises UserError where that is impossible."""
+    """Creates a folder and its parents. Raises UserError if that is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be made a folder ({error.strerror}): name another one"
+            f"{path} cannot be made a folder ({error.strerror}): name another folder"
         ) from error
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path that replaces `path` if the block succeeds, else is removed."""
+    """Yields a temporary path: the file at `path` is either written completely or not changed.
+
+    If the block succeeds, the temporary file replaces `path`; otherwise it is removed.
+    """
     path = Path(path)
     make_folder(path.parent)
-    # Random, because containers that share a folder may have the same process ids.
+    # The name is random, because containers that share a folder may have the same process ids.
     temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
     try:
         yield temporary
@@ -1083,7 +1107,7 @@ def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
     an image whose label was not corrupted counts as the true one.
     """
     if noisy_labels is None:
-        noisy_labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+        noisy_labels, _ = corrupt_labels(clean.labels, fraction, len(clean.class_names))
     data = replace(clean, labels=noisy_labels)
     if cleaning is None:
         return data
