@@ -310,7 +310,7 @@ def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
     shutil.copytree(cifar_archive[0], tmp_path / "data")
     (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
     message = fails(TRAIN, "--dataset_dir", "data")
-    assert "CIFAR-10 is not whole in data" in message and "or synthetic" in message
+    assert "CIFAR-10 is not complete in data" in message and "or synthetic" in message
 
 
 # ---- Python without docstrings, or without sources -----------------------------------------------
