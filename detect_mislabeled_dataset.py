@@ -1473,7 +1473,6 @@ def print_next_steps(args, metadata, page_html):
         args,
         **metadata["recipe"],
         **same,
-        corrupt_percentage=args.corrupt_percentage or None,
         checkpoint_dir=args.checkpoint_dir[0],
         corrections="corrections.csv",
     )

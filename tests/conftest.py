@@ -158,7 +158,14 @@ def image_data(images, labels, class_names, paths=None):
     """ImageData with right labels."""
     places = torch.arange(len(labels))
     return pipeline.ImageData(
-        images, labels, labels, class_names, paths or [""] * len(labels), places, places
+        images=images,
+        labels=labels,
+        true_labels=labels,
+        class_names=class_names,
+        paths=paths or [""] * len(labels),
+        indices=places,
+        dataset_index=places,
+        num_available=len(labels),
     )
 
 

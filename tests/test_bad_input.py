@@ -83,13 +83,14 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
-ON_CPU = "WORLD_SIZE is 2, but a run on the CPU takes one process only"
+ON_CPU = "WORLD_SIZE is 2, but a run on the CPU uses one process only"
 PROCESSES = {  # script, number of GPUs, LOCAL_RANK of this process, and what the sentence must say
     "training on the CPU": (TRAIN, 0, "1", ON_CPU),
     "detection on the CPU": (DETECT, 0, "1", ON_CPU),
-    "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script takes one process only"),
+    "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script uses one process only"),
     "more than GPUs": (DETECT, 1, "1", "start them with torchrun"),
     "not by torchrun": (DETECT, 2, "", "start them with torchrun"),
+    "not by torchrun, with more GPUs than processes": (DETECT, 8, "", "start them with torchrun"),
 }
 
 
@@ -321,7 +322,7 @@ def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
     shutil.copytree(cifar_archive[0], tmp_path / "data")
     (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
     message = fails(TRAIN, "--dataset_dir", "data")
-    assert "CIFAR-10 is not whole in data" in message and "or synthetic" in message
+    assert "CIFAR-10 is not complete in data" in message and "or synthetic" in message
 
 
 # ---- Python without docstrings, or without sources -----------------------------------------------
@@ -344,7 +345,7 @@ def test_compiled_code_without_sources_is_refused(fails, tmp_path, monkeypatch):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout == "None\n", found.stderr
     monkeypatch.setattr(pipeline, "SOURCE", None)
-    assert "the .py files are needed beside it" in fails(TRAIN, *SYNTHETIC)
+    assert "add the .py files beside it" in fails(TRAIN, *SYNTHETIC)
 
 
 # ---- What looks like a mistake and is none -------------------------------------------------------

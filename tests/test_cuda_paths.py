@@ -95,7 +95,8 @@ def fake_data(count=BATCH):
         class_names=[str(label) for label in range(CLASSES)],
         paths=[""] * count,
         indices=torch.arange(count),
-        numbers=torch.arange(count),
+        dataset_index=torch.arange(count),
+        num_available=count,
     )
 
 

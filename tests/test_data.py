@@ -503,10 +503,10 @@ def test_a_loader_of_ones_own_is_one_entry_in_the_table(monkeypatch):
     monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
     data = pipeline.load_data("stripes", "", "train", 5)
     assert data.images.shape == (5, 3, 32, 32) and data.num_available == 12
-    assert torch.equal(data.numbers, pipeline.draw_examples(12, 5))
-    assert data.images[:, 1, 3, 4].tolist() == data.numbers.tolist()
-    assert data.labels.tolist() == [number % 3 for number in data.numbers.tolist()]
-    assert data.paths == [f"{number}.png" for number in data.numbers.tolist()]
+    assert torch.equal(data.dataset_index, pipeline.draw_examples(12, 5))
+    assert data.images[:, 1, 3, 4].tolist() == data.dataset_index.tolist()
+    assert data.labels.tolist() == [number % 3 for number in data.dataset_index.tolist()]
+    assert data.paths == [f"{number}.png" for number in data.dataset_index.tolist()]
     found = data.normalize(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
     assert torch.allclose(found, torch.tensor([5.0, 2.5, 1.25]))
     assert data.digest != replace(data, channel_mean=(0.0, 0.5, 0.5)).digest
@@ -549,6 +549,14 @@ def test_what_a_loader_returns_is_checked_with_a_sentence_for_its_author(monkeyp
     with pytest.raises(pipeline.UserError, match=re.escape(words)) as raised:
         pipeline.load_data("stripes", "", "train")
     assert str(raised.value).startswith("the loader of --dataset stripes (train images) must ")
+
+
+def test_classes_in_another_order_are_named_as_the_difference_of_two_splits():
+    data, test = digits(2), digits(2, "test")
+    pipeline.check_splits(data, test)
+    test = replace(test, class_names=test.class_names[::-1])
+    with pytest.raises(pipeline.UserError, match=r"\(the same in another order\): .* a loader must"):
+        pipeline.check_splits(data, test)
 
 
 # ---- Duplicates ----------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_no_network_is_refused_for_a_ranking_without_influence(tmp_path):
 def test_without_the_flag_no_label_is_corrupted_in_the_detection(tmp_path, monkeypatch):
     """The model of the labels as they are is looked for, as train.py names it."""
     monkeypatch.setattr("sys.argv", [DETECT])
-    assert detect.parse_arguments().corrupt_percentage is None
+    assert detect.parse_arguments().corrupt_percentage == 0
     sentence = refused(tmp_path, DETECT, *SYNTHETIC[:-4], "--device", "cpu")
     assert "there is no checkpoint checkpoints/model.pth" in sentence
 

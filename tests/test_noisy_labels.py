@@ -33,10 +33,10 @@ def noisy(tmp_path_factory):
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
     given = dict.fromkeys(range(5000), 0) | dict(
-        zip(data.numbers.tolist(), labels.tolist(), strict=True)
+        zip(data.dataset_index.tolist(), labels.tolist(), strict=True)
     )
     if labels[0] == data.labels[0]:
-        del given[data.numbers[0].item()]
+        del given[data.dataset_index[0].item()]
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("index", "label"), *given.items()])
     return folder, succeed(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", "labels.csv")
@@ -96,7 +96,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
     data, path = digits(5), tmp_path / "labels.csv"
     path.write_text(lines)
     numbered = data.take(torch.arange(5))
-    numbered.numbers[:] = torch.arange(5)
+    numbered.dataset_index[:] = torch.arange(5)
     with pytest.raises(pipeline.UserError, match=message):
         pipeline.read_noisy_labels(path, numbered, digits(0, "test"), "")
 
@@ -153,7 +153,7 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
 def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
     path = tmp_path / "labels.csv"
     data = digits(5)
-    path.write_text(f"index,label\n{data.numbers[0]},1\n5000,3\n")
+    path.write_text(f"index,label\n{data.dataset_index[0]},1\n5000,3\n")
     with pytest.raises(pipeline.UserError, match=r"line 3: there is no training image 5000, only"):
         pipeline.read_noisy_labels(path, data, digits(0, "test"), "")
 

@@ -85,7 +85,7 @@ def test_the_file_of_asymmetric_labels_has_those_labels(run, tmp_path):
     clean = pipeline.load_data("synthetic", "", "train", 40)
     expected = study.corrupt(clean, "asymmetric", 0.2).labels.tolist()
     assert [int(line.split(",")[2]) for line in lines[1:]] == expected
-    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.numbers.tolist()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.dataset_index.tolist()
 
 
 # ---- Detection and cleaning ----------------------------------------------------------------------

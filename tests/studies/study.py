@@ -242,7 +242,7 @@ def asymmetric(trainer, store, args):
     data = corrupt(clean, *NOISES[1])
     names = [clean.class_names[label] for label in data.labels]
     path = store.folder / "labels.csv"
-    rows = zip(clean.numbers.tolist(), clean.paths, names, strict=True)
+    rows = zip(clean.dataset_index.tolist(), clean.paths, names, strict=True)
     pipeline.write_table(path, ("index", "path", "label"), rows)
     print(f"wrote {path}")
 
