@@ -50,7 +50,31 @@ def parse_arguments():
     parser = pipeline.influence_parser(__doc__)
     # With thousands of images this predicts retraining better than the heuristic.
     parser.set_defaults(damping_factor=1e-6)
-    queries = parser.groups["data"].add_mutually_exclusive_group()
+    add_query_flags(parser.groups["data"])
+    add_model_flags(parser.groups["model"])
+    parser.groups["curvature"].add_argument(
+        "--eigenvector_fraction",
+        type=pipeline.kept_fraction,
+        default=1.0,
+        metavar="FRACTION",
+        help="keep this fraction of the eigenvectors of each layer's input covariance, those with "
+        "the largest eigenvalues: faster, with less memory (default: %(default)s, all)",
+    )
+    args = parser.parse_args()
+    if (
+        args.eigenvector_fraction < 1
+        and args.factor_strategy not in pipeline.EIGENVECTOR_STRATEGIES
+    ):
+        parser.error(
+            f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
+            "choose another strategy"
+        )
+    return args
+
+
+def add_query_flags(group):
+    """Adds the flags that choose the test images."""
+    queries = group.add_mutually_exclusive_group()
     queries.add_argument(
         "--num_query_examples",
         type=pipeline.positive_int,
@@ -63,14 +87,25 @@ def parse_arguments():
         metavar="LIST",
         help="compute the influence on these test images only, such as 3,17,40-59",
     )
-    parser.groups["model"].add_argument(
+
+
+def add_model_flags(group):
+    """Adds the flags that say which networks are averaged, and how many queries are held."""
+    group.add_argument(
+        "--snapshots",
+        type=pipeline.positive_int,
+        default=1,
+        metavar="N",
+        help="average the scores of the last N of the three networks that a training keeps "
+        "(default: %(default)s, the final network)",
+    )
+    group.add_argument(
         "--query_batch_size",
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
         help="hold the gradients of N queries in memory at a time (default: %(default)s)",
     )
-    return parser.parse_args()
 
 
 def choose_queries(test, num_queries, indices):
@@ -197,12 +232,14 @@ def main():
     with pipeline.timed(seconds, "load"):
         test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        runs, _, data = pipeline.load_runs(args, seconds)
+        runs, _, data = pipeline.load_runs(args, seconds, args.snapshots)
         pipeline.check_splits(data, test)
         on_device = queries.to(runs[0].data.images.device)
 
     found = [
-        run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor)
+        run.pairwise_influence(
+            on_device, args.query_batch_size, args.damping_factor, args.eigenvector_fraction
+        )
         for run in runs
     ]
     if not pipeline.is_main_process():

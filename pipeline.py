@@ -65,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+EIGENVECTOR_STRATEGIES = ("ekfac", "kfac")
 NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # How torch says that memory is full, and kronfluence that even a single image did not fit.
@@ -175,6 +176,7 @@ non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= 
 corrupt_fraction = number(
     float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1
 )
+kept_fraction = number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def damping(text):
@@ -1614,14 +1616,17 @@ def margin(logits, labels, of_others=torch.logsumexp):
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
-def code_digest(model):
-    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+def code_digest(model, entry_points=None):
+    """Returns the SHA-256, as hex digits, of the code that decides what is computed of a network.
 
-    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
-    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
-    the settings of torch's own layers.
+    That is `entry_points`, functions and classes, by default those of the scores: InfluenceRun and
+    the standardisation of images. Then the classes of the network's modules, the function in
+    MODELS, and whatever these name in their own files. `str(model)` tells the rest: the settings
+    of torch's own layers.
     """
-    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
+    if entry_points is None:
+        entry_points = [InfluenceRun, ImageData.normalize]
+    waiting = [*entry_points, *network_code(model)]
     seen = {}  # by id; holds the values, so that no id is given twice
     texts = [str(model)]
     while waiting:
@@ -1829,6 +1834,25 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
     return model, metadata, data
 
 
+def earlier_models(path, model, snapshots, count):
+    """Returns the last `count` networks of the training of `model` that are not the final one.
+
+    snapshots: weights by name, in a dictionary by epoch. Raises UserError where there are fewer.
+    """
+    if count > len(snapshots):
+        raise UserError(
+            f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
+            "give at most that, or train for more epochs"
+        )
+    epochs = sorted(snapshots)[len(snapshots) - count :]
+    if epochs and is_main_process():
+        print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
+    models = [copy.deepcopy(model) for _ in epochs]
+    for earlier, epoch in zip(models, epochs, strict=True):
+        earlier.load_state_dict(snapshots[epoch])
+    return models
+
+
 # ---- Influence: what is measured, and in which precision -----------------------------------------
 
 
@@ -1949,6 +1973,10 @@ def computation_dtypes(dtype, strategy):
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
 #
+# Pairwise scores may keep only the c columns of Q_A with the largest eigenvalues, and the same ones
+# of lambda. Then P is not rotated back on the input side, [Q, O, c], and G Q_A takes the place of
+# G, [B, O, c]. That is EKFAC's score without the other eigenvectors, for c / I of the memory.
+#
 # In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
 # are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
@@ -2016,6 +2044,11 @@ def by_position(layer, gradient):
     return gradient.flatten(2).mT
 
 
+def gradient_size(layer):
+    """Returns the numbers of rows O and columns I of a layer's gradients."""
+    return layer.weight.shape[0], layer.weight[0].numel() + (layer.bias is not None)
+
+
 def per_sample_gradient(a, g):
     """Returns G, [B, O, I], of g [B, T, O] and of a [B, T, I], or [B, groups, T, I]."""
     if a.dim() == 3:
@@ -2024,20 +2057,50 @@ def per_sample_gradient(a, g):
     return (g @ a).flatten(1, 2)
 
 
-def rotated_gradient(a, g, q_a, q_g):
-    """Returns Q_G^T G Q_A, [B, O, I].
+def input_rotated_gradient(a, g, q_a):
+    """Returns G Q_A, [B, O, c], of eigenvectors q_a [I, c] in columns."""
+    if a.dim() == 4:
+        return per_sample_gradient(a, g) @ q_a
+    positions, outputs = g.shape[1:]
+    inputs, kept = q_a.shape
+    rotation_first = positions * kept * (inputs + outputs)  # multiplications
+    rotation_last = outputs * inputs * (positions + kept)
+    if rotation_first < rotation_last:
+        return g.mT @ (a @ q_a)
+    return g.mT @ a @ q_a
 
-    q_a [I, I] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
+
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, c].
+
+    q_a [I, c] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
     """
     if q_a is None:
         return per_sample_gradient(a, g)
     if a.dim() == 4:  # Q_G mixes the outputs of all groups
-        return q_g.T @ (per_sample_gradient(a, g) @ q_a)
-    g = g @ q_g
-    # T * I^2 multiplications for the patches, or O * I^2 for the gradient
-    if a.shape[1] < g.shape[2]:
-        return g.mT @ (a @ q_a)
-    return g.mT @ a @ q_a
+        return q_g.T @ input_rotated_gradient(a, g, q_a)
+    return input_rotated_gradient(a, g @ q_g, q_a)
+
+
+def num_kept(inputs, fraction):
+    """Returns how many of the eigenvectors of a layer's inputs are kept: at least one."""
+    return math.ceil(fraction * inputs)
+
+
+def keep_leading(storage, fraction):
+    """Keeps the columns of Q_A with the largest eigenvalues, and the same columns of lambda.
+
+    They are the last ones, because eigh returns eigenvalues in rising order.
+    """
+    q_a = storage[constants.ACTIVATION_EIGENVECTORS_NAME]
+    kept = num_kept(q_a.shape[1], fraction)
+    for name in (constants.ACTIVATION_EIGENVECTORS_NAME, constants.LAMBDA_MATRIX_NAME):
+        storage[name] = storage[name][..., -kept:].contiguous()
+
+
+def is_truncated(q_a):
+    """Returns whether some of the eigenvectors in the columns of q_a were left out."""
+    return q_a is not None and q_a.shape[1] < q_a.shape[0]
 
 
 def symmetric_product(rows):
@@ -2109,7 +2172,7 @@ class BatchHooks:
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
     def factors(self, g):
-        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I].
+        """Returns Q_A [I, c], Q_G [O, O] and 1 / (lambda + damping) [O, c].
 
         They are None where the strategy has none. They are moved once to the device of g,
         eigenvectors also to its dtype.
@@ -2167,15 +2230,20 @@ class SelfInfluence(BatchHooks, SelfScoreTracker):
 
 
 class PreconditionedQuery(BatchHooks, PreconditionTracker):
-    """Rotates back, so that no training gradient needs a rotation."""
+    """Rotates back, so that no training gradient needs a rotation.
+
+    Where eigenvectors were left out, the input side stays rotated: so it is smaller.
+    """
 
     def update(self, a, g):
         q_a, q_g, weights = self.factors(g)
         gradient = rotated_gradient(a, g, q_a, q_g)
         if weights is not None:
             gradient.mul_(weights)
-        if q_a is not None:
-            gradient = q_g @ gradient @ q_a.T
+        if q_g is not None:
+            gradient = q_g @ gradient
+            if not is_truncated(q_a):
+                gradient = gradient @ q_a.T
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
@@ -2188,21 +2256,30 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
         storage = self.module.storage
-        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
-        # A list of (Q', O, I)
+        q_a, _, _ = self.factors(g)
+        if is_truncated(q_a):
+            gradient = input_rotated_gradient(a, g, q_a).flatten(1)  # (B, O*c)
+        else:
+            gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        # A list of (Q', O, c)
         queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
         storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
 
 def install_trackers(module, dtypes):
-    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero."""
+    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero.
+
+    Eigenvectors are left out after the damping was added: the heuristic one is of all eigenvalues.
+    """
 
     def prepare_storage(device, prepare=module.prepare_storage):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
             if module.storage[name] is not None:
                 module.storage[name].clamp_(min=0)
         prepare(device)
+        if module.score_args.eigenvector_fraction < 1:
+            keep_leading(module.storage, module.score_args.eigenvector_fraction)
 
     module.dtypes, module.prepare_storage = dtypes, prepare_storage
     module._trackers |= {
@@ -2360,6 +2437,13 @@ CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
 QUERY_CHUNK = 50
 
 
+@dataclass
+class InfluenceArguments(ScoreArguments):
+    """kronfluence's arguments, and the fraction of each layer's input eigenvectors to keep."""
+
+    eigenvector_fraction: float = 1.0
+
+
 class InfluenceRun:
     """Influence by kronfluence's Analyzer, for one model and its training images.
 
@@ -2403,7 +2487,7 @@ class InfluenceRun:
         tracked_model, layer_names = self.track_layers()
         self.fixed = fixed_parameters(model, layer_names)
         layers = [model.get_submodule(name) for name in layer_names]
-        self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
+        self.layer_sizes = [gradient_size(layer) for layer in layers]
         self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
         self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
         make_folder(self.folder)
@@ -2527,7 +2611,7 @@ class InfluenceRun:
         return self.computed("factors", [], compute)
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments for a damping factor, a number or "heuristic".
+        """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
 
         The identity has nothing to damp. Our trackers know the other dtypes.
         """
@@ -2535,7 +2619,7 @@ class InfluenceRun:
             damping_factor = 0.0
         elif damping_factor == "heuristic":
             damping_factor = None  # kronfluence's word for it
-        return ScoreArguments(
+        return InfluenceArguments(
             damping_factor=damping_factor, precondition_dtype=self.dtypes.sums, **settings
         )
 
@@ -2560,31 +2644,43 @@ class InfluenceRun:
         path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def queries_held(self, query_batch_size):
+    def queries_held(self, query_batch_size, eigenvector_fraction):
         """Returns of how many queries this process holds the preconditioned gradients at a time.
 
         That is `query_batch_size`, on a CPU at most as many as fit into CPU_QUERY_BYTES. Each
         process also gets the gradients of the others.
         """
         if not self.data.images.is_cuda:
-            fitting = CPU_QUERY_BYTES // (self.num_weights * self.dtype.itemsize)
+            elements = sum(
+                outputs * num_kept(inputs, eigenvector_fraction)
+                for outputs, inputs in self.layer_sizes
+            )
+            fitting = CPU_QUERY_BYTES // (elements * self.dtype.itemsize)
             query_batch_size = min(query_batch_size, fitting)
         return max(1, query_batch_size // self.analyzer.state.num_processes)
 
-    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+    def pairwise_influence(
+        self, query_data, query_batch_size, damping_factor, eigenvector_fraction=1.0
+    ):
         """Returns the influence of each training image on each query, and its file.
 
         Scores are float32 [num_query, num_train]. `query_batch_size` query gradients (9 MB each in
         float32) are held at a time, on a CPU at most 2 GB of them. The training gradients are
-        formed anew for each such batch. `damping_factor` is a number or "heuristic". Raises
-        NumericalError where a score is NaN.
+        formed anew for each such batch. `damping_factor` is a number or "heuristic". Of the
+        eigenvectors of each layer's input covariance, the `eigenvector_fraction` with the largest
+        eigenvalues is kept, and query gradients are smaller by as much. A fraction below 1 needs
+        one of EIGENVECTOR_STRATEGIES. Raises NumericalError where a score is NaN.
         """
         factors_name = self.fit_factors().name.removeprefix("factors_")
-        held = self.queries_held(query_batch_size)
+        held = self.queries_held(query_batch_size, eigenvector_fraction)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
         queries = InfluenceDataset(query_data, self.dataset.seed)
-        args = self.score_arguments(damping_factor, query_gradient_accumulation_steps=steps)
+        args = self.score_arguments(
+            damping_factor,
+            query_gradient_accumulation_steps=steps,
+            eigenvector_fraction=eigenvector_fraction,
+        )
 
         def compute(name, batch_size):
             with self.phase("scores", name):
@@ -2598,7 +2694,7 @@ class InfluenceRun:
                     score_args=args,
                 )
 
-        settings = ["pairwise", args.damping_factor, query_data.digest]
+        settings = ["pairwise", args.damping_factor, eigenvector_fraction, query_data.digest]
         folder = self.computed("scores_pairwise", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
@@ -2639,11 +2735,10 @@ def remove_if_damaged(folder):
             return
 
 
-def load_runs(args, seconds):
-    """Returns what the flags of `influence_parser` name, ready to compute influence.
+def load_runs(args, seconds, snapshots=1):
+    """Returns an InfluenceRun for each model that the flags of `influence_parser` name.
 
-    That is an InfluenceRun for each model, the metadata of each, and their training images,
-    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
+    Also returns the metadata of each checkpoint, and the training images, ImageData on the CPU.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -2663,6 +2758,7 @@ def load_runs(args, seconds):
         model_name=args.model,
         fraction=args.corrupt_percentage,
         labels_file=args.noisy_labels,
+        snapshots=snapshots,
     )
     on_device = data.to(device)
     runs = [
@@ -2693,10 +2789,11 @@ def require_different_models(runs):
         )
 
 
-def load_models(paths, device, clean, *, model_name, fraction, labels_file):
+def load_models(paths, device, clean, *, model_name, fraction, labels_file, snapshots):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    The other arguments are those of `load_trained`. Raises UserError where models were not trained
+    `snapshots` is how many models to take from each checkpoint, the last ones of its training. The
+    other arguments are those of `load_trained`. Raises UserError where models were not trained
     alike.
     """
     models, metadata = [], []
@@ -2709,7 +2806,8 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file):
             fraction=fraction,
             labels_file=labels_file,
         )
-        models.append(model)
+        kept = of_model.get("snapshots", {})  # an earlier train.py kept none
+        models += [*earlier_models(path, model, kept, snapshots - 1), model]
         metadata.append(of_model)
     for path, of_model in zip(paths, metadata, strict=True):
         for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):

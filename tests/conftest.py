@@ -192,6 +192,8 @@ def content(path):
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
         tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
+        for epoch, weights in checkpoint["metadata"].pop("snapshots").items():
+            tensors |= {f"{name} after epoch {epoch}": weights[name] for name in weights}
         del (
             checkpoint["metadata"]["train_seconds"],
             checkpoint["metadata"]["environment"]["peak_memory_bytes"],

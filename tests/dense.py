@@ -5,6 +5,7 @@ flattened row by row, with a bias as its last column. So A and S, the covariance
 and of output gradients, stand for the curvature block kron(S, A), [O*I, O*I].
 """
 
+import math
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -211,17 +212,36 @@ def dense_curvature(strategy, layer):
     return basis @ (layer.pseudo @ basis).square().mean(0).diag() @ basis.T
 
 
-def dense_damped(strategy, layer, damping):
-    """Returns the damped matrix; "heuristic" is 0.1 times the mean eigenvalue.
+def dense_damping(matrix, damping):
+    """Returns the damping of a curvature: "heuristic" is 0.1 times its mean eigenvalue."""
+    return 0.1 * matrix.trace() / len(matrix) if damping == "heuristic" else damping
 
-    The identity is never damped, as in kronfluence.
-    """
+
+def dense_damped(strategy, layer, damping):
+    """Returns the damped matrix. The identity is never damped, as in kronfluence."""
     matrix = dense_curvature(strategy, layer)
     if strategy == "identity":
         return matrix
-    if damping == "heuristic":
-        damping = 0.1 * matrix.trace() / len(matrix)
-    return matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    identity = torch.eye(len(matrix), dtype=torch.float64)
+    return matrix + dense_damping(matrix, damping) * identity
+
+
+def truncated_scores(layers, strategy, damping, fraction):
+    """Returns the exact scores [Q, N] of queries with eigenvectors of the inputs left out.
+
+    V, the kept eigenvectors of the curvature, are those of S times those of A with the largest
+    eigenvalues, rounded up. A score is the sum over layers of q^T V (V^T H V)^-1 V^T g.
+    """
+    scores = 0
+    for layer in layers.values():
+        matrix = dense_curvature(strategy, layer)
+        _, q_a = torch.linalg.eigh(layer.activation_covariance)
+        _, q_g = torch.linalg.eigh(layer.gradient_covariance)
+        largest = q_a.flip(1)[:, : math.ceil(fraction * len(q_a))]
+        kept = torch.kron(q_g, largest)  # (O*I, O*c)
+        eigenvalues = (matrix @ kept * kept).sum(0) + dense_damping(matrix, damping)
+        scores = scores + (layer.query @ kept / eigenvalues) @ (layer.train @ kept).T
+    return scores
 
 
 def dense_scores(layers, strategy, damping, of="query"):

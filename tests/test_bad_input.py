@@ -66,6 +66,7 @@ VALUES = {
     ANALYZE: [
         ("--num_query_examples", "0"),
         ("--query_batch_size", "-3"),
+        *(("--eigenvector_fraction", value) for value in ("0", "1.1", "nan", "10 %")),
         *(("--query_indices", value) for value in ("", "3,", "3-", "5-3", "-1", "1.5", "all")),
     ],
 }
@@ -263,6 +264,16 @@ MISTAKES = {  # script, flags, and what the sentence must say; there is a checkp
         ANALYZE,
         ["--num_query_examples", 51],
         "--num_query_examples 51: there are only 50",
+    ),
+    "eigenvectors of the diagonal": (
+        ANALYZE,
+        ["--factor_strategy", "diagonal", "--eigenvector_fraction", 0.1],
+        "--eigenvector_fraction: diagonal has no eigenvectors",
+    ),
+    "eigenvectors of the identity": (
+        ANALYZE,
+        ["--factor_strategy", "identity", "--eigenvector_fraction", 0.9],
+        "--eigenvector_fraction: identity has no eigenvectors",
     ),
     "no checkpoint": (DETECT, ["--checkpoint_dir", "nowhere"], "run train.py"),
     "no such checkpoint": (

@@ -13,6 +13,7 @@ it needs values or a real GPU:
 import ast
 import contextlib
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -370,6 +371,23 @@ def test_pairwise_influence_is_float32_on_the_gpu(fake_cuda, kind, dtype, strate
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_truncated_pairwise_scores_are_float32_on_the_gpu(fake_cuda, kind, dtype):
+    """Of queries, only the kept columns are held, in the compute dtype."""
+    layer = Layer(kind, dtype, "ekfac")
+    layer.add_factors("ekfac")
+    pipeline.keep_leading(layer.storage, 0.3)
+    kept = math.ceil(0.3 * layer.inputs)
+    layer.train_on_batch(ModuleMode.PRECONDITION_GRADIENT, torch.float32)
+    gradient = layer.storage[constants.PRECONDITIONED_GRADIENT_NAME]
+    assert_is(gradient, dtype, BATCH, layer.outputs, kept)
+    layer.module._trackers[ModuleMode.PRECONDITION_GRADIENT].accumulate_iterations()
+    layer.train_on_batch(ModuleMode.PAIRWISE_SCORE, torch.float32)
+    scores = layer.storage[constants.PAIRWISE_SCORE_MATRIX_NAME]
+    assert_is(scores, torch.float32, BATCH, BATCH)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_symmetric_product_is_float32_whatever_its_rows_are(fake_cuda, dtype):
     """Also of more than one block of columns."""
     columns = pipeline.SYMMETRIC_BLOCKS["cuda"] + 1
@@ -388,13 +406,13 @@ def test_squares_are_taken_in_one_part_on_the_gpu(fake_cuda, monkeypatch, dtype)
 def test_the_memory_of_a_cpu_does_not_limit_the_queries_held_on_a_gpu(fake_cuda):
     run = SimpleNamespace(
         data=fake_data(),
-        num_weights=2**40,
+        layer_sizes=[(2**20, 2**20)],
         dtype=torch.float32,
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
-    assert pipeline.InfluenceRun.queries_held(run, 1000) == 500
+    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 500
     run.data = run.data.__class__(**{**vars(run.data), "images": torch.zeros(1)})
-    assert pipeline.InfluenceRun.queries_held(run, 1000) == 1
+    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 1
 
 
 @pytest.mark.parametrize(("on_gpu", "batch_size"), [(True, 1024), (False, 64)])

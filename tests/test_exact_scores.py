@@ -117,7 +117,7 @@ def test_unmodified_kronfluence_agrees_with_the_dense_computation(
     monkeypatch.setattr(pipeline, "install_trackers", lambda *_: None)
     in_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
     in_scores = ("per_sample_gradient", "score")
-    for name, kinds in (("FactorArguments", in_factors), ("ScoreArguments", in_scores)):
+    for name, kinds in (("FactorArguments", in_factors), ("InfluenceArguments", in_scores)):
         dtypes = {f"{kind}_dtype": torch.float64 for kind in kinds}
         monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), **dtypes))
     run = make_run(tmp_path, exact.model, exact.data, strategy)

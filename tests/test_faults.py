@@ -7,6 +7,7 @@ scripts themselves, on 24 images with diagonal curvature.
 import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -40,6 +41,7 @@ COMMANDS = {
     DETECT: (*FLAGS, "--factor_strategy", "diagonal"),
 }
 CHECKPOINT = Path("checkpoints/model_corrupt_0.1.pth")
+STATE = CHECKPOINT.with_suffix(".unfinished")
 # One thread: the results do not depend on the machine, and a fork has no pool of threads to miss.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -146,7 +148,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
     os._exit(status)
 
 
-@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 1), (ANALYZE, 6), (DETECT, 8)])
+@pytest.mark.parametrize(("name", "renamings"), [(TRAIN, 2), (ANALYZE, 6), (DETECT, 8)])
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(
     reference, tmp_path, name, renamings
 ):
@@ -202,15 +204,16 @@ def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
     assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_two_detections_at_once_both_end_with_the_right_result(reference, tmp_path):
+@pytest.mark.parametrize("name", [TRAIN, DETECT])
+def test_two_runs_at_once_both_end_with_the_right_result(reference, tmp_path, name):
     copy_checkpoint(reference[TRAIN], tmp_path)
-    command = (ROOT / DETECT, *COMMANDS[DETECT])
+    command = (ROOT / name, *COMMANDS[name])
     with started(tmp_path, *command) as one, started(tmp_path, *command) as other:
         finished = [finish(process) for process in (one, other)]
     assert [process.returncode for process in finished] == [0, 0], [
         process.stderr for process in finished
     ]
-    assert results(tmp_path) == results(reference[DETECT]) and not list(
+    assert results(tmp_path) == results(reference[name]) and not list(
         tmp_path.rglob("*unfinished*")
     )
 
@@ -264,10 +267,34 @@ def test_ctrl_c_ends_in_one_sentence_and_the_next_run_is_right(
         finished = finish(process)
     sentence = f"{name}: interrupted; no file is half-written, so run the same command again"
     assert finished.returncode == 130 and finished.stderr.splitlines()[-1] == sentence
-    assert results(tmp_path) == before and not list(tmp_path.rglob("*unfinished*"))
+    # A training that ended an epoch has left its state, which another training does not use.
+    left = {path.name for path in tmp_path.rglob("*unfinished*")} - {STATE.name}
+    assert results(tmp_path) == before and left == set()
     with started(tmp_path, ROOT / name, *COMMANDS[name]) as process:
         assert finish(process).returncode == 0
     assert results(tmp_path) == results(reference[name])
+    assert not list(tmp_path.rglob("*unfinished*"))
+
+
+def test_after_ctrl_c_the_training_continues_in_another_process(tmp_path):
+    """Hashes of strings differ between processes, which must not make it another training."""
+    folders = [tmp_path / "interrupted", tmp_path / "reference"]
+    for folder in folders:
+        folder.mkdir()
+    command = (ROOT / TRAIN, *FLAGS, "--num_train_epochs", 6)
+    with started(folders[0], *command, environment={"PYTHONHASHSEED": "1"}) as process:
+        assert any("epoch   2/6" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        assert finish(process).returncode == 130
+    assert (folders[0] / STATE).exists() and not (folders[0] / CHECKPOINT).exists()
+    for folder in folders:
+        with started(folder, *command, environment={"PYTHONHASHSEED": "2"}) as process:
+            finished = finish(process)
+        assert finished.returncode == 0, finished.stderr
+        continued = re.search(r"^continuing after epoch \d of 6$", finished.stdout, re.MULTILINE)
+        assert bool(continued) == (folder == folders[0])
+    assert results(folders[0]) == results(folders[1])
+    assert not list(tmp_path.rglob("*unfinished*"))
 
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Influence in float32 and bfloat16 against per-sample gradients by torch.func, and the cache."""
 
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import digits, influence_run, minus_margin, relative_error, tiny_network
 from dense import per_sample_gradients
+from kronfluence.utils import constants
 from safetensors.torch import load_file
 from torch import nn
 
@@ -175,6 +177,7 @@ def test_factors_and_scores_depend_on_all_that_they_are_made_of(
     ]
     paths = [base.self_influence(damping)[1] for damping in (1e-3, 1.00000001e-3, "heuristic")]
     paths += [base.pairwise_influence(other, 3, 1e-3)[1] for other in others]
+    paths += [base.pairwise_influence(queries, 3, 1e-3, fraction)[1] for fraction in (0.5, 0.2)]
     assert len({path.parent for path in paths}) == len(paths)
 
     factors = base.fit_factors()
@@ -182,6 +185,54 @@ def test_factors_and_scores_depend_on_all_that_they_are_made_of(
     assert make_run().fit_factors() == factors
     monkeypatch.setattr(pipeline, "QUERY_CHUNK", 49)
     assert make_run().fit_factors() != factors
+
+
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_the_eigenvector_fraction_1_computes_the_default_scores(make_run, queries, strategy):
+    """Computed a second time, in another folder."""
+    expected, path = make_run(strategy).pairwise_influence(queries, 3, 1e-3)
+    expected = expected.clone()
+    shutil.rmtree(path.parent)
+    found, again = make_run(strategy).pairwise_influence(queries, 3, 1e-3, 1.0)
+    assert torch.equal(found, expected) and again == path
+
+
+def test_a_fraction_that_leaves_nothing_out_gives_the_full_scores(make_run, queries):
+    """Of 27 to 41 inputs, .99 are all, rounded up."""
+    full, path = make_run().pairwise_influence(queries, 3, 1e-3)
+    found, other = make_run().pairwise_influence(queries, 3, 1e-3, 0.99)
+    assert torch.equal(found, full) and other != path
+
+
+def test_self_influence_keeps_all_eigenvectors(make_run, queries):
+    expected = make_run().self_influence(1e-3)[0].clone()
+    run = make_run(folder=make_run().folder / "other")
+    run.pairwise_influence(queries, 3, 1e-3, 0.1)
+    assert torch.equal(run.self_influence(1e-3)[0], expected)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25, 0.001])
+def test_only_as_many_queries_are_held_as_fit_into_memory(make_run, monkeypatch, fraction):
+    """Of the tiny network's layers [8, 27], [40, 73] with a bias, and [10, 41] with a bias."""
+    columns = {1.0: (27, 73, 41), 0.25: (7, 19, 11), 0.001: (1, 1, 1)}[fraction]
+    held = 4 * (8 * columns[0] + 40 * columns[1] + 10 * columns[2])  # bytes of a query
+    monkeypatch.setattr(pipeline, "CPU_QUERY_BYTES", 5 * held + held - 1)
+    run = make_run()
+    assert run.queries_held(1000, fraction) == 5
+    assert run.queries_held(3, fraction) == 3
+
+
+def test_held_gradients_of_truncated_queries_have_the_counted_size(make_run, queries, monkeypatch):
+    sizes = []
+
+    class Recorded(pipeline.PreconditionedQuery):
+        def accumulate_iterations(self):
+            sizes.append(self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME].shape)
+            super().accumulate_iterations()
+
+    monkeypatch.setattr(pipeline, "PreconditionedQuery", Recorded)
+    make_run().pairwise_influence(queries, 4, 1e-3, 0.25)
+    assert set(sizes) == {(4, 8, 7), (4, 40, 19), (4, 10, 11)}
 
 
 def test_torchs_compiler_is_reset_neither_by_kronfluence_nor_left_without_a_reset(

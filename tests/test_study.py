@@ -46,7 +46,7 @@ class FakeTrainer:
 
     def train(self, data, seed):
         self.seeds.append(seed)
-        return set(data.images.flatten().tolist()), None
+        return set(data.images.flatten().tolist()), None, {}
 
 
 def numbers(count):
@@ -201,9 +201,9 @@ def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
     monkeypatch.setattr(study, "linear_datamodeling_scores", scores)
     monkeypatch.setattr(study, "retrained", lambda *_, **sizes: (MEMBERS[:3], margins))
     monkeypatch.setattr(study, "pairwise", lambda *_: {"scores": SCORES, "seconds": np.array(1)})
-    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 2, "trained_on": "all"}
     sizes = {"num_queries": 2, "halves": 3, "trainings": 2}
-    found = study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+    settings = study.Prediction(models=2)
+    found = study.prediction(FakeTrainer(numbers(8), None), store, settings, **sizes)
     ((_, _, means),) = seen
     assert means.tolist() == [[2.5, 3], [3.5, 4.5], [4.5, 4.5]]
     assert found["lds"] == pytest.approx(0.6) and found["agreement"] == pytest.approx(0.75)
@@ -212,11 +212,11 @@ def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
 
 def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
     """A network is scored once, for all the means that it is part of."""
-    rows = [("identity", 1e-8, 1, "all"), ("identity", 1e-8, 2, "all")]
-    rows.append(("identity", 1e-8, 1, "halves"))
-    monkeypatch.setattr(study, "PREDICTIONS", rows)
+    rows = [(1, "all"), (2, "all"), (1, "halves")]
+    predictions = [study.Prediction("identity", 1e-8, *row) for row in rows]
+    monkeypatch.setattr(study, "PREDICTIONS", predictions)
     output, found = run("retraining", "--halves", "3")
-    assert [(row["models"], row["trained_on"]) for row in found] == [row[2:] for row in rows]
+    assert [(row["models"], row["trained_on"]) for row in found] == rows
     assert all(-1 <= row["lds"] <= 1 for row in found)
     assert all(row["halves"] == 3 and row["num_queries"] == 3 for row in found)
     kept = [dict(np.load(path)) for path in tmp_path.glob("pairwise-*.npz")]
@@ -224,24 +224,69 @@ def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_p
     seconds = sum(row["score_seconds"] for row in found[1:])
     assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
     score = f"{found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f}"
-    assert f"| identity | 1e-08 | 2 | all | {score} |" in output
+    assert f"| identity | 100 % | 1e-08 | 2 | all | 1 | {score} |" in output
     assert run("retraining", "--halves", "3")[1] == found
     assert run("retraining", "--halves", "4", "--seeds", "0")[1] == found
+
+
+def test_truncated_scores_and_snapshots_are_predicted_with(run, monkeypatch, tmp_path):
+    """The networks of a training are trained once, and each is scored once by each fraction."""
+    rows = [study.Prediction(), study.Prediction(eigenvector_fraction=0.05)]
+    rows.append(study.Prediction(eigenvector_fraction=0.05, snapshots=3))
+    monkeypatch.setattr(study, "PREDICTIONS", rows)
+    output, found = run("retraining", "--halves", "2", "--num_train_epochs", "3")
+    (full, truncated, of_three) = found
+    assert full["full_spearman"] == pytest.approx(1) and full["full_helpful"] == 10
+    for row in (truncated, of_three):
+        assert 0 < row["full_spearman"] < 0.9999 and 0 < row["full_helpful"] <= 10
+    assert truncated["lds"] != of_three["lds"]
+    assert len(list(tmp_path.glob("networks-*.npz"))) == 1
+    assert len(list(tmp_path.glob("pairwise-*.npz"))) == 6  # three networks by two fractions
+    agreement = f"{of_three['full_spearman']:.3f} | {of_three['full_helpful']:.1f}"
+    assert "| ekfac | 5 % | 1e-06 | 1 | all | 3 |" in output and agreement in output
+
+
+def test_a_kept_network_is_the_one_after_its_epoch(store):
+    """The fake training keeps its epoch as the weight of the network."""
+
+    class Counted(FakeTrainer):
+        def train(self, data, seed):
+            model = self.new_model(data)
+            model.weight.data[:] = 5
+            return model, None, {epoch: {"weight": torch.full((1, 1), epoch)} for epoch in (3, 4)}
+
+        def new_model(self, data):
+            return torch.nn.Linear(1, 1, bias=False)
+
+    trainer = Counted(numbers(8), None)
+    for back, epoch in enumerate((5, 4, 3)):
+        model = study.trained_model(trainer, store, trainer.clean, 7, back)
+        assert model.weight.item() == epoch and not model.training
+    with pytest.raises(pipeline.UserError, match="--num_train_epochs: a training keeps fewer"):
+        study.trained_model(trainer, store, trainer.clean, 7, 3)
+
+
+def test_shared_helpful_images_by_hand(monkeypatch):
+    """The two most helpful of the first query are 3, 2 and 3, 0, of the other one twice 0, 1."""
+    monkeypatch.setattr(study, "NUM_HELPFUL", 2)
+    scores = np.array([[0.0, 1.0, 2.0, 3.0], [9.0, 8.0, -9.0, 0.0]])
+    others = np.array([[2.0, 1.0, 0.0, 3.0], [2.0, 3.0, 1.0, -9.0]])
+    assert study.shared_helpful(scores, others) == (1 + 2) / 2
 
 
 def test_a_scored_half_is_not_among_the_predicted_ones(store, monkeypatch):
     """Halves 0 to 2 are predicted, so that the fourth one, number 3, is scored."""
     scored = []
 
-    def trained_model(trainer, store, data, seed):
+    def trained_model(trainer, store, data, seed, back):
         scored.append((seed, data.images.flatten().tolist()))
         raise InterruptedError
 
     monkeypatch.setattr(study, "trained_model", trained_model)
-    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 1, "trained_on": "halves"}
+    settings = study.Prediction(trained_on="halves")
     sizes = {"num_queries": 2, "halves": 3, "trainings": 1}
     with pytest.raises(InterruptedError):
-        study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+        study.prediction(FakeTrainer(numbers(8), None), store, settings, **sizes)
     assert scored == [(3, study.half_of(8, 3).tolist())]
 
 

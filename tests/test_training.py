@@ -79,7 +79,10 @@ def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
 
 
 def train_epochs(model, data, **changed):
-    """Trains for one epoch in batches of twenty, or as `changed` says. Returns margins by epoch."""
+    """Trains for one epoch in batches of twenty, or as `changed` says.
+
+    Returns margins and snapshots by epoch.
+    """
     recipe = {
         "train_batch_size": 20,
         "learning_rate": 0.1,
@@ -139,14 +142,14 @@ def test_margins_are_kept_by_epoch():
     for epoch in range(2):
         order, _, _ = train.epoch_batches(4, 2, generator)
         steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
-    found = train_epochs(GrowingLogits(), data, train_batch_size=2, num_train_epochs=2)
+    found, _ = train_epochs(GrowingLogits(), data, train_batch_size=2, num_train_epochs=2)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert found.dtype == torch.float16 and torch.equal(found.float(), sign * steps)
 
 
 def test_an_image_in_no_batch_has_no_margin(capsys):
     data = replace(digits(3), labels=torch.tensor([0, 0, 0]))
-    (found,) = train_epochs(GrowingLogits(), data, train_batch_size=2)
+    (found,), _ = train_epochs(GrowingLogits(), data, train_batch_size=2)
     assert found[~found.isnan()].tolist() == [1, 1]
     assert "1 images were in no batch" in capsys.readouterr().out
 
