@@ -78,7 +78,7 @@ def test_rankings_without_influence_do_not_change_if_influence_is_skipped(monkey
     full, _ = measure(monkeypatch)
     signals, path = measure(monkeypatch, strategy="none")
     assert path is None and "self_influence" not in signals
-    found, expected = detect.suspicion_by_ranking([signals]), detect.rank([full])
+    found, expected = detect.suspicion_by_ranking([signals]), detect.suspicion_by_ranking([full])
     assert list(found) == [name for name in detect.RANKINGS if name != "self_influence"]
     assert all(np.array_equal(values, expected[name]) for name, values in found.items())
 
