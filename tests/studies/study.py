@@ -300,7 +300,7 @@ def detection_scores(trainer, store, run):
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
             measured, _, _ = detect.measure(influence_run, metadata, 1e-8)
             heuristic, _ = influence_run.self_influence("heuristic")
-        scores = detect.rank([measured])
+        scores = detect.suspicion_by_ranking([measured])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
 
