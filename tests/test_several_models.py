@@ -83,8 +83,9 @@ def test_snapshots_give_the_mean_of_the_scores_of_each_network(folder):
 
 
 def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
-    assert "--snapshots 3: checkpoints/model_corrupt_0.1.pth keeps 2 networks of its training" in refused(
-        folder, *ANALYSIS, "--snapshots", 3
+    assert (
+        "--snapshots 3: checkpoints/model_corrupt_0.1.pth keeps 2 networks of its training"
+        in refused(folder, *ANALYSIS, "--snapshots", 3)
     )
     single = earlier_checkpoint(folder, "checkpoints", 1)
     path = folder / single / "model_corrupt_0.1.pth"
@@ -92,7 +93,9 @@ def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
     del metadata["snapshots"]  # as an earlier train.py left it
     pipeline.save_checkpoint(path, model, metadata)
     output = ("--output_dir", tmp_path, "--checkpoint_dir", single)
-    assert "keeps 1 networks of its training" in refused(folder, *ANALYSIS, *output, "--snapshots", 2)
+    assert "keeps 1 networks of its training" in refused(
+        folder, *ANALYSIS, *output, "--snapshots", 2
+    )
     assert not list(tmp_path.glob("model*"))
     succeed(folder, *ANALYSIS, *output)
 
