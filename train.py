@@ -429,14 +429,13 @@ def describe_run(settings, model, data, dtype):
 
     settings: the command line's part of it; model: before the training; data: ImageData.
     """
-    code = [train, SavedTraining, Training, pipeline.margin, pipeline.ImageData.normalize]
     return {
         **settings,
         "dtype": str(dtype),
         "device": data.images.device.type,
         "data": data.digest,
         "torch": str(torch.__version__),
-        "code": pipeline.code_digest(model, code),
+        "code": pipeline.code_digest(model, entry_points=[train]),
     }
 
 
