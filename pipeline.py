@@ -2950,26 +2950,46 @@ def load_runs(args, seconds, snapshots=1):
         labels_file=args.noisy_labels,
         snapshots=snapshots,
     )
-    settings = {"dtype": dtype, "seconds": seconds, "batch_size": args.train_batch_size}
-    if args.factor_strategy == NO_INFLUENCE:
-        construct = partial(TrainedModel, **settings)
-    else:
-        construct = partial(
-            InfluenceRun,
-            strategy=args.factor_strategy,
-            seed=args.seed,
-            factor_examples=args.factor_examples,
-            **settings,
-        )
-    data_on_device = data.to(device)
-    path = Path(args.output_dir) / paths[0].stem
-    runs = [construct(model, data_on_device, path) for model in models]
-    require_different_models(runs)
-    for run in runs:
-        make_folder(run.folder)
+    runs = construct_runs(
+        models,
+        data.to(device),
+        Path(args.output_dir) / paths[0].stem,
+        strategy=args.factor_strategy,
+        seed=args.seed,
+        factor_examples=args.factor_examples,
+        dtype=dtype,
+        seconds=seconds,
+        batch_size=args.train_batch_size,
+    )
     if runs[0].fixed and is_main_process():
         print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
     return runs, metadata, data
+
+
+def construct_runs(models, data, path, *, strategy, seed, factor_examples, **settings):
+    """Returns an InfluenceRun for each model, or a TrainedModel if the strategy is "none".
+
+    The arguments, `settings` too, are those of InfluenceRun. Creates the folders of the runs.
+    """
+    if strategy == NO_INFLUENCE:
+        runs = [TrainedModel(model, data, path, **settings) for model in models]
+    else:
+        runs = [
+            InfluenceRun(
+                model,
+                data,
+                path,
+                strategy=strategy,
+                seed=seed,
+                factor_examples=factor_examples,
+                **settings,
+            )
+            for model in models
+        ]
+    require_different_models(runs)
+    for run in runs:
+        make_folder(run.folder)
+    return runs
 
 
 def require_different_models(runs):
