@@ -555,7 +555,9 @@ def test_classes_in_another_order_are_named_as_the_difference_of_two_splits():
     data, test = digits(2), digits(2, "test")
     pipeline.check_splits(data, test)
     test = replace(test, class_names=test.class_names[::-1])
-    with pytest.raises(pipeline.UserError, match=r"\(the same in another order\): .* a loader must"):
+    with pytest.raises(
+        pipeline.UserError, match=r"\(the same in another order\): .* a loader must"
+    ):
         pipeline.check_splits(data, test)
 
 
