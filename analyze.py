@@ -1,7 +1,8 @@
 """Computes how much each training image influences the prediction for each chosen test image.
 
-A positive score is helpful: training on the image more would raise the log-odds of the query's
-label. A negative score is harmful: it would lower them.
+The chosen test images are called queries. A positive score means that the training image is
+helpful: training on it more would raise the log-odds of the query's label. A negative score means
+that it is harmful: training on it more would lower them.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 import pipeline
 
 DEFAULT_QUERIES = 2000
-NUM_LISTED = 10  # most helpful and most harmful images of each query in the csv file
+NUM_LISTED = 10  # helpful images, and harmful images, of each query in the csv file
 COLUMNS = (
     "query",
     "query_path",
@@ -24,14 +25,15 @@ COLUMNS = (
     "train_label",
     "score",
 )
-# The mean over all queries comes before them in the csv file; it has no path and no label.
+# The csv file begins with the mean over all queries, which has no path and no label.
 MEAN_QUERY = ("mean", "", "")
-NUM_PICTURED_QUERIES, NUM_PICTURED = 8, 5  # rows of the figure, and images on either side
+NUM_PICTURED_QUERIES = 8
+NUM_PICTURED = 5  # helpful images, and harmful images, of each query in the figure
 HELPFUL_COLOUR, HARMFUL_COLOUR = "#0b5394", "firebrick"
 
 
 def number_list(text):
-    """Reads numbers such as `3,17,40-59` into a list without repetition, in the order given."""
+    """Parses a list of indices such as `3,17,40-59`: returns each once, in the order given."""
     numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -50,7 +52,29 @@ def parse_arguments():
     parser = pipeline.influence_parser(__doc__)
     # With thousands of images this predicts retraining better than the heuristic.
     parser.set_defaults(damping_factor=1e-6)
-    queries = parser.groups["data"].add_mutually_exclusive_group()
+    add_query_flags(parser.groups["data"])
+    add_model_flags(parser.groups["model"])
+    parser.groups["curvature"].add_argument(
+        "--eigenvector_fraction",
+        type=pipeline.kept_fraction,
+        default=1.0,
+        metavar="FRACTION",
+        help="keep only this fraction of the eigenvectors of each layer's input covariance, those "
+        "with the largest eigenvalues: faster, with less memory (default: %(default)s, all)",
+    )
+    args = parser.parse_args()
+    has_eigenvectors = args.factor_strategy in pipeline.EIGENVECTOR_STRATEGIES
+    if args.eigenvector_fraction < 1 and not has_eigenvectors:
+        parser.error(
+            f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
+            "choose another strategy"
+        )
+    return args
+
+
+def add_query_flags(group):
+    """Adds the flags that choose the test images."""
+    queries = group.add_mutually_exclusive_group()
     queries.add_argument(
         "--num_query_examples",
         type=pipeline.positive_int,
@@ -63,21 +87,32 @@ def parse_arguments():
         metavar="LIST",
         help="compute the influence on these test images only, such as 3,17,40-59",
     )
-    parser.groups["model"].add_argument(
+
+
+def add_model_flags(group):
+    """Adds the number of averaged networks, and the number of queries that are held in memory."""
+    group.add_argument(
+        "--snapshots",
+        type=pipeline.positive_int,
+        default=1,
+        metavar="N",
+        help="average the scores over the last N of the three networks that a training keeps "
+        "(default: %(default)s, the final network only)",
+    )
+    group.add_argument(
         "--query_batch_size",
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
         help="hold the gradients of N queries in memory at a time (default: %(default)s)",
     )
-    return parser.parse_args()
 
 
 def choose_queries(test, num_queries, indices):
-    """Returns the test images at `indices`, or else the first `num_queries` of them.
+    """Returns the test images at `indices`; if these are None, the first `num_queries` test images.
 
-    By default these are DEFAULT_QUERIES, or all where there are fewer. Raises UserError where there
-    are not so many.
+    If both are None, returns the first DEFAULT_QUERIES test images, or all if there are fewer.
+    Raises UserError if there are not as many test images as the user asked for.
     """
     if indices is not None and max(indices) >= len(test):
         raise pipeline.UserError(
@@ -87,62 +122,73 @@ def choose_queries(test, num_queries, indices):
         raise pipeline.UserError(
             f"--num_query_examples {num_queries}: there are only {len(test)} test images"
         )
+    if num_queries is None:
+        num_queries = min(DEFAULT_QUERIES, len(test))
     if indices is None:
-        indices = range(min(num_queries or DEFAULT_QUERIES, len(test)))
+        indices = range(num_queries)
     return test.take(torch.tensor(indices))
 
 
-def mean_influence(found, folder, strategy):
+def mean_influence(scores_and_paths, folder, strategy):
     """Returns the mean scores of several models, float32 [num_query, num_train], and their file.
 
-    found: scores and file of each model. The mean over several models gets a file of its own.
+    scores_and_paths: the scores and the file of each model. The mean over several models is written
+    to a new file in `folder`.
     """
-    if len(found) == 1:
-        return found[0]
-    scores = sum(own for own, _ in found) / len(found)
+    if len(scores_and_paths) == 1:
+        return scores_and_paths[0]
+    mean = sum(scores for scores, _ in scores_and_paths) / len(scores_and_paths)
     path = folder / f"pairwise_{strategy}.safetensors"
     with pipeline.atomic_path(path) as temporary:
-        save_file({pipeline.constants.ALL_MODULE_NAME: scores}, temporary)
-    return scores, path
+        save_file({pipeline.constants.ALL_MODULE_NAME: mean}, temporary)
+    return mean, path
 
 
 # ---- Table and figure ----------------------------------------------------------------------------
 
 
-def strongest(scores, count):
+def most_helpful_and_harmful(scores, count):
     """Returns the indices of the `count` most helpful and most harmful training images per query.
 
-    scores: float32 [num_query, num_train]; both results int64 [num_query, count], strongest first.
+    scores: float32 [num_query, num_train]; both results: int64 [num_query, count], sorted by the
+    magnitude of the score.
     """
     count = min(count, scores.shape[1])
-    return scores.topk(count, dim=1).indices, (-scores).topk(count, dim=1).indices
+    helpful = scores.topk(count, dim=1).indices
+    harmful = scores.topk(count, dim=1, largest=False).indices
+    return helpful, harmful
 
 
 def describe_examples(data):
-    """Returns what the table tells of each image: index, path and name of its class."""
+    """Returns the index, the path and the class name of each image of ImageData, for the table."""
     labels = [data.class_names[label] for label in data.labels.tolist()]
     return list(zip(data.indices.tolist(), data.paths, labels, strict=True))
 
 
 def top_rows(queries, scores, trained_on):
-    """Yields the table's rows of queries: the most helpful images of each, then the most harmful.
+    """Yields the table's rows: for each query its most helpful, then its most harmful images.
 
-    Left out are images whose score has the other sign. queries and trained_on: what
-    `describe_examples` tells; scores: float32 [num_query, num_train].
+    Skips images whose score is zero or has the other sign. queries, trained_on: results of
+    `describe_examples`; scores: float32 [num_query, num_train].
     """
-    helpful, harmful = strongest(scores, NUM_LISTED)
-    for query, own_scores, up, down in zip(queries, scores, helpful, harmful, strict=True):
-        for direction, sign, top in (("helpful", 1, up), ("harmful", -1, down)):
-            top_scores = own_scores[top].tolist()
-            for rank, (train, score) in enumerate(zip(top.tolist(), top_scores, strict=True), 1):
-                if sign * score > 0:
-                    yield [*query, direction, rank, *trained_on[train], score]
+    helpful, harmful = most_helpful_and_harmful(scores, NUM_LISTED)
+    for query, query_scores, helpful_images, harmful_images in zip(
+        queries, scores, helpful, harmful, strict=True
+    ):
+        for rank, train in enumerate(helpful_images.tolist(), start=1):
+            score = query_scores[train].item()
+            if score > 0:
+                yield [*query, "helpful", rank, *trained_on[train], score]
+        for rank, train in enumerate(harmful_images.tolist(), start=1):
+            score = query_scores[train].item()
+            if score < 0:
+                yield [*query, "harmful", rank, *trained_on[train], score]
 
 
 def write_top_influences(path, scores, queries, data):
     """Writes the most helpful and most harmful training images of each query to a csv file.
 
-    It begins with those of the mean over all queries.
+    The first rows are about the mean over all queries.
     """
     trained_on = describe_examples(data)
     mean = scores.mean(0, keepdim=True)
@@ -154,9 +200,9 @@ def write_top_influences(path, scores, queries, data):
 
 
 def plot_top_influences(path, scores, queries, data, strategy):
-    """Draws queries, each beside its most helpful and its most harmful training images.
+    """Draws the first queries, each beside its most helpful and most harmful training images.
 
-    The first row is the mean over all queries, which has no image.
+    The first row is about the mean over all queries, which has no image.
     """
     shown = queries.take(torch.arange(min(NUM_PICTURED_QUERIES, len(queries))))
     no_image = torch.full_like(queries.images[:1], 255)
@@ -166,16 +212,18 @@ def plot_top_influences(path, scores, queries, data, strategy):
     for index, _, label in describe_examples(shown):
         row_texts.append(f"test image {index}\n{pipeline.shorten(label)}")
 
-    tops = torch.cat(strongest(row_scores, NUM_PICTURED), dim=1)  # (rows, 2 * NUM_PICTURED)
+    tops = torch.cat(most_helpful_and_harmful(row_scores, NUM_PICTURED), dim=1)
     images, texts, colours = [], [], []
-    for image, text, own_scores, top in zip(row_images, row_texts, row_scores, tops, strict=True):
+    for image, text, scores_of_row, top in zip(
+        row_images, row_texts, row_scores, tops, strict=True
+    ):
         images += [image, *data.images[top]]
         texts.append(text)
         colours.append("black")
         for train in top.tolist():
             name = pipeline.shorten(data.class_names[data.labels[train]])
-            texts.append(f"{name}\n{own_scores[train]:+.3g}")
-            colours.append(HELPFUL_COLOUR if own_scores[train] > 0 else HARMFUL_COLOUR)
+            texts.append(f"{name}\n{scores_of_row[train]:+.3g}")
+            colours.append(HELPFUL_COLOUR if scores_of_row[train] > 0 else HARMFUL_COLOUR)
     title = (
         "Test images, each with the most helpful (blue, +) and most harmful (red, −) "
         f"of {len(data)} training images and their influence ({strategy})"
@@ -197,12 +245,17 @@ def main():
     with pipeline.timed(seconds, "load"):
         test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
         queries = choose_queries(test, args.num_query_examples, args.query_indices)
-        runs, _, data = pipeline.load_runs(args, seconds)
+        runs, _, data = pipeline.load_runs(args, seconds, args.snapshots)
         pipeline.check_splits(data, test)
-        on_device = queries.to(runs[0].data.images.device)
+        queries_on_device = queries.to(runs[0].data.images.device)
 
-    found = [
-        run.pairwise_influence(on_device, args.query_batch_size, args.damping_factor)
+    scores_and_paths = [
+        run.pairwise_influence(
+            queries_on_device,
+            args.query_batch_size,
+            args.damping_factor,
+            args.eigenvector_fraction,
+        )
         for run in runs
     ]
     if not pipeline.is_main_process():
@@ -213,14 +266,14 @@ def main():
     top_png = folder / f"top_influences_{args.factor_strategy}.png"
     record_json = folder / f"pairwise_{args.factor_strategy}.json"
     with pipeline.timed(seconds, "report"):
-        scores, scores_path = mean_influence(found, folder, args.factor_strategy)
+        scores, scores_path = mean_influence(scores_and_paths, folder, args.factor_strategy)
         write_top_influences(top_csv, scores, queries, data)
     with (
         pipeline.recorded(
             record_json,
             flags=vars(args),
             fields={"num_train": len(data), "num_query": len(queries)},
-            device=on_device.images.device,
+            device=queries_on_device.images.device,
             seconds=seconds,
         ),
         pipeline.timed(seconds, "report"),

@@ -25,7 +25,6 @@ import shutil
 import stat
 import sys
 import time
-import types
 import unicodedata
 import warnings
 from collections import Counter, OrderedDict
@@ -66,6 +65,7 @@ from tqdm import tqdm
 # ---- Command line --------------------------------------------------------------------------------
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
+EIGENVECTOR_STRATEGIES = ("ekfac", "kfac")
 NO_INFLUENCE = "none"  # used in place of a strategy: no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
 # Parts of the messages by which torch reports that memory is full, and kronfluence that a batch of
@@ -115,6 +115,7 @@ def run(main):
     try:
         if SOURCE is None:
             raise UserError("there is only compiled code: add the .py files beside it")
+        read_own_sources()
         return main()
     except UserError as error:
         status = error.status
@@ -205,6 +206,7 @@ non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= 
 corrupt_fraction = number(
     float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1
 )
+kept_fraction = number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def shared_parser(docstring):
@@ -435,14 +437,24 @@ def print_machine(device, dtype):
 
 
 def code_of(*names):
-    """Returns the code of functions and classes of this file as it was imported, without comments.
+    """Returns the code of functions and classes of this file, as it was imported.
 
-    Caches are found by a hash of it: a changed comment leaves them valid, a changed statement not.
+    Results are cached by a hash of code. A changed comment or docstring leaves the cache valid.
     """
-    definitions = ast.parse(SOURCE).body
+    definitions = parse_code(SOURCE).body
     kinds = (ast.FunctionDef, ast.ClassDef)
-    code = {node.name: ast.unparse(node) for node in definitions if isinstance(node, kinds)}
+    code = {node.name: ast.dump(node) for node in definitions if isinstance(node, kinds)}
     return "\n".join(code[name] for name in names)
+
+
+def parse_code(text):
+    """Returns the syntax tree of Python code, which has no comments, without docstrings."""
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree
 
 
 def make_folder(path):
@@ -1628,9 +1640,6 @@ class Scale(nn.Module):
     def forward(self, x):
         return self.factor * x
 
-    def extra_repr(self):
-        return str(self.factor)
-
 
 def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
     """Convolution without bias, batch-norm, ReLU."""
@@ -1642,7 +1651,7 @@ def conv_block(in_channels, out_channels, kernel_size=3, stride=1, padding=1):
 
 
 def resnet9(num_classes):
-    """The ResNet of the published example: 2.3 M parameters, 128 features."""
+    """The ResNet-9 of the published example: 2.3 M parameters, 128 features."""
     features = nn.Sequential(
         conv_block(3, 64),
         conv_block(64, 128, kernel_size=5, stride=2, padding=2),
@@ -1659,13 +1668,16 @@ def resnet9(num_classes):
 
 
 def resnet18(num_classes):
-    """ResNet-18 of torchvision with a 3x3 stem of stride 1, without max-pool; 512 features."""
+    """torchvision's ResNet-18 for small images: a 3x3 stem of stride 1, no max-pool; 512 features.
+
+    Raises UserError if torchvision cannot be imported.
+    """
     try:
         from torchvision import models
-    except (ImportError, OSError, RuntimeError) as error:  # made for another build of torch
+    except (ImportError, OSError, RuntimeError) as error:  # built for another version of torch
         raise UserError(
             f"--model resnet18: torchvision cannot be imported ({first_line(error)}): "
-            "install the one for this torch, or use --model resnet9"
+            "install the version for this torch, or use --model resnet9"
         ) from error
     features = models.resnet18(num_classes=num_classes)
     features.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -1682,7 +1694,7 @@ MODELS = {"resnet9": resnet9, "resnet18": resnet18}
 
 
 class ImageClassifier(nn.Module):
-    """The two parts of a network of MODELS. Logits leave it in float32, also under autocast."""
+    """The two parts of a network of MODELS; the logits are float32, also under autocast."""
 
     def __init__(self, network):
         super().__init__()
@@ -1693,7 +1705,7 @@ class ImageClassifier(nn.Module):
         return self.logits(self.features(images))
 
     def logits(self, features):  # (B, D) -> (B, num_classes)
-        # Logits in bfloat16 would tie, and losses and margins with them.
+        # In bfloat16, logits of different images would be equal, and so would losses and margins.
         dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(dtype))
@@ -1702,174 +1714,189 @@ class ImageClassifier(nn.Module):
 def construct_model(name, num_classes):
     """Returns the ImageClassifier of a `--model` with random weights, channels last in memory.
 
-    Raises UserError where the function in MODELS does not return what a network has to be.
+    Raises UserError if the function in MODELS returns something else than a network.
     """
     network = MODELS[name](num_classes)
-    problem = problem_of_network(network, num_classes)
-    if problem:
-        raise UserError(f"--model {name}: its function in MODELS must return {problem}")
+    try:
+        check_parts(network)
+        check_shapes(network, num_classes)
+    except ValueError as error:
+        raise UserError(f"--model {name}: its function in MODELS must return {error}") from error
     model = ImageClassifier(network)
-    model.constructed_by = MODELS[name]  # part of what the scores depend on
+    model.constructed_by = MODELS[name]  # for code_digest
     return model.to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def problem_of_network(network, num_classes):
-    """Returns what a network would have to be and is not, as part of a sentence; None if it is."""
+def check_parts(network):
+    """Raises ValueError, whose text is what a network must be, if its parts are incomplete."""
     for part in ("features", "head"):
         if not isinstance(getattr(network, part, None), nn.Module):
-            return f"a module with the parts features and head, modules both, but {part} is none"
+            raise ValueError(f"a module with two modules, features and head, but {part} is none")
     in_parts = {*network.features.parameters(), *network.head.parameters()}
     for name, parameter in network.named_parameters():
         if parameter not in in_parts:
-            return f"features and head that hold all parameters, but {name} is in neither"
-    was_training = network.training
-    model = ImageClassifier(network).eval()
+            raise ValueError(
+                f"features and head that hold all parameters, but {name} is in neither"
+            )
+
+
+@torch.no_grad()
+def check_shapes(network, num_classes):
+    """Raises ValueError, whose text is what a network must be, if a shape is wrong.
+
+    Checks it on a copy, because a forward pass may change the buffers of a module.
+    """
+    model = ImageClassifier(copy.deepcopy(network)).eval()
     try:
         features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
         logits = model.logits(features)
     except RuntimeError as error:  # shapes that do not fit
-        return f"parts that take images [B, 3, 32, 32], one after the other ({first_line(error)})"
-    network.train(was_training)
+        raise ValueError(
+            "features that take images [B, 3, 32, 32], and a head that takes these features "
+            f"({first_line(error)})"
+        ) from error
     if features.dim() != 2 or len(features) != 2:
-        return f"features of shape [B, D], not {[*features.shape]} for 2 images"
+        raise ValueError(f"features of shape [B, D], not {[*features.shape]} for 2 images")
     if logits.shape != (2, num_classes):
-        return f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images"
-    return None
+        raise ValueError(f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images")
 
 
-def margin(logits, labels, of_others=torch.logsumexp):
-    """Returns logit[label] - logsumexp(the other logits), [B]: the log-odds of the label.
+def split_logits(logits, labels):
+    """Returns the labels' logits, [B], and the other logits, [B, num_classes].
 
-    With `of_others=torch.amax` it is the difference to the largest of the others (Pleiss et al.
-    2020, section 3.1).
+    The second result has -inf in place of the labels' logits.
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None]).squeeze(1) - of_others(others, 1)
+    return logits.gather(1, labels[:, None]).squeeze(1), others
+
+
+def log_odds(logits, labels):
+    """Returns the log-odds of each label, [B]: logit[label] - logsumexp(the other logits).
+
+    logits: [B, num_classes]; labels: int64 [B]. Source: Park et al. 2023, "TRAK", section 3.3.
+    """
+    of_label, others = split_logits(logits, labels)
+    return of_label - others.logsumexp(1)
+
+
+def margin(logits, labels):
+    """Returns the margin of each label, [B]: logit[label] minus the largest other logit.
+
+    logits: [B, num_classes]; labels: int64 [B]. Source: Pleiss et al. 2020, section 3.1.
+    """
+    of_label, others = split_logits(logits, labels)
+    return of_label - others.amax(1)
 
 
 # ---- The code that scores depend on --------------------------------------------------------------
 #
-# Factors and scores are cached by a hash of the model, the data, the settings and this code. Hashed
-# is what Python compiled, which runs, and not the files: somebody may have edited them since.
-# Comments, layout and the docstrings of functions do not change it.
+# Factors and scores are cached by a hash of the model, the data, the settings and the code. The
+# code of pipeline.py counts from the section "Networks" to the section "Results". Of the network's
+# own classes, and of its function in MODELS, the whole file counts: so a changed helper function or
+# constant changes the hash, too.
+#
+# A file may be edited during a run. The code that was imported runs on, so the files are read at
+# the start of the run.
 
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+SOURCES = {}  # the texts of Python files, by the name of the module
+SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
-def code_digest(model):
-    """Returns the SHA-256, as hex digits, of the code that decides the scores of a network.
+def read_own_sources():
+    """Reads the files of all imported modules into SOURCES, except those of installed packages."""
+    for name, module in list(sys.modules.items()):
+        if is_of_library(name):
+            continue
+        path = Path(getattr(module, "__file__", None) or "")
+        is_installed = "site-packages" in path.parts or "dist-packages" in path.parts
+        if path.suffix == ".py" and not is_installed:
+            with contextlib.suppress(UserError):  # it may be a file that no score depends on
+                source_of(name)
 
-    That is InfluenceRun, the standardisation of images, the classes of the network's modules, the
-    function in MODELS, and whatever these name in their own files. `str(model)` tells the rest:
-    the settings of torch's own layers.
+
+def is_of_library(module_name):
+    """Returns whether a module belongs to torch, torchvision or Python.
+
+    Their code does not count: the version of torch is hashed, and torchvision's follows from it.
     """
-    waiting = [InfluenceRun, ImageData.normalize, *network_code(model)]
-    seen = {}  # by id; holds the values, so that no id is given twice
-    texts = [str(model)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, CONSTANTS):
-            texts.append(repr(value))
-        elif id(value) not in seen:
-            seen[id(value)] = value
-            waiting += parts_of(value)
-    return sha256("\n".join(texts))
-
-
-def network_code(model):
-    """Returns the classes of a network's modules, and the function of MODELS that constructed it.
-
-    Classes of torch and torchvision are left out: the version of torch tells their code.
-    """
-    classes = {}  # a dictionary keeps their order
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if not is_of_library(cls):
-                classes[cls] = None
-    return [*classes, getattr(model, "constructed_by", None)]
-
-
-def is_of_library(value):
-    """Returns whether a function or class belongs to torch, torchvision or Python."""
-    package = str(value.__module__).partition(".")[0]
+    package = module_name.partition(".")[0]
     return package in {"torch", "torchvision", *sys.stdlib_module_names}
 
 
-def is_code(value):
-    """Returns whether a value is a function or a class."""
-    return isinstance(value, (types.FunctionType, type))
+def code_digest(model, entry_points=()):
+    """Returns the SHA-256, as hex digits, of the code and settings that decide a model's scores.
+
+    Hashes pipeline.py's part, the files of the network and of `entry_points` (functions and
+    classes), and the settings of all layers. Raises UserError if one of the files is missing.
+    """
+    owners = [cls for module in model.modules() for cls in type(module).__mro__]
+    owners += entry_points
+    constructor = getattr(model, "constructed_by", None)
+    if isinstance(constructor, partial):
+        constructor = constructor.func
+    if constructor is not None:
+        owners.append(constructor)
+    names = {owner.__module__ for owner in owners} - {__name__}
+    sources = [source_of(name) for name in sorted(names) if not is_of_library(name)]
+    files = [ast.dump(parse_code(source)) for source in sources]
+    return sha256(score_code(), *files, settings_of(model))
 
 
-def parts_of(value):
-    """Returns what a function, class or container consists of; nothing of other values."""
-    if is_code(value) and is_of_library(value):
-        return []
-    for kind, parts in PARTS.items():
-        if isinstance(value, kind):
-            return parts(value)
-    return []
+def score_code():
+    """Returns the code of pipeline.py that decides scores."""
+    start = SOURCE.index("\n# ---- Networks ---")
+    end = SOURCE.index("\n# ---- Results ---")
+    sections = ast.dump(parse_code(SOURCE[start:end]))
+    return sections + code_of("ImageData")  # it standardises the images
 
 
-def parts_of_code(code, docstring=None):
-    """Returns the instructions, names and constants of compiled code, without the docstring."""
-    constants = [constant for constant in code.co_consts if constant != docstring]
-    return [code.co_code, code.co_names, code.co_varnames, *constants]
+def source_of(name):
+    """Returns the text of a module's file, as it was when it was first asked for.
+
+    Raises UserError if the module has no readable .py file.
+    """
+    if name not in SOURCES:
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        try:
+            SOURCES[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(
+                f"influence needs the code of the network, but the module '{name}' has no readable "
+                "file: put it into a .py file in UTF-8"
+            ) from error
+    return SOURCES[name]
 
 
-def parts_of_function(function):
-    """Returns the code, default values and closure of a function, and what it names in its file."""
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = [function.__defaults__, function.__kwdefaults__, *closure]
-    for name in names_in(function.__code__):
-        value = function.__globals__.get(name)
-        if not is_code(value) or value.__module__ == function.__module__:
-            values.append(value)
-    return parts_of_code(function.__code__, function.__doc__) + values
+def settings_of(model):
+    """Returns the names, classes and settings of all modules of a network, as text.
+
+    Settings are attributes such as a stride or a constant factor.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        settings = {key: value for key, value in vars(module).items() if is_setting(value)}
+        settings.pop("training")  # influence is computed in eval mode
+        lines.append(f"{name} {type(module).__qualname__} {settings}")
+    return "\n".join(lines)
 
 
-def names_in(code):
-    """Returns the global names and attributes in compiled code, and in functions inside it."""
-    names = list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += names_in(constant)
-    return names
-
-
-def parts_of_class(cls):
-    """Returns the methods and constants of a class, and its base classes of the same file."""
-    parts = [base for base in cls.__bases__ if base.__module__ == cls.__module__]
-    for name, member in vars(cls).items():
-        if isinstance(member, types.FunctionType) or not name.startswith("__"):
-            parts.append(member)
-    return parts
-
-
-PARTS = {
-    types.CodeType: parts_of_code,
-    types.FunctionType: parts_of_function,
-    types.MethodType: lambda method: [method.__func__],
-    (staticmethod, classmethod): lambda method: [method.__func__],
-    property: lambda attribute: [attribute.fget],
-    cached_property: lambda attribute: [attribute.func],
-    partial: lambda call: [call.func, call.args, call.keywords],
-    type: parts_of_class,
-    (tuple, list): list,
-    dict: lambda entries: [*entries.items()],
-    (set, frozenset): lambda members: sorted(map(repr, members)),
-    Tensor: lambda tensor: [sha256(tensor)],
-}
+def is_setting(value):
+    """Returns whether a value is a number, a string, None, a dtype, or a sequence of these."""
+    if isinstance(value, (tuple, list)):
+        return all(is_setting(item) for item in value)
+    return isinstance(value, SETTINGS)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
+
+CHECKPOINT_KEYS = {"model", "margins", "given_labels"}  # an earlier train.py did not write all
 
 
 def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
     """Returns the path of the checkpoint of a training.
 
-    It used the corruption `fraction` (None or 0: none), or `noisy` labels from a file. A `cleaned`
-    one used corrections as well.
+    `fraction` of the training labels were corrupted; None and 0 mean none. `noisy`: the labels came
+    from a file. `cleaned`: the training used corrections.
     """
     if noisy:
         name = "model_noisy"
@@ -1883,22 +1910,23 @@ def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
 
 
 def save_checkpoint(path, model, metadata):
-    """Writes weights and `metadata` (numbers, strings, lists, dicts, tensors), whole or not at all.
+    """Writes weights and `metadata` to a file. A failure leaves no incomplete file.
 
-    The metadata must tell `model`, the name in MODELS.
+    The metadata may hold numbers, strings, lists, dictionaries and tensors. It must hold
+    CHECKPOINT_KEYS; the value of "model" is the name in MODELS.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+    content = io.BytesIO()  # if the disk is full, torch.save to a file raises no OSError
     torch.save({"weights": weights, "metadata": metadata}, content)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """Returns the model in eval mode on `device`, and the metadata, of a checkpoint of train.py.
+    """Returns the model of a checkpoint of train.py, in eval mode on `device`, and its metadata.
 
-    Raises UserError where there is no checkpoint, where the file is something else, or where MODELS
-    has no such network.
+    Raises UserError if there is no checkpoint, if train.py did not write the file, or if MODELS
+    does not contain the network.
     """
     path = Path(path)
     if not path.is_file():
@@ -1909,7 +1937,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         metadata = checkpoint["metadata"]
-        if not metadata.keys() >= {"model", "margins", "given_labels"}:
+        if not CHECKPOINT_KEYS.issubset(metadata):
             raise ValueError("written by an earlier train.py")
         if metadata["model"] not in MODELS:
             raise UserError(
@@ -1920,16 +1948,19 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["weights"])
     except (OSError, UserError):
         raise
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # torch.load may raise any exception for another kind of file
         reason = f"{first_line(error):.100}"
         raise UserError(
-            f"{path} is not a whole checkpoint of train.py ({reason}): train again"
+            f"{path} is not a complete checkpoint of train.py ({reason}): train again"
         ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 
 def checkpoints_beside(path):
-    """Returns which checkpoints lie beside a missing one, as a part of a sentence."""
+    """Returns which checkpoints are in the folder of a missing checkpoint, as part of a sentence.
+
+    The text is empty if there are none.
+    """
     names = sorted(other.name for other in path.parent.glob("model*.pth"))
     if not names:
         return ""
@@ -1939,31 +1970,23 @@ def checkpoints_beside(path):
 
 
 def load_trained(path, device, clean, *, model_name, fraction, labels_file=None):
-    """Loads a checkpoint that was trained on `clean`, the images as loaded, and prints which one.
+    """Returns a trained model, its metadata, and the ImageData that it was trained on.
 
-    `model_name` is the network in MODELS. `fraction` of the labels were corrupted, or they came
-    from the `labels_file` of `--noisy_labels`. Returns the model, its metadata, and the
-    ImageData that it was trained on. Raises UserError where any of these was another one.
+    `clean` holds the training images with the labels of the data set. The model must be the network
+    `model_name` of MODELS, trained on `clean` with a `fraction` of corrupted labels, or with the
+    labels in the `labels_file` of `--noisy_labels`. Otherwise raises UserError. Prints a line.
     """
     model, metadata = load_checkpoint(path, device)
     if metadata["model"] != model_name:
         raise UserError(
             f"{path} was trained with --model {metadata['model']}, not {model_name}: "
-            "give that, or train again"
+            "give the flag that it was trained with, or train again"
         )
-    data = clean
-    is_same = metadata["num_loaded"] == len(clean) and has_labels_of(metadata, labels_file)
-    if is_same:
-        data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
-        trained_on = metadata["data_sha256"], metadata["class_names"]
-        is_same = trained_on == (data.digest, data.class_names)
-    if not is_same:
-        flag = "corrupt_percentage" if metadata["noisy_labels"] is None else "noisy_labels"
-        raise UserError(
-            f"{path} was trained on other images or labels ({metadata['num_train']} of "
-            f"{metadata['dataset']}, --{flag} {metadata[flag]} as it was then): "
-            "give its data flags, or train again"
-        )
+    if metadata["num_loaded"] != len(clean) or not has_labels_of(metadata, labels_file):
+        raise other_data_error(path, metadata)
+    data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
+    if metadata["data_sha256"] != data.digest or metadata["class_names"] != data.class_names:
+        raise other_data_error(path, metadata)
     if is_main_process():
         print(
             f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
@@ -1972,26 +1995,57 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
     return model, metadata, data
 
 
+def other_data_error(path, metadata):
+    """Returns the UserError for a checkpoint that was trained on other images or labels."""
+    if metadata["noisy_labels"] is None:
+        labels = f"--corrupt_percentage {metadata['corrupt_percentage']}"
+    else:
+        labels = f"--noisy_labels {metadata['noisy_labels']}, a file that may have changed since"
+    return UserError(
+        f"{path} was trained on other images or labels ({metadata['num_train']} images of "
+        f"{metadata['dataset']}, {labels}): give its data flags, or train again"
+    )
+
+
+def earlier_models(path, model, snapshots, count):
+    """Returns the last `count` networks that the training of `model` kept before its end.
+
+    snapshots: a dictionary from epoch to weights by name. Raises UserError if there are fewer.
+    """
+    if count > len(snapshots):
+        raise UserError(
+            f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
+            "give at most this number, or train for four epochs or more"
+        )
+    epochs = sorted(snapshots)[len(snapshots) - count :]
+    if epochs and is_main_process():
+        print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
+    models = [copy.deepcopy(model) for _ in epochs]
+    for earlier, epoch in zip(models, epochs, strict=True):
+        earlier.load_state_dict(snapshots[epoch])
+    return models
+
+
 # ---- Influence: what is measured, and in which precision -----------------------------------------
 
 
 class ClassificationTask(Task):
-    """Cross-entropy as training loss, and minus the margin as what influence is measured on.
+    """The training loss is the cross-entropy, and the measurement is minus the log-odds.
 
-    With that sign a positive score means: training on this image more would raise the query's
-    margin. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32 [B]).
-    `layer_names` are those of the layers that kronfluence tracks, None for all that it can.
+    With this sign, a positive score means: training on this image more would raise the log-odds of
+    the query's label. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32
+    [B]). `layer_names`: the layers that kronfluence tracks; None means all that it can track.
     """
 
     def __init__(self, layer_names=None):
         self.layer_names = layer_names
 
     def compute_train_loss(self, batch, model, sample=False):
-        """Returns the summed cross-entropy, with `sample` against pseudo-labels.
+        """Returns the summed cross-entropy; with `sample`, the labels are pseudo-labels.
 
-        Pseudo-labels are drawn from the model's own distribution: the class in whose part of the
-        cumulative distribution the example's uniform number falls. So a pseudo-label depends
-        neither on the other images of the batch nor on the process.
+        A pseudo-label is drawn from the model's predicted distribution: it is the class in whose
+        part of the cumulative distribution the example's uniform number falls. So a pseudo-label
+        depends neither on the other images of the batch nor on the process.
         """
         images, labels, uniforms = batch
         logits = model(images)
@@ -2001,9 +2055,12 @@ class ClassificationTask(Task):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
-        """Returns minus the summed margin (Park et al. 2023, "TRAK", section 3.3, sign changed)."""
+        """Returns minus the summed log-odds of the labels.
+
+        Source: Park et al. 2023, "TRAK", section 3.3; the sign is changed.
+        """
         images, labels, _ = batch
-        return -margin(model(images), labels).sum()
+        return -log_odds(model(images), labels).sum()
 
     def get_influence_tracked_modules(self):
         """Returns the names of the layers to track, for kronfluence."""
@@ -2011,13 +2068,14 @@ class ClassificationTask(Task):
 
 
 class InfluenceDataset(torch.utils.data.Dataset):
-    """ImageData as kronfluence reads it: whole batches by index.
+    """ImageData as kronfluence reads it: a batch at a time, by the indices of its images.
 
-    Each example comes with a uniform random number, which draws its pseudo-label.
+    Each example has a uniform random number, which determines its pseudo-label.
     """
 
     def __init__(self, data, seed):
-        self.data, self.seed = data, seed
+        self.data = data
+        self.seed = seed
         uniforms = torch.rand(len(data), generator=torch.Generator().manual_seed(seed))
         self.uniforms = uniforms.to(data.labels.device)
 
@@ -2031,7 +2089,7 @@ class InfluenceDataset(torch.utils.data.Dataset):
 
 
 def cpu_features():
-    """Returns the processor's capabilities by name; an older torch tells only those used here."""
+    """Returns the processor's capabilities by name; of an older torch, only those used here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -2043,8 +2101,8 @@ def cpu_features():
 def configure_precision(precision, device):
     """Sets torch's global precision for a `--precision` value, and returns the compute dtype.
 
-    That is torch.float32 or torch.bfloat16. CUDA may round what stays float32 to TF32 only beside
-    bfloat16. Sums inside a product of bfloat16 matrices stay float32.
+    The dtype is torch.float32 or torch.bfloat16. With bfloat16, CUDA rounds the inputs of float32
+    products to TF32; with float32 it does not. Sums inside a product are float32 in both cases.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -2052,51 +2110,55 @@ def configure_precision(precision, device):
         else:
             fast = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    float32 = "tf32" if precision == "bf16" else "ieee"
+    float32_products = "tf32" if precision == "bf16" else "ieee"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.fp32_precision = float32
-    torch.backends.cudnn.conv.fp32_precision = float32
+    torch.backends.cuda.matmul.fp32_precision = float32_products
+    torch.backends.cudnn.conv.fp32_precision = float32_products
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def computation_dtypes(dtype, strategy):
-    """Returns the dtype of each kind of computation, by name, for a compute dtype and strategy."""
+    """Returns the dtypes `products`, `covariances`, `sums` for a compute dtype and a strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # Per-sample gradients, their rotations, a layer's part of a pairwise score, and the passes
-        # of self-influence. Other passes are float32 (TF32 on CUDA beside bfloat16): rankings by
-        # pairwise scores do not survive bfloat16.
+        # `products` is the dtype of per-sample gradients, of their rotations, of a layer's part of
+        # a pairwise score, and of the forward and backward passes of self-influence. The passes of
+        # the other stages are float32: in bfloat16, the ranking by pairwise scores would change.
         products=dtype,
-        # The inputs of a covariance's product, which a CPU rounds inside the product. EKFAC fits
-        # its eigenvalues anew. KFAC inverts the covariances, whose small eigenvalues rounding
-        # would drown.
+        # `covariances` is the dtype of the patches and gradients that a covariance is a product of.
+        # Rounding changes its small eigenvalues. EKFAC replaces the eigenvalues, but KFAC inverts
+        # them.
         covariances=dtype if strategy == "ekfac" else sums,
-        # Over positions, images and layers. A sum in bfloat16 stops growing after some hundred
-        # terms, and scores tie.
+        # `sums` is the dtype of sums over positions, images and layers. After a few hundred terms,
+        # a sum in bfloat16 stops growing, and scores become equal.
         sums=sums,
     )
 
 
 # ---- Influence: per-sample gradients -------------------------------------------------------------
 #
-# A layer with input patches a [B, T, I] and output gradients g [B, T, O] (T positions) has the
-# per-sample gradients G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3) needs
-# them in the eigenbasis Q_G, Q_A of the two covariances, R = Q_G^T G Q_A. kronfluence forms G and
-# rotates it there and back; the trackers below form it where it is needed. Where the strategy has
-# no eigenvectors (diagonal, identity), nothing is rotated.
+# A layer has input patches a [B, T, I] and output gradients g [B, T, O], with T positions. Its
+# per-sample gradients are G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3)
+# needs them in the eigenbases Q_G, Q_A of the two covariances: R = Q_G^T G Q_A. kronfluence always
+# computes G first, then R, and rotates back; our trackers choose the cheaper order of products. The
+# strategies diagonal and identity have no eigenvectors, so R is G.
 #
-# tracker              of a batch                                       shape
+# tracker              result of a batch                                shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
 # LambdaSums           sum over B of R^2: EKFAC's eigenvalues times N   [O, I]
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
 #
+# Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
+# columns of lambda. Then P is not rotated back on the input side, [Q, O, c], and G Q_A replaces G,
+# [B, O, c]. The result is EKFAC's score without the other eigenvectors, with c / I of the memory.
+#
 # In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
 # are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
 CACHED_ELEMENTS = 2**20  # 4 MB in float32
-# Measured: smaller blocks leave less to compute, larger ones run faster.
+# Columns per block. Smaller blocks compute fewer products; larger blocks run faster. Measured.
 SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
 
 
@@ -2105,10 +2167,8 @@ def padding_sides(layer):
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
-        height, width = (
-            dilation * (size - 1)
-            for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)
-        )
+        height = layer.dilation[0] * (layer.kernel_size[0] - 1)
+        width = layer.dilation[1] * (layer.kernel_size[1] - 1)
         left, top = width // 2, height // 2
         return left, width - left, top, height - top
     rows, columns = layer.padding
@@ -2118,11 +2178,11 @@ def padding_sides(layer):
 def patches(layer, inputs):
     """Returns the input patches (im2col) per output position, with a column of ones for a bias.
 
-    inputs: [B, C, H, W] of a convolution, or [B, ..., I] of a linear layer, whose positions are all
-    its middle dimensions. Returns [B, T, I], or [B, groups, T, I] of a convolution with groups.
+    inputs: [B, C, H, W] for a convolution; [B, ..., I] for a linear layer, whose positions are the
+    middle dimensions. Returns [B, T, I], or [B, groups, T, I] for a convolution with groups.
 
-    Patches, and with them the factors, are ordered (row, column, channel), not (channel, row,
-    column) as kronfluence's: so they are copied in runs of channels from channels-last memory.
+    A patch is ordered (row, column, channel); kronfluence's order is (channel, row, column). In
+    channels-last memory the channels are adjacent, so our order is faster to copy.
     """
     if isinstance(layer, nn.Linear):
         a = inputs.reshape(len(inputs), -1, inputs.shape[-1])
@@ -2132,7 +2192,7 @@ def patches(layer, inputs):
 
 
 def convolution_patches(layer, inputs):
-    """Returns the patches of a convolution, [B, T, I] or [B, groups, T, I], as `patches` says."""
+    """Returns a convolution's patches, [B, T, I] or [B, groups, T, I], without the bias's ones."""
     left, right, top, bottom = padding_sides(layer)
     if layer.padding_mode == "zeros":
         images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
@@ -2159,62 +2219,105 @@ def by_position(layer, gradient):
     return gradient.flatten(2).mT
 
 
+def gradient_size(layer):
+    """Returns the number of rows O and the number of columns I of a layer's gradient."""
+    return layer.weight.shape[0], layer.weight[0].numel() + (layer.bias is not None)
+
+
 def per_sample_gradient(a, g):
-    """Returns G, [B, O, I], of g [B, T, O] and of a [B, T, I], or [B, groups, T, I]."""
+    """Returns G, [B, O, I], from g [B, T, O] and a, which is [B, T, I] or [B, groups, T, I]."""
     if a.dim() == 3:
         return g.mT @ a
     g = g.mT.unflatten(1, (a.shape[1], -1))  # (B, groups, O / groups, T)
     return (g @ a).flatten(1, 2)
 
 
-def rotated_gradient(a, g, q_a, q_g):
-    """Returns Q_G^T G Q_A, [B, O, I].
+def input_rotated_gradient(a, g, q_a):
+    """Returns G Q_A, [B, O, c]; the columns of q_a [I, c] are eigenvectors.
 
-    q_a [I, I] and q_g [O, O] hold eigenvectors in columns; both are None for no rotation.
+    Rotates the patches first, or the gradient last: whichever needs fewer multiplications.
     """
-    if q_a is None:
-        return per_sample_gradient(a, g)
-    if a.dim() == 4:  # Q_G mixes the outputs of all groups
-        return q_g.T @ (per_sample_gradient(a, g) @ q_a)
-    g = g @ q_g
-    # T * I^2 multiplications for the patches, or O * I^2 for the gradient
-    if a.shape[1] < g.shape[2]:
+    if a.dim() == 4:
+        return per_sample_gradient(a, g) @ q_a
+    positions, outputs = g.shape[1:]
+    inputs, kept = q_a.shape
+    rotation_first = positions * kept * (inputs + outputs)
+    rotation_last = outputs * inputs * (positions + kept)
+    if rotation_first < rotation_last:
         return g.mT @ (a @ q_a)
     return g.mT @ a @ q_a
 
 
-def symmetric_product(rows):
-    """Returns rows^T rows, [I, I], of rows [R, I], on CUDA in float32 also of bfloat16 ones.
+def rotated_gradient(a, g, q_a, q_g):
+    """Returns Q_G^T G Q_A, [B, O, c].
 
-    Computes the blocks from the diagonal on, and mirrors them.
+    The columns of q_a [I, c] and q_g [O, O] are eigenvectors. If both are None, returns G.
     """
-    wide = {"out_dtype": torch.float32} if rows.dtype == torch.bfloat16 else {}
-    product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=wide.get("out_dtype", rows.dtype))
+    if q_a is None:
+        return per_sample_gradient(a, g)
+    if a.dim() == 4:  # Q_G mixes the outputs of all groups
+        return q_g.T @ input_rotated_gradient(a, g, q_a)
+    return input_rotated_gradient(a, g @ q_g, q_a)
+
+
+def num_kept(inputs, fraction):
+    """Returns how many of a layer's `inputs` eigenvectors are kept: a fraction, at least one."""
+    return math.ceil(fraction * inputs)
+
+
+def keep_leading(storage, fraction):
+    """Keeps the columns of Q_A with the largest eigenvalues, and the same columns of lambda.
+
+    Those are the last columns, because eigh sorts eigenvalues in ascending order.
+    """
+    q_a = storage[constants.ACTIVATION_EIGENVECTORS_NAME]
+    kept = num_kept(q_a.shape[1], fraction)
+    for name in (constants.ACTIVATION_EIGENVECTORS_NAME, constants.LAMBDA_MATRIX_NAME):
+        storage[name] = storage[name][..., -kept:].contiguous()
+
+
+def is_truncated(q_a):
+    """Returns whether q_a [I, c] lacks some of the I eigenvectors."""
+    return q_a is not None and q_a.shape[1] < q_a.shape[0]
+
+
+def symmetric_product(rows):
+    """Returns rows^T rows, [I, I], of rows [R, I]; on CUDA, rows may be bfloat16.
+
+    The product of bfloat16 rows is float32. Only the blocks right of the diagonal are computed;
+    the blocks left of it mirror them.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=dtype)
     block = SYMMETRIC_BLOCKS[rows.device.type]
     for start in range(0, len(product), block):
         end = start + block
-        product[start:end, start:] = torch.mm(rows[:, start:end].T, rows[:, start:], **wide)
+        left, right = rows[:, start:end].T, rows[:, start:]
+        if rows.dtype == dtype:
+            product[start:end, start:] = left @ right
+        else:
+            product[start:end, start:] = torch.mm(left, right, out_dtype=dtype)
         product[end:, start:end] = product[start:end, end:].T
     return product
 
 
 def squares(gradient, dtype):
-    """Yields the squares of gradients [B, O, I] in `dtype`.
+    """Yields the squares of per-sample gradients [B, O, I] in `dtype`, some samples at a time.
 
-    On a CPU it yields parts that stay in its cache, which saves a fifth of the time.
+    On a CPU, the samples of one step fit into the cache, which saves a fifth of the time.
     """
-    part = len(gradient)
+    num_samples = len(gradient)
     if not gradient.is_cuda:
-        part = max(1, CACHED_ELEMENTS // gradient[0].numel())
-    for gradients in gradient.split(part):
-        yield gradients.to(dtype).square()
+        num_samples = max(1, CACHED_ELEMENTS // gradient[0].numel())
+    for samples in gradient.split(num_samples):
+        yield samples.to(dtype).square()
 
 
 @contextlib.contextmanager
 def rounded_products(enabled):
-    """Lets products of float32 matrices round their inputs to bfloat16 on a CPU, never on CUDA.
+    """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `enabled`.
 
-    Their sums stay float32.
+    Sums stay float32. On CUDA nothing is rounded in the block: there the rows are bfloat16 already.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
@@ -2227,21 +2330,18 @@ def rounded_products(enabled):
 
 
 class BatchHooks:
-    """Hands each batch's patches a and output gradients g to `update(a, g)`, in shapes as above.
+    """Calls `update(a, g)` for each batch, with its patches a and output gradients g, as above.
 
-    A mixin for kronfluence's trackers, whose modules carry the run's `dtypes`, as
-    `computation_dtypes` returns them.
+    A mixin for kronfluence's trackers. Their modules have an attribute `dtypes`, the result of
+    `computation_dtypes`.
     """
 
     def input_dtype(self, is_cuda):
+        """Returns the dtype of a and g."""
         return self.module.dtypes.products
 
     def register_hooks(self):
         layer = self.module.original_module
-
-        def forward_hook(module, inputs, outputs):
-            activation = inputs[0].detach()
-            outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
 
         @torch.no_grad()
         def backward_hook(activation, gradient):
@@ -2249,29 +2349,43 @@ class BatchHooks:
             g = by_position(layer, gradient.to(dtype))
             self.update(patches(layer, activation.to(dtype)), g)
 
+        def forward_hook(module, inputs, outputs):
+            activation = inputs[0].detach()
+            outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
+
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
-    def factors(self, g):
-        """Returns Q_A [I, I], Q_G [O, O] and 1 / (lambda + damping) [O, I].
+    def factor(self, name, target):
+        """Returns a factor, moved to `target`, a device or a tensor whose dtype it gets, too.
 
-        They are None where the strategy has none. They are moved once to the device of g,
-        eigenvectors also to its dtype.
+        The storage keeps the moved factor for the next batches. None if the strategy has no such
+        factor.
         """
         storage = self.module.storage
-        places = {
-            constants.ACTIVATION_EIGENVECTORS_NAME: g,
-            constants.GRADIENT_EIGENVECTORS_NAME: g,
-            constants.LAMBDA_MATRIX_NAME: g.device,
-        }
-        for name, place in places.items():
-            if storage[name] is not None:
-                storage[name] = storage[name].to(place)
-        return [storage[name] for name in places]
+        if storage[name] is not None:
+            storage[name] = storage[name].to(target)
+        return storage[name]
+
+    def eigenvectors(self, g):
+        """Returns Q_A [I, c] and Q_G [O, O] in the dtype of g; None if the strategy has none."""
+        q_a = self.factor(constants.ACTIVATION_EIGENVECTORS_NAME, g)
+        q_g = self.factor(constants.GRADIENT_EIGENVECTORS_NAME, g)
+        return q_a, q_g
+
+    def inverse_eigenvalues(self, g):
+        """Returns 1 / (lambda + damping), [O, c], for the stages of scores; None for the identity.
+
+        Before these stages, kronfluence's `prepare_storage` replaces lambda by this inverse.
+        """
+        return self.factor(constants.LAMBDA_MATRIX_NAME, g.device)
 
     def add(self, name, value):
-        """Adds to a factor that is zero at first."""
+        """Adds to a factor in the storage, which is None before the first batch."""
         storage = self.module.storage
-        storage[name] = value if storage[name] is None else storage[name].add_(value)
+        if storage[name] is None:
+            storage[name] = value
+        else:
+            storage[name].add_(value)
 
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
@@ -2282,72 +2396,99 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
         activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
         gradients = g.flatten(0, 1)  # (B * T, O)
         with rounded_products(self.module.dtypes.covariances == torch.bfloat16):
-            a_product, g_product = symmetric_product(activations), symmetric_product(gradients)
+            a_product = symmetric_product(activations)
+            g_product = symmetric_product(gradients)
         self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
         self.add(constants.GRADIENT_COVARIANCE_MATRIX_NAME, g_product)
-        a_count, g_count = torch.tensor([len(activations)]), torch.tensor([len(gradients)])
+        a_count = torch.tensor([len(activations)])
+        g_count = torch.tensor([len(gradients)])
         self.add(constants.NUM_ACTIVATION_COVARIANCE_PROCESSED, a_count)
         self.add(constants.NUM_GRADIENT_COVARIANCE_PROCESSED, g_count)
 
 
 class LambdaSums(BatchHooks, LambdaTracker):
     def update(self, a, g):
-        q_a, q_g, _ = self.factors(g)
-        for squared in squares(rotated_gradient(a, g, q_a, q_g), self.module.dtypes.sums):
+        q_a, q_g = self.eigenvectors(g)
+        gradient = rotated_gradient(a, g, q_a, q_g)
+        for squared in squares(gradient, self.module.dtypes.sums):
             self.add(constants.LAMBDA_MATRIX_NAME, squared.sum(0))
         self.add(constants.NUM_LAMBDA_PROCESSED, torch.tensor([len(g)]))
 
 
 class SelfInfluence(BatchHooks, SelfScoreTracker):
     def update(self, a, g):
-        q_a, q_g, weights = self.factors(g)
+        q_a, q_g = self.eigenvectors(g)
+        weights = self.inverse_eigenvalues(g)
         gradient = rotated_gradient(a, g, q_a, q_g)
-        scores = [
-            squared.sum((1, 2)) if weights is None else squared.flatten(1) @ weights.flatten()
-            for squared in squares(gradient, self.module.dtypes.sums)
-        ]
+        scores = []
+        for squared in squares(gradient, self.module.dtypes.sums):
+            if weights is None:
+                scores.append(squared.sum((1, 2)))
+            else:
+                scores.append(squared.flatten(1) @ weights.flatten())
         self.module.storage[constants.SELF_SCORE_VECTOR_NAME] = torch.cat(scores)
 
 
 class PreconditionedQuery(BatchHooks, PreconditionTracker):
-    """Rotates back, so that no training gradient needs a rotation."""
+    """Rotates the query's gradient back, so that no training gradient needs a rotation.
+
+    If only some eigenvectors are kept, the input side stays rotated, because it is smaller then.
+    """
 
     def update(self, a, g):
-        q_a, q_g, weights = self.factors(g)
+        q_a, q_g = self.eigenvectors(g)
+        weights = self.inverse_eigenvalues(g)
         gradient = rotated_gradient(a, g, q_a, q_g)
         if weights is not None:
             gradient.mul_(weights)
-        if q_a is not None:
-            gradient = q_g @ gradient @ q_a.T
+        if q_g is not None:
+            gradient = q_g @ gradient
+            if not is_truncated(q_a):
+                gradient = gradient @ q_a.T
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Keeps the batches of queries in a list: joining them would copy and hold them twice."""
-        storage, held = self.module.storage, constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
-        storage[held] = [*(storage[held] or []), storage[constants.PRECONDITIONED_GRADIENT_NAME]]
+        """Appends a batch of queries to a list; kronfluence's way would copy all batches."""
+        storage = self.module.storage
+        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
+        if batches is None:
+            batches = []
+        batches.append(storage[constants.PRECONDITIONED_GRADIENT_NAME])
+        storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = batches
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
 
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
     def update(self, a, g):
         storage = self.module.storage
-        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
-        # A list of (Q', O, I)
-        queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
-        scores = torch.cat([batch.flatten(1) @ gradient.T for batch in queries])
+        q_a, _ = self.eigenvectors(g)
+        if is_truncated(q_a):
+            gradient = input_rotated_gradient(a, g, q_a).flatten(1)  # (B, O*c)
+        else:
+            gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]  # each (Q', O, c)
+        scores = torch.cat([queries.flatten(1) @ gradient.T for queries in batches])
         storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
 
 def install_trackers(module, dtypes):
-    """Gives a TrackedModule the trackers above, and zero for eigenvalues rounded below zero."""
+    """Gives a TrackedModule the trackers above and changes how it prepares its factors.
 
-    def prepare_storage(device, prepare=module.prepare_storage):
+    Eigenvalues below zero are rounding errors and become zero. Eigenvectors are dropped last: the
+    heuristic damping is a fraction of the mean over all eigenvalues.
+    """
+    prepare_by_kronfluence = module.prepare_storage
+
+    def prepare_storage(device):
         for name in (constants.ACTIVATION_EIGENVALUES_NAME, constants.GRADIENT_EIGENVALUES_NAME):
             if module.storage[name] is not None:
                 module.storage[name].clamp_(min=0)
-        prepare(device)
+        prepare_by_kronfluence(device)
+        if module.score_args.eigenvector_fraction < 1:
+            keep_leading(module.storage, module.score_args.eigenvector_fraction)
 
-    module.dtypes, module.prepare_storage = dtypes, prepare_storage
+    module.dtypes = dtypes
+    module.prepare_storage = prepare_storage
     module._trackers |= {
         ModuleMode.COVARIANCE: CovarianceSums(module),
         ModuleMode.LAMBDA: LambdaSums(module),
@@ -2359,22 +2500,24 @@ def install_trackers(module, dtypes):
 
 # ---- Influence: which layers are tracked ---------------------------------------------------------
 #
-# Influence is computed for the weights and biases of Conv2d and Linear layers. That their
-# per-sample gradients are right is checked on two images of the data, before anything is computed.
+# Influence is computed for the weights and biases of Conv2d and Linear layers. Before it is
+# computed, their per-sample gradients on two images are compared with autograd's.
 
 CHECKED_IMAGES = 2
-LARGEST_ERROR = 0.01  # of the norm of a gradient: far above rounding, also TF32's
+# The largest error, as a fraction of the gradient's norm. Rounding to TF32 stays far below it.
+LARGEST_ERROR = 0.01
 
 
 class LayerCall:
-    """One call of a layer: its input, and the gradient of its output, a sum over backward passes.
+    """The input of one call of a layer, and the gradient of its output for all images.
 
-    Like the trackers, it gets the gradient by a hook: later the output may be changed in place.
+    Each image's backward pass fills only its own rows, so the sum holds all of them. A hook is
+    needed because in-place layers overwrite the output.
     """
 
     def __init__(self, inputs, output):
         self.inputs = inputs.detach()
-        self.gradient = torch.zeros_like(output, requires_grad=False)
+        self.gradient = torch.zeros_like(output.detach())
         if output.requires_grad:
             output.register_hook(self.add)
 
@@ -2383,23 +2526,23 @@ class LayerCall:
 
 
 def find_tracked_layers(model, images):
-    """Returns the names of the layers that influence is computed for, in the order of the model.
+    """Returns the names of the layers for which influence is computed, in the order of the model.
 
-    Those are the Conv2d and Linear layers (no subclasses) that `model` uses. One pass on `images`,
-    [B, 3, 32, 32], compares their per-sample gradients, as the trackers form them, with autograd's.
-    Raises UserError that names the layer where these differ, or where there is no layer.
+    They are the Conv2d and Linear layers (no subclasses) on which the logits depend. images:
+    [B, 3, 32, 32]. On them, the trackers' per-sample gradients are compared with autograd's.
+    Raises UserError if these differ for a layer, or if there is no layer.
     """
     kinds = (nn.Conv2d, nn.Linear)
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
     if not layers:
         raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
-    calls, gradients = differentiate(model, layers, images)
+    calls, image_gradients = differentiate(model, layers, images)
     tracked = []
     for name, layer in layers.items():
-        exact = [layer_gradient(of_image, name) for of_image in gradients]
-        if exact[0] is None:  # the layer does not take part in the logits
+        exact = [layer_gradient(gradients, name) for gradients in image_gradients]
+        if exact[0] is None:  # the logits do not depend on the layer
             continue
-        reason = refusal(model, layer, calls[name], exact)
+        reason = reason_to_refuse(model, layer, calls[name], exact)
         if reason:
             raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
         tracked.append(name)
@@ -2407,38 +2550,48 @@ def find_tracked_layers(model, images):
 
 
 def differentiate(model, layers, images):
-    """Returns each layer's LayerCalls, by name, and each image's gradients by autograd.
+    """Returns the LayerCalls of each layer, and the gradients of each image by autograd.
 
-    Differentiated is, for each image, a sum of its logits with different weights: unlike that of a
-    loss, its gradient does not vanish where the network is certain of a class. The gradients are
-    those of all parameters by name, None of those that take no part.
+    The calls are a dictionary from layer name to list. The gradients are a list with a dictionary
+    per image, from parameter name to gradient; None if the logits do not depend on the parameter.
+
+    An image's gradient is that of a weighted sum of its logits. The gradient of the loss would be
+    zero if the network were certain of the class.
     """
     model.requires_grad_(True)
     calls = {name: [] for name in layers}
 
     def record(name):
-        return lambda _, inputs, output: calls[name].append(LayerCall(inputs[0], output))
+        def forward_hook(module, inputs, output):
+            calls[name].append(LayerCall(inputs[0], output))
+
+        return forward_hook
 
     hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.enable_grad():
         logits = model(images)
-        values = logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
-    gradients = []
-    for value in values:
-        found = torch.autograd.grad(
-            value, [*parameters.values()], retain_graph=True, allow_unused=True
-        )
-        gradients.append(dict(zip(parameters, found, strict=True)))
+        weights = torch.linspace(1, 2, logits.shape[1]).to(logits)
+        values = logits @ weights  # (B,)
     for hook in hooks:
         hook.remove()
-    return calls, gradients
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    image_gradients = []
+    for value in values:
+        gradients = torch.autograd.grad(
+            value,
+            list(parameters.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        image_gradients.append(dict(zip(parameters, gradients, strict=True)))
+    return calls, image_gradients
 
 
 def layer_gradient(gradients, name):
-    """Returns a layer's gradient, [O, I], in the order of `patches`, from those by parameter.
+    """Returns a layer's gradient, [O, I], in the order of `patches`.
 
-    None where its weight takes no part.
+    gradients: of one image, by parameter name. Returns None if the layer's weight has no gradient.
     """
     weight, bias = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
     if weight is None:
@@ -2448,48 +2601,53 @@ def layer_gradient(gradients, name):
     return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
 
-def refusal(model, layer, calls, exact):
-    """Returns why the trackers would be wrong for a layer, and what to do; None if they are right.
+def reason_to_refuse(model, layer, calls, exact):
+    """Returns why the trackers would compute wrong gradients for a layer, and what to do.
 
-    calls: the layer's LayerCalls in one pass; exact: its gradients [O, I] by autograd, per image.
+    Returns None if they are right. calls: the LayerCalls of the layer in one forward pass;
+    exact: the layer's gradient [O, I] by autograd, for each image.
     """
     names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
     if len(names) > 1:
         return f"it is also registered as '{names[1]}'; register it once"
     if len(calls) != 1:
         return f"it is called {len(calls)} times in one pass; call each layer exactly once"
-    (call,) = calls
+    call = calls[0]
     rows = len(call.inputs)
     if rows != len(exact):
         return (
             f"the first dimension of its input is {rows} for {len(exact)} images; "
             "keep the images in the first dimension"
         )
-    found = per_sample_gradient(patches(layer, call.inputs), by_position(layer, call.gradient))
-    for image, expected in zip(found, exact, strict=True):
-        if (image - expected).norm() > LARGEST_ERROR * expected.norm():
+    a = patches(layer, call.inputs)
+    g = by_position(layer, call.gradient)
+    for gradient, expected in zip(per_sample_gradient(a, g), exact, strict=True):
+        if (gradient - expected).norm() > LARGEST_ERROR * expected.norm():
             return (
-                "its gradients are not those of its input and output; "
+                "its gradients do not follow from its input and the gradient of its output; "
                 "do not share or recompute its weight, and do not mix images"
             )
     return None
 
 
 def fixed_parameters(model, tracked):
-    """Returns what influence takes as fixed, as text: parameters that no tracked layer holds.
+    """Returns, as text, the parameters that influence takes as fixed: those of no tracked layer.
 
-    Modules of torch.nn are counted by kind, other parameters named. Empty where there are none.
+    The text counts the modules of torch.nn by class, such as "8 BatchNorm2d", and names up to three
+    other parameters. It is empty if there are none. tracked: names of layers.
     """
-    kinds, names = Counter(), []
-    for name, module in model.named_modules():
-        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-        if not own or name in tracked:
+    counts = Counter()
+    names = []
+    for module_name, module in model.named_modules():
+        parameters = [name for name, _ in module.named_parameters(recurse=False)]
+        if not parameters or module_name in tracked:
             continue
         if type(module).__module__.startswith("torch.nn"):
-            kinds[type(module).__name__] += 1
+            counts[type(module).__name__] += 1
         else:
-            names += [f"{name}.{parameter}".removeprefix(".") for parameter in own]
-    shown = [f"{count} {kind}" for kind, count in kinds.items()] + names[:3]
+            names += [f"{module_name}.{name}".removeprefix(".") for name in parameters]
+    shown = [f"{count} {kind}" for kind, count in counts.items()]
+    shown += names[:3]
     if len(names) > 3:
         shown.append(f"{len(names) - 3} more")
     return ", ".join(shown)
@@ -2497,22 +2655,50 @@ def fixed_parameters(model, tracked):
 
 # ---- Influence: factors and scores ---------------------------------------------------------------
 
-FACTORS_SEED = 17  # draws --factor_examples
-CPU_QUERY_BYTES = 2 * 2**30  # keeps a run on the CPU below 6 GB
-# Queries per backward pass; --query_batch_size says of how many the gradients are held.
-QUERY_CHUNK = 50
+FACTORS_SEED = 17  # draws the images of --factor_examples
+CPU_QUERY_BYTES = 2 * 2**30  # with this limit, a run on the CPU stays below 6 GB
+QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is about memory, not about speed
 
 
-class InfluenceRun:
+@dataclass
+class InfluenceArguments(ScoreArguments):
+    """kronfluence's arguments, and the fraction of a layer's input eigenvectors to keep."""
+
+    eigenvector_fraction: float = 1.0
+
+
+class TrainedModel:
+    """A model, the images that it was trained on, and the path of the folder for its results.
+
+    `model`, on the device of `data`, is not changed. `folder` is `<path>-<fingerprint>`, where the
+    fingerprint is a hash of weights and images; it is not created. `batch_size` is 64 by default,
+    on CUDA 1,024. `seconds` collects the seconds by phase. `fixed` names the parameters that
+    influence takes as fixed.
+    """
+
+    strategy = NO_INFLUENCE
+    fixed = ""
+
+    def __init__(self, model, data, path, *, dtype, seconds, batch_size=None):
+        self.model = model
+        self.data = data
+        self.dtype = dtype
+        self.seconds = seconds
+        if batch_size is None:
+            batch_size = 1024 if data.images.is_cuda else 64
+        self.batch_size = batch_size
+        names_and_weights = itertools.chain.from_iterable(sorted(model.state_dict().items()))
+        self.fingerprint = sha256(*names_and_weights, data.digest)
+        self.folder = Path(f"{path}-{self.fingerprint[:8]}")
+
+
+class InfluenceRun(TrainedModel):
     """Influence by kronfluence's Analyzer, for one model and its training images.
 
-    Factors and scores are cached in `folder`, `<path>-<fingerprint>`, by a hash of all that they
-    depend on. `model`, on the device of `data`, stays as it is. Factors are fitted on
-    `factor_examples` images drawn at random, a number or "all"; `seed` draws the pseudo-labels.
-    `batch_size` is 64 by default, on CUDA 1,024. `seconds` gets the times by phase. `fixed` names
-    the parameters that influence takes as fixed. With the strategy "none" there is only the folder,
-    and any network will do. Raises UserError, before anything is written, where influence cannot be
-    computed for a layer, or `folder` cannot be made.
+    Factors and scores are cached in `folder`, by a hash of everything that they depend on. Factors
+    are fitted on `factor_examples` random training images, a number or "all". `seed` draws the
+    pseudo-labels. Other arguments are those of TrainedModel. Raises UserError if influence cannot
+    be computed for a layer, or if `folder` cannot be created; then nothing is written.
     """
 
     def __init__(
@@ -2528,27 +2714,26 @@ class InfluenceRun:
         batch_size=None,
         factor_examples="all",
     ):
-        self.model, self.data, self.seconds = model, data, seconds
-        self.strategy, self.dtype = strategy, dtype
+        super().__init__(model, data, path, dtype=dtype, seconds=seconds, batch_size=batch_size)
+        self.strategy = strategy
         self.dtypes = computation_dtypes(dtype, strategy)
-        self.batch_size = batch_size or (1024 if data.images.is_cuda else 64)
-        weights = [
-            part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)
-        ]
-        fingerprint = sha256(*weights, data.digest)
-        self.folder = Path(f"{path}-{fingerprint[:8]}")
-        if strategy == NO_INFLUENCE:
-            self.fixed = ""
-            make_folder(self.folder)
-            return
+        self.checked_files = set()
         self.dataset = InfluenceDataset(data, seed)
         self.factor_dataset = self.draw_factor_examples(factor_examples)
         tracked_model, layer_names = self.track_layers()
         self.fixed = fixed_parameters(model, layer_names)
         layers = [model.get_submodule(name) for name in layer_names]
-        self.num_weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        self.depends_on = [fingerprint, code_digest(model), strategy, str(dtype), seed]
-        self.depends_on += [len(self.factor_dataset), version("torch"), version("kronfluence")]
+        self.layer_sizes = [gradient_size(layer) for layer in layers]
+        self.depends_on = [
+            self.fingerprint,
+            code_digest(model),
+            strategy,
+            str(dtype),
+            seed,
+            len(self.factor_dataset),
+            version("torch"),
+            version("kronfluence"),
+        ]
         make_folder(self.folder)
         self.analyzer = Analyzer(
             self.folder.name,
@@ -2560,13 +2745,13 @@ class InfluenceRun:
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
     def draw_factor_examples(self, count):
-        """Returns a data set of `count` random training images, or of all if there are no more."""
+        """Returns a data set of `count` random training images, or of all if `count` is "all"."""
         total = len(self.dataset)
         if count == "all" or count >= total:
             return self.dataset
         generator = torch.Generator().manual_seed(FACTORS_SEED)
-        chosen = torch.randperm(total, generator=generator)[:count]
-        return torch.utils.data.Subset(self.dataset, chosen.tolist())
+        indices = torch.randperm(total, generator=generator)[:count]
+        return torch.utils.data.Subset(self.dataset, indices.tolist())
 
     def track_layers(self):
         """Returns a copy of the model whose layers have our trackers, and the layers' names."""
@@ -2580,21 +2765,24 @@ class InfluenceRun:
         return tracked_model, layer_names
 
     def from_main(self, value):
-        """Returns the main process's `value` in every process."""
-        values, state = [value], self.analyzer.state
+        """Returns the `value` of the main process in every process."""
+        values = [value]
+        state = self.analyzer.state
         if state.use_distributed:
             torch.distributed.broadcast_object_list(values, device=state.device)
         return values[0]
 
-    def computed(self, kind, settings, compute):
-        """Returns the folder of factors or scores, made by `compute(name, batch_size)` if missing.
+    def cached_folder(self, prefix, kind, settings, compute):
+        """Returns the folder of factors or scores; calls `compute(name, batch_size)` if needed.
 
-        Its name holds the hash of all that it depends on. It is made under another name and renamed
-        when complete, so a folder of that name is complete.
+        The name begins with `prefix`, "factors_" or "scores_", which kronfluence puts before the
+        name that it is given. It ends with a hash of `settings` and of all else that the result
+        depends on. The folder is created under another name and renamed when it is complete: so a
+        folder with this name is complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
-        final = self.folder / f"{kind}_{self.strategy}-{dtype}-{digest[:16]}"
+        final = self.folder / f"{prefix}{kind}{self.strategy}-{dtype}-{digest[:16]}"
         main = is_main_process()
         if main:
             remove_if_damaged(final)
@@ -2602,10 +2790,10 @@ class InfluenceRun:
             if main:
                 print(f"Reusing {final}")
             return final
-        unfinished = self.folder / self.from_main(f"{kind}_unfinished-{secrets.token_hex(8)}")
+        name = self.from_main(f"{kind}unfinished-{secrets.token_hex(8)}")
+        unfinished = self.folder / f"{prefix}{name}"
         try:
-            # kronfluence puts "factors_" or "scores_" before the name that it is given.
-            self.compute_in_batches(partial(compute, unfinished.name.partition("_")[2]))
+            self.compute_in_batches(partial(compute, name))
             self.analyzer.state.wait_for_everyone()
             if main:
                 with contextlib.suppress(OSError):  # another run was faster, with the same result
@@ -2617,9 +2805,9 @@ class InfluenceRun:
         return final
 
     def compute_in_batches(self, compute):
-        """Calls `compute(batch_size)`, again with half the batch size while memory is full.
+        """Calls `compute(batch_size)`, and again with half the batch size while memory is full.
 
-        Under torchrun a full memory is an error: the other processes would wait.
+        With several processes, full memory is an error, because the other processes would wait.
         """
 
         def attempt(batch_size):
@@ -2635,24 +2823,34 @@ class InfluenceRun:
 
     @contextlib.contextmanager
     def phase(self, phase, name):
-        """Times the block as a phase.
+        """Adds the seconds of the block to a phase, and checks the factors or scores of that name.
 
-        Raises NumericalError where factors or scores of that name are not finite.
+        Raises NumericalError if they contain a NaN or an infinity.
         """
         with timed(self.seconds, phase):
             yield
             self.analyzer.state.wait_for_everyone()
-            for path in sorted(self.folder.glob(f"*_{name}/*.safetensors")):
-                for layer, tensor in load_file(path).items():
-                    if not tensor.isfinite().all():
-                        where = f"in the phase '{phase}' ({path.stem} of {layer})"
-                        remedy = "raise --damping_factor, or train with a lower --learning_rate"
-                        raise NumericalError(f"NaN or infinity {where}: {remedy}")
+            # The files of earlier phases have the same name, and were checked then.
+            paths = set(self.folder.glob(f"*_{name}/*.safetensors")) - self.checked_files
+            for path in sorted(paths):
+                self.check_finite(path, phase)
+            self.checked_files |= paths
+
+    def check_finite(self, path, phase):
+        """Raises NumericalError if a file of a phase contains a NaN or an infinity."""
+        remedy = "train with a lower --learning_rate"
+        if phase == "scores":  # the damping has no effect on the phases before
+            remedy = f"raise --damping_factor, or {remedy}"
+        for layer, tensor in load_file(path).items():
+            if not tensor.isfinite().all():
+                raise NumericalError(
+                    f"NaN or infinity in the phase '{phase}' ({path.stem} of {layer}): {remedy}"
+                )
 
     def fit_factors(self):
         """Fits the factors that the strategy needs, and returns their folder.
 
-        Those are covariances, their eigendecompositions, and lambda.
+        The factors are the covariances, their eigendecompositions, and lambda.
         """
         args = FactorArguments(
             strategy=self.strategy, covariance_max_examples=None, lambda_max_examples=None
@@ -2667,31 +2865,36 @@ class InfluenceRun:
             with self.phase("lambda", name):
                 self.analyzer.fit_lambda_matrices(name, images, batch_size, factor_args=args)
 
-        return self.computed("factors", [], compute)
+        return self.cached_folder("factors_", "", [], compute)
+
+    def factors_name(self):
+        """Fits the factors, and returns the name by which kronfluence loads them."""
+        return self.fit_factors().name.removeprefix("factors_")
 
     def score_arguments(self, damping_factor, **settings):
-        """Returns kronfluence's ScoreArguments for a damping factor, a number or "heuristic".
+        """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
 
-        The identity has nothing to damp. Our trackers know the other dtypes.
+        They set one dtype, that of the preconditioned gradients' factors; our trackers set the
+        others.
         """
-        if self.strategy == "identity":
+        if self.strategy == "identity":  # it has no eigenvalues, so damping has no effect
             damping_factor = 0.0
         elif damping_factor == "heuristic":
-            damping_factor = None  # kronfluence's word for it
-        return ScoreArguments(
+            damping_factor = None  # kronfluence's value for its heuristic
+        return InfluenceArguments(
             damping_factor=damping_factor, precondition_dtype=self.dtypes.sums, **settings
         )
 
     def self_influence(self, damping_factor):
         """Returns the self-influence of every training image, float32 [num_train], and its file.
 
-        `damping_factor` is a number or "heuristic". Raises NumericalError where a score is NaN.
+        `damping_factor` is a number or "heuristic". Raises NumericalError if a score is NaN.
         """
-        factors_name = self.fit_factors().name.removeprefix("factors_")
-        rounded = self.dtypes.products != self.dtypes.sums
-        args = self.score_arguments(
-            damping_factor, amp_dtype=self.dtypes.products if rounded else None
-        )
+        factors_name = self.factors_name()
+        autocast_dtype = None  # no autocast
+        if self.dtypes.products != self.dtypes.sums:
+            autocast_dtype = self.dtypes.products
+        args = self.score_arguments(damping_factor, amp_dtype=autocast_dtype)
 
         def compute(name, batch_size):
             with self.phase("scores", name):
@@ -2699,60 +2902,78 @@ class InfluenceRun:
                     name, factors_name, self.dataset, batch_size, score_args=args
                 )
 
-        folder = self.computed("scores_self", ["self", args.damping_factor], compute)
+        folder = self.cached_folder("scores_", "self_", ["self", args.damping_factor], compute)
         path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def queries_held(self, query_batch_size):
-        """Returns of how many queries this process holds the preconditioned gradients at a time.
+    def queries_held(self, query_batch_size, eigenvector_fraction):
+        """Returns the number of queries whose gradients this process holds in memory at a time.
 
-        That is `query_batch_size`, on a CPU at most as many as fit into CPU_QUERY_BYTES. Each
-        process also gets the gradients of the others.
+        With one process, that is `query_batch_size`; on a CPU, at most as many as fit into
+        CPU_QUERY_BYTES. With several processes, each of them also receives the others' gradients,
+        so it computes only its part.
         """
         if not self.data.images.is_cuda:
-            fitting = CPU_QUERY_BYTES // (self.num_weights * self.dtype.itemsize)
+            elements = sum(
+                outputs * num_kept(inputs, eigenvector_fraction)
+                for outputs, inputs in self.layer_sizes
+            )
+            fitting = CPU_QUERY_BYTES // (elements * self.dtype.itemsize)
             query_batch_size = min(query_batch_size, fitting)
         return max(1, query_batch_size // self.analyzer.state.num_processes)
 
-    def pairwise_influence(self, query_data, query_batch_size, damping_factor):
+    def pairwise_influence(
+        self, query_data, query_batch_size, damping_factor, eigenvector_fraction=1.0
+    ):
         """Returns the influence of each training image on each query, and its file.
 
-        Scores are float32 [num_query, num_train]. `query_batch_size` query gradients (9 MB each in
-        float32) are held at a time, on a CPU at most 2 GB of them. The training gradients are
-        formed anew for each such batch. `damping_factor` is a number or "heuristic". Raises
-        NumericalError where a score is NaN.
+        Scores are float32 [num_query, num_train]. The gradients of `query_batch_size` queries (9 MB
+        each in float32) are held at a time, on a CPU at most 2 GB of them. For each of these
+        batches, all training gradients are computed again. `damping_factor` is a number or
+        "heuristic". `eigenvector_fraction` is the fraction of each layer's input eigenvectors to
+        keep, those with the largest eigenvalues; the gradients of queries shrink by this factor. A
+        fraction below 1 needs one of EIGENVECTOR_STRATEGIES. Raises NumericalError if a score is
+        NaN.
         """
-        factors_name = self.fit_factors().name.removeprefix("factors_")
-        held = self.queries_held(query_batch_size)
+        factors_name = self.factors_name()
+        # kronfluence holds the gradients of `steps` batches of `chunk` queries. Batches of equal
+        # size hold no more than `held` queries, and almost as many.
+        held = self.queries_held(query_batch_size, eigenvector_fraction)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
         queries = InfluenceDataset(query_data, self.dataset.seed)
-        args = self.score_arguments(damping_factor, query_gradient_accumulation_steps=steps)
+        args = self.score_arguments(
+            damping_factor,
+            query_gradient_accumulation_steps=steps,
+            eigenvector_fraction=eigenvector_fraction,
+        )
 
         def compute(name, batch_size):
+            # If memory is full, batches of queries shrink as batches of training images do.
+            query_chunk = max(1, chunk * batch_size // self.batch_size)
             with self.phase("scores", name):
                 self.analyzer.compute_pairwise_scores(
                     name,
                     factors_name,
                     queries,
                     self.dataset,
-                    max(1, chunk * batch_size // self.batch_size),
+                    query_chunk,
                     batch_size,
                     score_args=args,
                 )
 
-        settings = ["pairwise", args.damping_factor, query_data.digest]
-        folder = self.computed("scores_pairwise", settings, compute)
+        settings = ["pairwise", args.damping_factor, eigenvector_fraction, query_data.digest]
+        folder = self.cached_folder("scores_", "pairwise_", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
 
 @contextlib.contextmanager
 def no_compiler_reset():
-    """Lets torch.compiler.reset do nothing in the block.
+    """Replaces torch.compiler.reset in the block by a function that does nothing.
 
-    kronfluence calls it after each stage. That imports the compiler, for nothing: it takes 0.8 s,
-    from a slow disk 6 s.
+    kronfluence calls it after each stage. It imports the compiler, which is not used here. The
+    import takes 0.8 s, or 6 s from a slow disk.
     """
     reset = torch.compiler.reset
     torch.compiler.reset = lambda: None
@@ -2763,17 +2984,17 @@ def no_compiler_reset():
 
 
 def remove_if_damaged(folder):
-    """Removes the folder of factors or scores if one of its files was damaged, and says which.
+    """Removes a folder of factors or scores if one of its files is damaged, and prints the file.
 
-    Of tensors only the header and the size of the file are checked. Files that a person added, of
-    other kinds or hidden, are ignored.
+    For tensors, only the file's header and size are checked. Hidden files and files of other kinds,
+    which a person may have added, are ignored.
     """
     for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text())
             else:
-                # Raises if the file is shorter or longer than its header says.
+                # Raises if the file has another size than its header states.
                 with safe_open(path, "pt"):
                     pass
         except (SafetensorError, ValueError):
@@ -2782,11 +3003,12 @@ def remove_if_damaged(folder):
             return
 
 
-def load_runs(args, seconds):
-    """Returns what the flags of `influence_parser` name, ready to compute influence.
+def load_runs(args, seconds, snapshots=1):
+    """Returns an InfluenceRun for each model that the flags of `influence_parser` name.
 
-    That is an InfluenceRun for each model, the metadata of each, and their training images,
-    ImageData on the CPU. Raises UserError where models were not trained alike, or one comes twice.
+    With `--factor_strategy none`, returns a TrainedModel for each. Also returns the metadata of
+    each checkpoint, and the training images, ImageData on the CPU. `snapshots` is the number of
+    models per checkpoint.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -2806,45 +3028,48 @@ def load_runs(args, seconds):
         model_name=args.model,
         fraction=args.corrupt_percentage,
         labels_file=args.noisy_labels,
+        snapshots=snapshots,
     )
-    on_device = data.to(device)
-    runs = [
-        InfluenceRun(
-            model,
-            on_device,
-            Path(args.output_dir) / paths[0].stem,
+    settings = {"dtype": dtype, "seconds": seconds, "batch_size": args.train_batch_size}
+    if args.factor_strategy == NO_INFLUENCE:
+        construct = partial(TrainedModel, **settings)
+    else:
+        construct = partial(
+            InfluenceRun,
             strategy=args.factor_strategy,
-            dtype=dtype,
             seed=args.seed,
-            seconds=seconds,
-            batch_size=args.train_batch_size,
             factor_examples=args.factor_examples,
+            **settings,
         )
-        for model in models
-    ]
+    data_on_device = data.to(device)
+    path = Path(args.output_dir) / paths[0].stem
+    runs = [construct(model, data_on_device, path) for model in models]
     require_different_models(runs)
+    for run in runs:
+        make_folder(run.folder)
     if runs[0].fixed and is_main_process():
         print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
     return runs, metadata, data
 
 
 def require_different_models(runs):
-    """Raises UserError where two InfluenceRuns have the same weights, and so the same folder."""
+    """Raises UserError if two runs have the same weights, and so the same folder."""
     if len({run.folder for run in runs}) < len(runs):
         raise UserError(
             "--checkpoint_dir: two of these folders hold the same model: name each model once"
         )
 
 
-def load_models(paths, device, clean, *, model_name, fraction, labels_file):
+def load_models(paths, device, clean, *, model_name, fraction, labels_file, snapshots):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    The other arguments are those of `load_trained`. Raises UserError where models were not trained
-    alike.
+    `snapshots` is the number of models per checkpoint, the last ones of its training. The other
+    arguments are those of `load_trained`. Raises UserError if the models were not trained alike.
     """
-    models, metadata = [], []
+    models = []
+    metadata = []
     for path in paths:
-        model, of_model, data = load_trained(
+        model, model_metadata, data = load_trained(
             path,
             device,
             clean,
@@ -2852,11 +3077,15 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file):
             fraction=fraction,
             labels_file=labels_file,
         )
-        models.append(model)
-        metadata.append(of_model)
-    for path, of_model in zip(paths, metadata, strict=True):
-        for key, words in (("data_sha256", "training images or labels"), ("recipe", "recipe")):
-            if of_model[key] != metadata[0][key]:
+        kept = model_metadata.get("snapshots", {})  # an earlier train.py kept none
+        models += [*earlier_models(path, model, kept, snapshots - 1), model]
+        metadata.append(model_metadata)
+    for path, model_metadata in zip(paths, metadata, strict=True):
+        for key, words in (
+            ("data_sha256", "training images or labels"),
+            ("recipe", "hyperparameters"),
+        ):
+            if model_metadata[key] != metadata[0][key]:
                 raise UserError(
                     f"--checkpoint_dir: {path} and {paths[0]} differ in their {words}: "
                     "give models that were trained alike"
@@ -2872,7 +3101,7 @@ MAX_NAME = 16  # characters of a class name in a figure
 
 @contextlib.contextmanager
 def timed(seconds, phase):
-    """Adds the wall-clock seconds of the block to those of one of PHASES in a dictionary."""
+    """Adds the wall-clock seconds of the block to `seconds[phase]`; `phase` is one of PHASES."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -2881,16 +3110,22 @@ def timed(seconds, phase):
 
 
 def result_folder(runs):
-    """Returns the folder for tables and figures: that of the run, or a new one for several runs."""
+    """Returns the folder for tables and figures.
+
+    That is the folder of a single run. Several runs share another folder, named after all of them.
+    """
     if len(runs) == 1:
         return runs[0].folder
-    names = [run.folder.name for run in runs]
+    names = sorted(run.folder.name for run in runs)  # so their order does not matter
     model_name = names[0].rpartition("-")[0]
     return runs[0].folder.with_name(f"{model_name}_mean_of_{len(runs)}-{sha256(*names)[:8]}")
 
 
 def peak_memory_bytes(device):
-    """Returns the peak of CUDA memory, or of resident memory on a CPU; None on Windows."""
+    """Returns the peak of CUDA memory, or of resident memory on a CPU.
+
+    Returns None on Windows, where Python has no module `resource`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2898,12 +3133,12 @@ def peak_memory_bytes(device):
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
-    return peak if in_bytes else 1024 * peak
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return peak * unit
 
 
 def environment(device):
-    """Returns the peak of memory so far, the hardware and the versions, as a dictionary."""
+    """Returns the peak memory so far, the hardware and the versions, for the record of a run."""
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
@@ -2925,7 +3160,7 @@ def environment(device):
 def write_record(path, *, flags, fields, device, seconds):
     """Writes the json record of a run: flags, `fields`, seconds, memory, hardware, versions.
 
-    Raises ValueError where a field is NaN or infinite.
+    `seconds` contains the seconds by phase. Raises ValueError if a field is NaN or infinite.
     """
     by_phase = {phase: round(seconds.get(phase, 0.0), 3) for phase in PHASES}
     by_phase["total"] = round(sum(seconds.values()), 3)
@@ -2936,14 +3171,22 @@ def write_record(path, *, flags, fields, device, seconds):
 
 @contextlib.contextmanager
 def recorded(path, *, flags, fields, device, seconds):
-    """Writes the json record of a run before the block, and again after it with the final seconds.
+    """Writes the json record of a run before the block, and again after it.
 
-    The block draws figures. Where one fails, the record is there already.
+    The block draws figures. If that fails, the first record remains. The second record has the
+    final seconds: so a block of `timed` around the figures must end before this one, inside it.
     """
-    values = {"flags": flags, "fields": fields, "device": device, "seconds": seconds}
-    write_record(path, **values)
+    write = partial(
+        write_record,
+        path,
+        flags=flags,
+        fields=fields,
+        device=device,
+        seconds=seconds,
+    )
+    write()
     yield
-    write_record(path, **values)
+    write()
 
 
 def print_seconds(seconds):
@@ -2953,7 +3196,7 @@ def print_seconds(seconds):
 
 
 def print_paths(paths):
-    """Prints the paths of scores and of other results, one a line."""
+    """Prints the paths of results, one per line."""
     for path in paths:
         if path.suffix == ".safetensors":
             print(f"scores in {path}")
@@ -2962,7 +3205,7 @@ def print_paths(paths):
 
 
 def write_table(path, columns, rows):
-    """Writes rows under the names of their columns to a csv file, whole or not at all."""
+    """Writes column names and rows to a csv file. A failure leaves no incomplete file."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -2970,10 +3213,10 @@ def write_table(path, columns, rows):
 
 
 def import_matplotlib():
-    """Returns matplotlib, imported without the user's MPLBACKEND.
+    """Returns matplotlib, imported without the user's environment variable MPLBACKEND.
 
-    matplotlib refuses to be imported where that names a backend which is not installed, as
-    notebooks do for the processes that they start. Figures that are only saved need none.
+    Notebooks set it for the programs that they start. If it names a backend that is not installed,
+    the import of matplotlib fails. Saving a figure to a file needs no such backend.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
@@ -2988,8 +3231,8 @@ def import_matplotlib():
 def figure_file(path, width, height):
     """Yields a matplotlib figure, `width` by `height` inches, and saves it as a png file.
 
-    The file is written whole or not at all. It does not depend on the user's matplotlib settings.
-    Letters of other scripts are drawn where a font for them is installed.
+    A failure leaves no incomplete file. The user's matplotlib settings have no effect. Letters that
+    the font DejaVu Sans lacks, such as Chinese ones, need another installed font.
     """
     matplotlib = import_matplotlib()
     from matplotlib import font_manager
@@ -2999,22 +3242,23 @@ def figure_file(path, width, height):
     wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
     style = dict(matplotlib.rcParamsDefault)
     style["font.family"] = ["DejaVu Sans", *wide_fonts]
-    style["text.parse_math"] = False  # a class name may hold a $
+    style["text.parse_math"] = False  # a class name may contain a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))
         yield figure
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
-# Pixels of a contact sheet's cell, and the height of the text at its top.
+# The size of a contact sheet's cell in pixels, and the height of the text at the cell's top.
 CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
 PIXELS_PER_INCH = 33
 
 
 def draw_contact_sheet(path, images, texts, colours, columns, title):
-    """Draws images as one png file, `columns` in a row, each below its text in its colour.
+    """Draws a contact sheet, a grid of images, as a png file. Each image is below its own text.
 
-    images: uint8 [N, 3, 32, 32]; texts: at most three lines each.
+    images: uint8 [N, 3, 32, 32]; texts: of at most three lines each; colours: of the texts;
+    columns: images per row.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -3024,8 +3268,8 @@ def draw_contact_sheet(path, images, texts, colours, columns, title):
     with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        for place, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
-            row, column = divmod(place, columns)
+        for cell, (image, text, colour) in enumerate(zip(images, texts, colours, strict=True)):
+            row, column = divmod(cell, columns)
             top = row * CELL_HEIGHT + TEXT_HEIGHT
             left = column * CELL_WIDTH + (CELL_WIDTH - IMAGE_SIZE) // 2
             pixels = image.permute(1, 2, 0).cpu().numpy()  # (32, 32, 3)
@@ -3044,7 +3288,8 @@ def draw_contact_sheet(path, images, texts, colours, columns, title):
 
 
 def shorten(name):
-    """Returns a name, or both ends of one that is longer than 16 characters."""
+    """Returns a name, or only its two ends if it is longer than MAX_NAME characters."""
     if len(name) <= MAX_NAME:
         return name
-    return f"{name[:8]}…{name[-7:]}"
+    half = MAX_NAME // 2
+    return f"{name[:half]}…{name[1 - half :]}"

@@ -2,18 +2,26 @@
 
 SGD without momentum, random crops and flips, a learning rate that rises for a fifth of the steps
 and then falls to zero. `python train.py --help` lists the flags; their defaults are those for
-CIFAR-10.
+CIFAR-10. The same command continues a training that was interrupted.
 """
 
+import hashlib
+import io
 import time
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import pipeline
 
+DIGEST_BYTES = 32  # of a SHA-256
+# Parts of the epochs after which the weights are kept beside the final ones, for --snapshots of
+# analyze.py: scores of several networks of the last half predict retraining better than one's.
+SNAPSHOT_FRACTIONS = (0.6, 0.8)
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
 positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
@@ -134,50 +142,150 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
+def augmented_batches(data, batch_size, generator):
+    """Draws one epoch of ImageData, and yields its batches, cropped, flipped and standardised.
+
+    Each is a triple: indices, int64 [B], images, float32 [B, 3, 32, 32], and labels, int64 [B].
+    """
+    drawn = epoch_batches(len(data), batch_size, generator)
+    on_device = (tensor.to(data.images.device) for tensor in drawn)
+    for chosen, offsets, flips in zip(*on_device, strict=True):
+        images = crop_and_flip(data.images[chosen], offsets, flips)
+        yield chosen, data.normalize(images), data.labels[chosen]
+
+
+def snapshot_epochs(num_train_epochs):
+    """Returns after which epochs, counted from 1, the weights are kept beside the final ones.
+
+    A training of two or three epochs keeps one such network, of one epoch none.
+    """
+    epochs = {round(fraction * num_train_epochs) for fraction in SNAPSHOT_FRACTIONS}
+    return sorted(epochs - {num_train_epochs})
+
+
+def copy_weights(model):
+    """Returns a copy of a network's weights and buffers on the CPU, by name."""
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+@dataclass
+class Training:
+    """A training between two epochs: all that an epoch changes, and the dtype it computes in.
+
+    generator: draws the batches; margins: float16 [epochs, N], NaN in epochs to come; snapshots:
+    weights on the CPU by name, by epoch of `snapshot_epochs`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    margins: torch.Tensor
+    dtype: torch.dtype
+    epochs_done: int = 0
+    snapshots: dict = field(default_factory=dict)
+
+    def generators(self):
+        """Returns all that draws random numbers: ours, and those of layers such as dropout."""
+        device = self.margins.device
+        found = [self.generator, torch.default_generator]
+        if device.type == "cuda":
+            found.append(torch.cuda.default_generators[device.index])
+        return found
+
+    def state_dict(self):
+        """Returns all that an epoch changes, as tensors, numbers, lists and dictionaries."""
+        return {
+            "epochs_done": self.epochs_done,
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [generator.get_state() for generator in self.generators()],
+            "margins": self.margins,
+            "snapshots": self.snapshots,
+        }
+
+    def load_state_dict(self, state):
+        """Puts a state, with its tensors on any device, in place of the present one."""
+        self.epochs_done = state["epochs_done"]
+        self.snapshots = state["snapshots"]
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        pairs = zip(self.generators(), state["generators"], strict=True)
+        for generator, generator_state in pairs:
+            generator.set_state(generator_state)
+        self.margins.copy_(state["margins"])
+
+
 def train(
-    model, data, *, train_batch_size, learning_rate, weight_decay, num_train_epochs, seed, dtype
+    model,
+    data,
+    *,
+    train_batch_size,
+    learning_rate,
+    weight_decay,
+    num_train_epochs,
+    seed,
+    dtype,
+    saved=None,
 ):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most.
+    With `saved`, a SavedTraining, it continues from there, and saves its state after each epoch.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN where it was
     in none: the logit of its label minus the largest other one (Pleiss et al. 2020, section 3.1).
+    Also returns the weights on the CPU by name, in a dictionary by epoch of `snapshot_epochs`.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
-    device, generator = data.images.device, batch_generator(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    steps_per_epoch = len(data) // train_batch_size
-    total_steps = num_train_epochs * steps_per_epoch
+    steps = len(data) // train_batch_size  # of an epoch
+    total_steps = num_train_epochs * steps
     rates = [learning_rate * schedule(step, total_steps) for step in range(total_steps)]
     shape = (num_train_epochs, len(data))
-    margins = torch.full(shape, torch.nan, dtype=torch.float16, device=device)
-    with tqdm(total=total_steps, desc="Training", unit="step", leave=False) as progress:
-        for epoch in range(num_train_epochs):
-            start = time.perf_counter()
-            drawn = epoch_batches(len(data), train_batch_size, generator)
-            order, offsets, flips = (tensor.to(device) for tensor in drawn)
-            model.train()
-            epoch_loss = torch.zeros((), device=device)
-            for step in range(steps_per_epoch):
-                rate = rates[epoch * steps_per_epoch + step]
-                optimizer.param_groups[0]["lr"] = rate
-                chosen = order[step]
-                images = crop_and_flip(data.images[chosen], offsets[step], flips[step])
-                loss, margin = train_step(
-                    model, optimizer, data.normalize(images), data.labels[chosen], dtype
-                )
-                epoch_loss += loss
-                margins[epoch, chosen] = margin
-                progress.update()
-            mean_loss = (epoch_loss / steps_per_epoch).item()
-            speed = steps_per_epoch * train_batch_size / (time.perf_counter() - start)
-            progress.write(
-                f"epoch {epoch + 1:3}/{num_train_epochs}   learning rate {rate:8.5f}   "
-                f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
-            )
-            require_finite(model, mean_loss, epoch)
+    margins = torch.full(shape, torch.nan, dtype=torch.float16, device=data.images.device)
+    training = Training(model, optimizer, batch_generator(seed), margins, dtype)
+    if saved:
+        saved.load(training)
+    done = training.epochs_done
+    with tqdm(
+        total=total_steps, initial=done * steps, desc="Training", unit="step", leave=False
+    ) as progress:
+        for epoch in range(done, num_train_epochs):
+            batches = augmented_batches(data, train_batch_size, training.generator)
+            train_epoch(training, batches, rates[epoch * steps : (epoch + 1) * steps], progress)
+            if training.epochs_done in snapshot_epochs(num_train_epochs):
+                training.snapshots[training.epochs_done] = copy_weights(model)
+            if saved:
+                saved.save(training)
     print_without_margin(margins)
-    return margins.cpu()
+    return margins.cpu(), training.snapshots
+
+
+def train_epoch(training, batches, rates, progress):
+    """Takes a step on each batch at its learning rate, and prints a line.
+
+    batches: as augmented_batches yields them; progress: the bar that counts steps. Raises
+    NumericalError where the loss or a weight is not finite in the end.
+    """
+    start, epoch, num_images = time.perf_counter(), training.epochs_done, 0
+    training.model.train()
+    epoch_loss = torch.zeros((), device=training.margins.device)
+    for rate, (chosen, images, labels) in zip(rates, batches, strict=True):
+        training.optimizer.param_groups[0]["lr"] = rate
+        loss, margin = train_step(
+            training.model, training.optimizer, images, labels, training.dtype
+        )
+        epoch_loss += loss
+        training.margins[epoch, chosen] = margin
+        num_images += len(chosen)
+        progress.update()
+    mean_loss = (epoch_loss / len(rates)).item()
+    speed = num_images / (time.perf_counter() - start)
+    progress.write(
+        f"epoch {epoch + 1:3}/{len(training.margins)}   learning rate {rate:8.5f}   "
+        f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
+    )
+    require_finite(training.model, mean_loss, epoch)
+    training.epochs_done += 1
 
 
 def train_step(model, optimizer, images, labels, dtype):
@@ -191,7 +299,7 @@ def train_step(model, optimizer, images, labels, dtype):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    margin = pipeline.margin(logits.detach(), labels, torch.amax)
+    margin = pipeline.margin(logits.detach(), labels)
     return loss.detach(), margin.clamp(-6e4, 6e4).to(torch.float16)  # which ends at 65,504
 
 
@@ -249,6 +357,89 @@ def print_accuracies(model, data, test, batch_size, dtype):
     return {name: accuracy for name, (_, accuracy) in results.items()}
 
 
+# ---- A training that was interrupted -------------------------------------------------------------
+
+
+class SavedTraining:
+    """The file beside a checkpoint from which the same command continues an interrupted training.
+
+    The result is that of a training without interruption, bit for bit. The file is written whole
+    or not at all, so two trainings of one checkpoint at once cannot damage each other's.
+    """
+
+    def __init__(self, path, run):
+        """path: of the file; run: what decides the result, as describe_run returns it."""
+        self.path = path
+        self.run = run
+        self.start = time.perf_counter()
+        self.seconds_before = 0.0
+
+    @property
+    def seconds(self):
+        """Seconds that the training took so far, the parts before interruptions included."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def load(self, training):
+        """Puts `training` into the saved state if there is one of this run, and says so."""
+        content = self.read()
+        if content is None:
+            return
+        training.load_state_dict(content["state"])
+        self.seconds_before = content["seconds"]
+        print(f"continuing after epoch {training.epochs_done} of {len(training.margins)}")
+
+    def read(self):
+        """Returns what `save` wrote, or None. Prints why a file that is there is not used."""
+        try:
+            written = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, body = written[:DIGEST_BYTES], written[DIGEST_BYTES:]
+        if hashlib.sha256(body).digest() != digest:  # torch.load misses some damage
+            print(f"{self.path} is damaged: the training starts anew")
+            return None
+        content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        run = content["run"]
+        names = {**self.run, **run}
+        different = [name for name in names if run.get(name) != self.run.get(name)]
+        if different:
+            print(
+                f"{self.path} belongs to another training (other {', '.join(different)}): "
+                "this one starts anew, and replaces the file after its first epoch"
+            )
+            return None
+        return content
+
+    def save(self, training):
+        """Writes the state of `training`."""
+        content = {"run": self.run, "seconds": self.seconds, "state": training.state_dict()}
+        body = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+        torch.save(content, body)
+        digest = hashlib.sha256(body.getbuffer()).digest()
+        with pipeline.atomic_path(self.path) as temporary:
+            temporary.write_bytes(digest + body.getvalue())
+
+    def delete(self):
+        """Removes the file: the training is done, or it diverged."""
+        self.path.unlink(missing_ok=True)
+
+
+def describe_run(settings, model, data, dtype):
+    """Returns what decides the result of a training, bit for bit, by name: numbers and strings.
+
+    settings: the command line's part of it; model: before the training; data: ImageData.
+    """
+    code = [train, SavedTraining, Training, pipeline.margin, pipeline.ImageData.normalize]
+    return {
+        **settings,
+        "dtype": str(dtype),
+        "device": data.images.device.type,
+        "data": data.digest,
+        "torch": str(torch.__version__),
+        "code": pipeline.code_digest(model, code),
+    }
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -293,6 +484,14 @@ def load_examples(args):
     return data, test, kept
 
 
+def require_full_batch(batch_size, data):
+    """Raises UserError where there are fewer training images than a batch has."""
+    if batch_size > len(data):
+        raise pipeline.UserError(
+            f"--train_batch_size {batch_size}: there are only {len(data)} images"
+        )
+
+
 def print_examples(data, test):
     """Prints how many images, corrupted labels, classes and duplicates there are."""
     print(
@@ -324,10 +523,7 @@ def main():
     pipeline.print_machine(device, dtype)
     path = choose_checkpoint(args)
     data, test, kept_labels = load_examples(args)
-    if args.train_batch_size > len(data):
-        raise pipeline.UserError(
-            f"--train_batch_size {args.train_batch_size}: there are only {len(data)} images"
-        )
+    require_full_batch(args.train_batch_size, data)
     pipeline.make_folder(path.parent)
     print_examples(data, test)
 
@@ -335,9 +531,15 @@ def main():
     torch.manual_seed(args.seed)
     model = pipeline.construct_model(args.model, len(data.class_names)).to(device)
     recipe = {name: getattr(args, name) for name in RECIPE}
-    train_start = time.perf_counter()
-    margins = train(model, data, **recipe, seed=args.seed, dtype=dtype)
-    train_seconds = time.perf_counter() - train_start
+    settings = {**recipe, "seed": args.seed, "model": args.model}
+    run = describe_run(settings, model, data, dtype)
+    saved = SavedTraining(path.with_suffix(".unfinished"), run)
+    try:
+        margins, snapshots = train(model, data, **recipe, seed=args.seed, dtype=dtype, saved=saved)
+    except pipeline.NumericalError:
+        saved.delete()  # or else the next run would continue a training that diverged
+        raise
+    train_seconds = saved.seconds
     accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
     metadata = vars(args) | kept_labels
     metadata |= {
@@ -347,11 +549,13 @@ def main():
         "num_train": len(data),
         "data_sha256": data.digest,
         "margins": margins,
+        "snapshots": snapshots,
         "accuracy": accuracy,
         "train_seconds": train_seconds,
         "environment": pipeline.environment(device),
     }
     pipeline.save_checkpoint(path, model, metadata)
+    saved.delete()
     seconds = time.perf_counter() - start
     print(f"trained in {train_seconds:.1f} s ({seconds:.1f} s in all); wrote {path}")
     print_next_steps(args)

@@ -3,7 +3,7 @@
 Two networks go through all scripts: a narrow ResNet-18 and one with depthwise convolutions.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -132,7 +132,7 @@ NO_NETWORKS = {  # what a function returns, and what the sentence must say
     ),
     "parts that do not fit": (
         lambda: two_parts(flat_linear(), nn.Linear(5, 10)),
-        "one after the other",
+        "a head that takes these features",
     ),
 }
 
@@ -175,7 +175,7 @@ def activation(x):
     """Of the first layer."""
     return F.leaky_relu(x, SLOPE)
 
-def unused(x):
+def smooth(x):
     return x
 
 class Base(nn.Module):
@@ -205,12 +205,35 @@ def build(num_classes, width=4):
 '''
 
 
-def own_digest(monkeypatch, source, wrap=lambda build: build):
-    """The digest of the network of a source, which stands in a module of its own."""
-    module = type(sys)("own_network")
-    exec(compile(source, "own_network.py", "exec"), vars(module))
-    monkeypatch.setitem(pipeline.MODELS, "own", wrap(module.build))
-    return pipeline.code_digest(pipeline.construct_model("own", 10))
+@pytest.fixture
+def import_source(monkeypatch, tmp_path):
+    """A function that imports a source as the module own_network, as a new run of a script does."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(pipeline, "SOURCES", {})
+    path = tmp_path / "own_network.py"
+
+    def import_source(source):
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("own_network", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_network", module)
+        spec.loader.exec_module(module)
+        pipeline.SOURCES.clear()
+        pipeline.read_own_sources()
+        return module
+
+    return import_source
+
+
+@pytest.fixture
+def own_digest(import_source, monkeypatch):
+    """A function that returns the hash of the code of the network of a source."""
+
+    def own_digest(source, wrap=lambda build: build):
+        monkeypatch.setitem(pipeline.MODELS, "own", wrap(import_source(source).build))
+        return pipeline.code_digest(pipeline.construct_model("own", 10))
+
+    return own_digest
 
 
 SAME_SCORES = {  # what is replaced in OWN_NETWORK, by what
@@ -219,7 +242,6 @@ SAME_SCORES = {  # what is replaced in OWN_NETWORK, by what
     "a line more": ("# the order matters", "# the order\n\n        # matters"),
     "a docstring": ("Of the first layer.", "Of each layer."),
     "the docstring of a class": ("A block.", "A block of my own."),
-    "a function that it does not use": ("return x\n", "return 2 * x\n"),
     "a layout": (
         "nn.Conv2d(3, width, 3, stride=2)",
         "nn.Conv2d(\n        3, width, 3, stride=2\n    )",
@@ -237,28 +259,29 @@ OTHER_SCORES = {
     "a property": ("return 3", "return 4"),
     "a constant of the class": ("power = 2", "power = 3"),
     "a setting of torch's layer": ("3, stride=2)", "3, stride=2, padding_mode='reflect')"),
+    "a helper function in the same file": ("return x\n", "return 2 * x\n"),
     "the function in MODELS": ("Block(), nn.Flatten()", "Block(), nn.ReLU(), nn.Flatten()"),
 }
 
 
 @pytest.mark.parametrize("change", SAME_SCORES)
-def test_what_does_not_change_the_scores_leaves_the_hash_of_the_code(monkeypatch, change):
+def test_what_does_not_change_the_scores_leaves_the_hash_of_the_code(own_digest, change):
     old, new = SAME_SCORES[change]
     assert old in OWN_NETWORK
     changed = OWN_NETWORK.replace(old, new, 1) if old else OWN_NETWORK
-    assert own_digest(monkeypatch, changed) == own_digest(monkeypatch, OWN_NETWORK)
+    assert own_digest(changed) == own_digest(OWN_NETWORK)
 
 
 @pytest.mark.parametrize("change", OTHER_SCORES)
-def test_what_changes_the_scores_changes_the_hash_of_the_code(monkeypatch, change):
+def test_what_changes_the_scores_changes_the_hash_of_the_code(own_digest, change):
     old, new = OTHER_SCORES[change]
     assert OWN_NETWORK.count(old) == 1
     changed = OWN_NETWORK.replace(old, new)
-    assert own_digest(monkeypatch, changed) != own_digest(monkeypatch, OWN_NETWORK)
+    assert own_digest(changed) != own_digest(OWN_NETWORK)
 
 
 class Times(nn.Module):
-    """Multiplies by a number that neither its weights nor its text tell."""
+    """Multiplies by a number that neither its weights nor its source contain."""
 
     def __init__(self, number):
         super().__init__()
@@ -281,54 +304,53 @@ FACTORS_OUTSIDE = {  # networks that differ in a value, and in no line of code
 
 
 @pytest.mark.parametrize("kind", FACTORS_OUTSIDE)
-def test_values_that_are_bound_to_the_function_in_models_change_the_hash(monkeypatch, kind):
+def test_values_that_are_bound_to_the_function_in_models_change_the_hash(own_digest, kind):
     digests = [
-        own_digest(monkeypatch, OWN_NETWORK, lambda build, f=f: FACTORS_OUTSIDE[kind](build, f))
+        own_digest(OWN_NETWORK, lambda build, f=f: FACTORS_OUTSIDE[kind](build, f))
         for f in (2, 2, 3)
     ]
     assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("function", "is_part"),
     [
-        "SelfInfluence.update",
-        "BatchHooks.factors",
-        "patches",
-        "ClassificationTask.compute_measurement",
-        "margin",
+        ("rotated_gradient", True),
+        ("patches", True),
+        ("compute_measurement", True),
+        ("log_odds", True),
+        ("pairwise_influence", True),
+        ("normalize", True),
+        ("shorten", False),
+        ("print_machine", False),
     ],
 )
-def test_the_trackers_and_the_task_are_part_of_the_hash(monkeypatch, name):
-    """So is the standardisation of the images; the functions for tables and figures are not."""
+def test_code_of_pipeline_is_part_of_the_hash_if_scores_depend_on_it(
+    monkeypatch, function, is_part
+):
+    """Trackers, task and standardisation are part of it; output is not."""
     model = pipeline.construct_model("resnet9", 10)
     before = pipeline.code_digest(model)
-    monkeypatch.setattr(pipeline, "shorten", lambda name: name[:5])
+    assert pipeline.SOURCE.count(f"def {function}(") == 1
+    changed = pipeline.SOURCE.replace(f"def {function}(", f"def other_{function}(")
+    monkeypatch.setattr(pipeline, "SOURCE", changed)
+    assert (pipeline.code_digest(model) != before) == is_part
+
+
+def test_comments_and_docstrings_of_pipeline_are_no_part_of_the_hash(monkeypatch):
+    model = pipeline.construct_model("resnet9", 10)
+    before = pipeline.code_digest(model)
+    changed = pipeline.SOURCE.replace('"""Residual block: x + f(x)."""', '"""x + f(x)"""  # sum')
+    assert changed != pipeline.SOURCE
+    monkeypatch.setattr(pipeline, "SOURCE", changed)
     assert pipeline.code_digest(model) == before
-    place = pipeline
-    *owners, function = name.split(".")
-    for owner in owners:
-        place = getattr(place, owner)
-
-    def changed(*values):
-        return 0
-
-    changed.__module__ = "pipeline"
-    monkeypatch.setattr(place, function, changed)
-    assert pipeline.code_digest(model) != before
-
-
-def test_the_standardisation_is_part_of_the_hash(monkeypatch):
-    model = pipeline.construct_model("resnet9", 10)
-    before = pipeline.code_digest(model)
-    monkeypatch.setattr(pipeline.ImageData, "normalize", lambda self, images: images / 255)
-    assert pipeline.code_digest(model) != before
 
 
 def test_the_hash_is_the_same_in_every_process():
-    """Sets have another order in each."""
-    code = "import sys, conftest, pytest, test_networks as tests\n"
-    code += "print(tests.own_digest(pytest.MonkeyPatch(), tests.OWN_NETWORK))"
+    """Python's own hashes of strings, and with them the order of sets, differ between processes."""
+    code = "import conftest, pipeline, test_networks\n"
+    code += "pipeline.MODELS['own'] = test_networks.depthwise\n"
+    code += "print(pipeline.code_digest(pipeline.construct_model('own', 10)))"
     digests = set()
     for seed in ("1", "2"):
         finished = subprocess.run(
@@ -342,11 +364,10 @@ def test_the_hash_is_the_same_in_every_process():
     assert len(digests) == 1
 
 
-def test_base_classes_of_other_files_are_part_of_the_hash():
+def test_base_classes_of_other_files_are_part_of_the_hash(import_source):
     def digest(power):
-        base = type("Base", (nn.Module,), {"power": power, "__module__": "another_file"})
-        kind = type("Layer", (base,), {"forward": lambda self, x: x**self.power})
-        return pipeline.code_digest(kind())
+        base = import_source(OWN_NETWORK.replace("power = 2", f"power = {power}")).Base
+        return pipeline.code_digest(type("Layer", (base,), {})())
 
     assert digest(2) == digest(2) != digest(3)
 
@@ -360,48 +381,62 @@ def test_settings_of_layers_are_part_of_the_hash_of_any_network():
     assert digest(stride=2) == digest(stride=2) != digest(stride=1)
 
 
-def test_a_file_that_is_edited_while_it_runs_does_not_change_the_hash(monkeypatch, tmp_path):
-    """The old code still runs. After a new import it is the new code."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    path = tmp_path / "my_own_network.py"
-    path.write_text(OWN_NETWORK)
-    module = importlib.import_module("my_own_network")
-    monkeypatch.setitem(sys.modules, "my_own_network", module)
-    monkeypatch.setitem(pipeline.MODELS, "own", module.build)
-    model = pipeline.construct_model("own", 10)
-    before = pipeline.code_digest(model)
-    path.write_text(OWN_NETWORK.replace("parts[0]", "parts[1]  # changed"))
-    assert pipeline.code_digest(model) == before
-    importlib.invalidate_caches()
-    importlib.reload(module)
-    monkeypatch.setitem(pipeline.MODELS, "own", module.build)
-    assert pipeline.code_digest(pipeline.construct_model("own", 10)) != before
+def test_training_mode_is_no_part_of_the_hash():
+    model = pipeline.construct_model("resnet9", 10)
+    assert pipeline.code_digest(model.train()) == pipeline.code_digest(model.eval())
 
 
-class Positive(nn.Sequential):
+def test_a_file_that_is_edited_during_the_run_does_not_change_the_hash(
+    own_digest, import_source, tmp_path
+):
+    """The imported code still runs. The edit comes after the start, before the network is made."""
+    before = own_digest(OWN_NETWORK)
+    module = import_source(OWN_NETWORK)
+    changed = OWN_NETWORK.replace("parts[0]", "parts[1]  # changed")
+    (tmp_path / "own_network.py").write_text(changed)
+    pipeline.MODELS["own"] = module.build
+    assert pipeline.code_digest(pipeline.construct_model("own", 10)) == before
+    assert own_digest(changed) != before
+
+
+def test_the_sources_are_read_before_main_runs(import_source):
+    import_source(OWN_NETWORK)
+    pipeline.SOURCES.clear()
+    assert pipeline.run(lambda: pipeline.SOURCES["own_network"]) == OWN_NETWORK
+
+
+def test_a_network_without_a_file_is_refused(monkeypatch):
+    """As in a notebook: nobody could see there that its code was changed."""
+    kind = type("Layer", (nn.Module,), {"__module__": "not_in_a_file"})
+    with pytest.raises(pipeline.UserError, match=r"'not_in_a_file' has no readable file: put it"):
+        pipeline.code_digest(kind())
+
+
+MINE = """
+from torch import nn
+
+class Mine(nn.Sequential):
     def forward(self, images):
         return super().forward(images).relu()
+"""
 
 
-class Negative(nn.Sequential):
-    def forward(self, images):
-        return -super().forward(images).relu()
-
-
-def test_a_changed_forward_with_the_same_weights_does_not_find_the_old_scores(capsys, tmp_path):
+def test_a_changed_forward_with_the_same_weights_does_not_find_the_old_scores(
+    capsys, import_source, tmp_path
+):
     """It finds the folder of the same weights, but neither its factors nor its scores."""
     data = digits(6)
+    folder = tmp_path / "results"
     scores = []
-    for kind in (Positive, Negative, Positive):
-        kind.__name__ = kind.__qualname__ = "Mine"
+    for source in (MINE, MINE.replace("super()", "-super()"), MINE):
         torch.manual_seed(0)
+        kind = import_source(source).Mine
         layers = kind(nn.Conv2d(3, 4, 5, stride=4), nn.Flatten(), nn.Linear(196, 10))
-        run = influence_run(tmp_path, data, "identity", model=layers)
+        run = influence_run(folder, data, "identity", model=layers)
         scores.append(run.self_influence(0.1)[0])
     assert torch.equal(scores[0], scores[2]) and not torch.equal(scores[0], scores[1])
-    assert len(list(tmp_path.iterdir())) == 1
-    assert len(list(tmp_path.glob("*/scores_self_*"))) == 2
+    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.glob("*/scores_self_*"))) == 2
     assert capsys.readouterr().out.count("Reusing") == 2  # factors and scores of the third run
 
 

@@ -1,4 +1,4 @@
-"""Means over several models, and models that do not belong together."""
+"""Means over several models, and models that must not be averaged."""
 
 import shutil
 
@@ -9,6 +9,7 @@ from conftest import ANALYZE, DETECT, SYNTHETIC, TRAIN, read_table, refused, suc
 from safetensors.torch import load_file
 
 import detect_mislabeled_dataset as detect
+import pipeline
 
 DATA = (*SYNTHETIC, "--num_train_examples", "40", "--precision", "fp32")
 TRAINING = (
@@ -27,7 +28,7 @@ DETECTION = (DETECT, *DATA, "--factor_strategy", "diagonal")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model and another seed's."""
+    """A folder with two models, trained with two seeds."""
     root = tmp_path_factory.mktemp("retraining")
     succeed(root, *TRAINING)
     succeed(root, *TRAINING, "--seed", 7, "--checkpoint_dir", "other")
@@ -50,8 +51,57 @@ def test_several_models_give_the_mean_of_their_scores(folder):
         assert float(row["score"]) == pytest.approx(expected.max().item())
 
 
+def scores_of(folder, *flags):
+    """Analyzes, and returns the scores that it names, [num_query, num_train]."""
+    out = succeed(folder, *ANALYSIS, *flags)
+    path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
+    return load_file(folder / path)["all_modules"].clone()
+
+
+def earlier_checkpoint(folder, name, epoch):
+    """Writes the checkpoint of a training as if it had ended after an epoch; returns its folder."""
+    path = folder / name / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    model.load_state_dict(metadata["snapshots"].pop(epoch))
+    pipeline.save_checkpoint(folder / f"{name}_{epoch}" / path.name, model, metadata)
+    return f"{name}_{epoch}"
+
+
+def test_snapshots_give_the_mean_of_the_scores_of_each_network(folder):
+    """Of the two networks of a training of two epochs, and of two such trainings."""
+    singles = []
+    for name in ("checkpoints", "other"):
+        dirs = (earlier_checkpoint(folder, name, 1), name)
+        singles += [scores_of(folder, "--checkpoint_dir", each) for each in dirs]
+    assert not torch.allclose(singles[0], singles[1])
+    for count in (1, 2):
+        dirs = ("checkpoints", "other")[:count]
+        found = scores_of(folder, "--snapshots", 2, "--checkpoint_dir", *dirs)
+        expected = torch.stack(singles[: 2 * count]).mean(0)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=0)
+    assert torch.equal(scores_of(folder, "--snapshots", 1), singles[1])
+
+
+def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
+    assert (
+        "--snapshots 3: checkpoints/model_corrupt_0.1.pth keeps 2 networks of its training"
+        in refused(folder, *ANALYSIS, "--snapshots", 3)
+    )
+    single = earlier_checkpoint(folder, "checkpoints", 1)
+    path = folder / single / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    del metadata["snapshots"]  # as an earlier train.py left it
+    pipeline.save_checkpoint(path, model, metadata)
+    output = ("--output_dir", tmp_path, "--checkpoint_dir", single)
+    assert "keeps 1 networks of its training" in refused(
+        folder, *ANALYSIS, *output, "--snapshots", 2
+    )
+    assert not list(tmp_path.glob("model*"))
+    succeed(folder, *ANALYSIS, *output)
+
+
 def test_a_detection_takes_the_mean_over_several_models(folder):
-    """Of each image the scores of every ranking, except aum_vote, which standardises means."""
+    """This holds for every ranking except aum_vote, which standardises the means."""
     tables = []
     for dirs in (("checkpoints", "other"), ("checkpoints",), ("other",)):
         out = succeed(folder, *DETECTION, "--checkpoint_dir", *dirs)
@@ -65,15 +115,15 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
         assert single[0] != single[1]
 
 
-def test_models_of_another_recipe_are_refused(folder, tmp_path):
+def test_models_with_other_hyperparameters_are_refused(folder, tmp_path):
     succeed(folder, *TRAINING, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
-    assert "differ in their recipe" in refused(
+    assert "differ in their hyperparameters" in refused(
         folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path
     )
 
 
 def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
-    """Neither in the same folder by another name, nor in a copy."""
+    """The second checkpoint is the same folder under another name, or a copy."""
     shutil.copytree(folder / "checkpoints", tmp_path / "copy")
     for other in (folder / "checkpoints", tmp_path / "copy"):
         assert "the same model" in refused(

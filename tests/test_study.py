@@ -1,12 +1,14 @@
-"""The studies on forty digits: what they train on, what they write, and that they continue."""
+"""The studies on forty digits: their data, their files, and continuing after a stop."""
 
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import study
 import torch
 from conftest import image_data
+from torch import nn
 
 import detect_mislabeled_dataset as detect
 import pipeline
@@ -18,7 +20,7 @@ FLAGS += ["--seeds", "1", "--corruption_seeds", "1"]
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a study in a folder of its own. Returns what it printed and the rows of its results."""
+    """Runs a study in a new folder. Returns its output and the rows of its results."""
 
     def call(name, *flags):
         argv = ["study.py", name, "--folder", str(tmp_path), *FLAGS, *flags]
@@ -37,7 +39,7 @@ def store(tmp_path):
 
 
 class FakeTrainer:
-    """Its network is the set of images that it was trained on; its logits are those of a test."""
+    """Its network is the set of its training images; a test defines the logits."""
 
     def __init__(self, clean, logits):
         self.clean = self.test = clean
@@ -46,11 +48,11 @@ class FakeTrainer:
 
     def train(self, data, seed):
         self.seeds.append(seed)
-        return set(data.images.flatten().tolist()), None
+        return set(data.images.flatten().tolist()), None, {}
 
 
 def numbers(count):
-    """Images that are their own number, with labels of ten classes in turn."""
+    """Images whose pixels are their index, with the labels of ten classes in turn."""
     names = [str(digit) for digit in range(10)]
     return image_data(torch.arange(count), torch.arange(count) % 10, names)
 
@@ -70,8 +72,8 @@ def test_asymmetric_noise_gives_each_class_the_label_of_its_partner():
     assert flips <= set(study.PARTNERS.items()) and len(flips) > 5
 
 
-def test_asymmetric_noise_takes_the_next_class_where_none_looks_alike():
-    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # there is no dog
+def test_asymmetric_noise_takes_the_next_class_if_no_class_is_similar():
+    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # the classes contain no dog
     assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
 
 
@@ -101,7 +103,7 @@ def test_a_stopped_detection_continues(run, tmp_path):
     assert f"| aum | {recalls} | {found['auroc']:.3f} |" in output
     assert f"symmetric noise, test accuracy {100 * rows[0]['accuracy']:.1f} %" in output
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"study": "detec')  # the study was stopped while writing this
+        file.write('{"study": "detec')  # the study stopped while it wrote this line
     assert run("detection", *flags)[1] == rows
 
 
@@ -120,11 +122,11 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     line = f"| left out | aum | 20 % | {accuracy:.2f} % | {accuracy - start:.2f} | 1 |"
     assert line in output
     results = tmp_path / "results.jsonl"
-    results.write_text(2 * results.read_text())  # as two studies at the same time leave it
+    results.write_text(2 * results.read_text())  # two studies at the same time write each row twice
     assert line in run("cleaning")[0]
 
 
-def test_each_fold_is_ranked_by_a_network_that_never_saw_it():
+def test_each_fold_is_ranked_by_a_network_trained_without_it():
     """The fake network knows the true label of every other image."""
     judged = []
 
@@ -132,7 +134,7 @@ def test_each_fold_is_ranked_by_a_network_that_never_saw_it():
         images = part.images.tolist()
         assert not seen & set(images) and len(seen) + len(part) == 60
         judged.extend(images)
-        return 5 * torch.nn.functional.one_hot(part.images % 10, 10).float()
+        return 5 * nn.functional.one_hot(part.images % 10, 10).float()
 
     job = {"noise": "symmetric", "fraction": 0.2, "corruption_seed": 1, "seed": 2}
     found = study.cross_validation(FakeTrainer(numbers(60), logits), 5, job)["methods"]
@@ -160,8 +162,8 @@ def test_the_linear_datamodeling_score_by_hand():
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
-def test_a_half_depends_on_its_number_alone():
-    """Two halves of 2,000 share 500 give or take 11, a half and 200 images 100 give or take 7."""
+def test_a_half_depends_only_on_its_number():
+    """Two halves of 2,000 share 500 ± 11 images; a half and 200 images share 100 ± 7."""
     first, other, again = (set(study.half_of(2000, number).tolist()) for number in (0, 1, 0))
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)
     corrupted = set(is_corrupted.nonzero().flatten().tolist())
@@ -170,7 +172,7 @@ def test_a_half_depends_on_its_number_alone():
 
 
 def test_each_half_is_trained_again_with_another_seed(store):
-    """The fake logits make the margin of a query the number of images that were trained on."""
+    """With the fake logits, the margin of a query is the number of training images."""
 
     def logits(seen, queries):
         assert len(seen) == 4
@@ -190,7 +192,7 @@ def test_each_half_is_trained_again_with_another_seed(store):
 
 
 def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
-    """The margins' ranks agree fully for the first query, and by a half for the other."""
+    """The correlation of ranks is 1 for the first query, and 0.5 for the second."""
     margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
     seen = []
 
@@ -201,22 +203,22 @@ def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
     monkeypatch.setattr(study, "linear_datamodeling_scores", scores)
     monkeypatch.setattr(study, "retrained", lambda *_, **sizes: (MEMBERS[:3], margins))
     monkeypatch.setattr(study, "pairwise", lambda *_: {"scores": SCORES, "seconds": np.array(1)})
-    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 2, "trained_on": "all"}
     sizes = {"num_queries": 2, "halves": 3, "trainings": 2}
-    found = study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+    settings = study.Prediction(models=2)
+    found = study.prediction(FakeTrainer(numbers(8), None), store, settings, **sizes)
     ((_, _, means),) = seen
     assert means.tolist() == [[2.5, 3], [3.5, 4.5], [4.5, 4.5]]
     assert found["lds"] == pytest.approx(0.6) and found["agreement"] == pytest.approx(0.75)
     assert found["score_seconds"] == 2
 
 
-def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
-    """A network is scored once, for all the means that it is part of."""
-    rows = [("identity", 1e-8, 1, "all"), ("identity", 1e-8, 2, "all")]
-    rows.append(("identity", 1e-8, 1, "halves"))
-    monkeypatch.setattr(study, "PREDICTIONS", rows)
+def test_halves_and_means_of_networks_predict_margins(run, monkeypatch, tmp_path):
+    """Each network is scored once, even if several means contain it."""
+    rows = [(1, "all"), (2, "all"), (1, "halves")]
+    predictions = [study.Prediction("identity", 1e-8, *row) for row in rows]
+    monkeypatch.setattr(study, "PREDICTIONS", predictions)
     output, found = run("retraining", "--halves", "3")
-    assert [(row["models"], row["trained_on"]) for row in found] == [row[2:] for row in rows]
+    assert [(row["models"], row["trained_on"]) for row in found] == rows
     assert all(-1 <= row["lds"] <= 1 for row in found)
     assert all(row["halves"] == 3 and row["num_queries"] == 3 for row in found)
     kept = [dict(np.load(path)) for path in tmp_path.glob("pairwise-*.npz")]
@@ -224,28 +226,81 @@ def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_p
     seconds = sum(row["score_seconds"] for row in found[1:])
     assert seconds == pytest.approx(sum(each["seconds"] for each in kept))
     score = f"{found[1]['lds']:.3f} ± {found[1]['standard_error']:.3f}"
-    assert f"| identity | 1e-08 | 2 | all | {score} |" in output
+    assert f"| identity | 100 % | 1e-08 | 2 | all | 1 | {score} |" in output
     assert run("retraining", "--halves", "3")[1] == found
     assert run("retraining", "--halves", "4", "--seeds", "0")[1] == found
 
 
-def test_a_scored_half_is_not_among_the_predicted_ones(store, monkeypatch):
-    """Halves 0 to 2 are predicted, so that the fourth one, number 3, is scored."""
+def small_network(num_classes):
+    """A network whose eigendecompositions take no time."""
+    pool = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    features = nn.Sequential(nn.Conv2d(3, 4, kernel_size=3, stride=4), pool)
+    return nn.Sequential(OrderedDict(features=features, head=nn.Linear(16, num_classes)))
+
+
+def test_truncated_scores_and_snapshots_predict_retraining_too(run, monkeypatch, tmp_path):
+    """The networks of a training are trained once, and each is scored once by each fraction."""
+    rows = [study.Prediction(), study.Prediction(eigenvector_fraction=0.05)]
+    rows.append(study.Prediction(eigenvector_fraction=0.05, snapshots=3))
+    monkeypatch.setattr(study, "PREDICTIONS", rows)
+    monkeypatch.setitem(pipeline.MODELS, "resnet9", small_network)
+    output, found = run("retraining", "--halves", "2", "--num_train_epochs", "4")
+    (full, truncated, of_three) = found
+    assert full["full_spearman"] == pytest.approx(1) and full["full_helpful"] == 10
+    for row in (truncated, of_three):
+        assert 0 < row["full_spearman"] < 0.9999 and 0 < row["full_helpful"] <= 10
+    assert truncated["full_spearman"] != of_three["full_spearman"]
+    assert len(list(tmp_path.glob("networks-*.npz"))) == 1
+    assert len(list(tmp_path.glob("pairwise-*.npz"))) == 6  # three networks by two fractions
+    agreement = f"{of_three['full_spearman']:.3f} | {of_three['full_helpful']:.1f}"
+    assert "| ekfac | 5 % | 1e-06 | 1 | all | 3 |" in output and agreement in output
+
+
+def test_a_kept_network_is_the_one_after_its_epoch(store):
+    """The fake training keeps its epoch as the weight of the network."""
+
+    class Counted(FakeTrainer):
+        def train(self, data, seed):
+            model = self.new_model(data)
+            model.weight.data[:] = 5
+            return model, None, {epoch: {"weight": torch.full((1, 1), epoch)} for epoch in (3, 4)}
+
+        def new_model(self, data):
+            return nn.Linear(1, 1, bias=False)
+
+    trainer = Counted(numbers(8), None)
+    for back, epoch in enumerate((5, 4, 3)):
+        model = study.trained_model(trainer, store, trainer.clean, 7, back)
+        assert model.weight.item() == epoch and not model.training
+    with pytest.raises(pipeline.UserError, match="--num_train_epochs: a training keeps fewer"):
+        study.trained_model(trainer, store, trainer.clean, 7, 3)
+
+
+def test_shared_helpful_images_by_hand(monkeypatch):
+    """The two most helpful of the first query are 3, 2 and 3, 0, of the other one twice 0, 1."""
+    monkeypatch.setattr(study, "NUM_HELPFUL", 2)
+    scores = np.array([[0.0, 1.0, 2.0, 3.0], [9.0, 8.0, -9.0, 0.0]])
+    others = np.array([[2.0, 1.0, 0.0, 3.0], [2.0, 3.0, 1.0, -9.0]])
+    assert study.shared_helpful(scores, others) == (1 + 2) / 2
+
+
+def test_a_scored_half_is_not_predicted(store, monkeypatch):
+    """Halves 0 to 2 are predicted, so half 3 is scored."""
     scored = []
 
-    def trained_model(trainer, store, data, seed):
+    def trained_model(trainer, store, data, seed, back):
         scored.append((seed, data.images.flatten().tolist()))
         raise InterruptedError
 
     monkeypatch.setattr(study, "trained_model", trained_model)
-    settings = {"strategy": "ekfac", "damping_factor": 0, "models": 1, "trained_on": "halves"}
+    settings = study.Prediction(trained_on="halves")
     sizes = {"num_queries": 2, "halves": 3, "trainings": 1}
     with pytest.raises(InterruptedError):
-        study.prediction(FakeTrainer(numbers(8), None), store, **settings, **sizes)
+        study.prediction(FakeTrainer(numbers(8), None), store, settings, **sizes)
     assert scored == [(3, study.half_of(8, 3).tolist())]
 
 
-def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
+def test_scores_with_the_factors_of_all_images_agree_fully(run, monkeypatch):
     monkeypatch.setattr(study, "FACTOR_EXAMPLES", (50, 20))
     output, (full, other, half) = run("factors", "--halves", "2")
     assert full["pairwise_spearman"] == full["self_spearman"] == pytest.approx(1)
@@ -255,7 +310,7 @@ def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 
 
-def test_mistakes_end_in_one_sentence(run, capsys):
+def test_mistakes_of_the_user_end_in_one_sentence(run, capsys):
     with pytest.raises(pipeline.UserError, match="--train_batch_size 41: there are only 40 images"):
         run("detection", "--train_batch_size", "41")
     with pytest.raises(pipeline.UserError, match="--halves: 1 networks have no order to predict"):

@@ -14,7 +14,7 @@ import train
 
 
 def test_resnet9_parameter_count():
-    """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
+    """The sum of eight convolutions, their batch-norms, and the linear layer is 2,274,880."""
     convolutions = (
         3 * 64 * 9
         + 64 * 128 * 25
@@ -46,7 +46,7 @@ def test_logits_stay_float32_under_autocast():
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
+def test_the_default_schedule_peaks_after_a_fifth_and_ends_near_zero():
     total = 25 * 97
     rates = [train.schedule(step, total) for step in range(total)]
     assert max(range(total), key=rates.__getitem__) + 1 == 5 * 97 and max(rates) == 1
@@ -55,7 +55,7 @@ def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 12])
-def test_schedule_never_wastes_a_step(total):
+def test_no_step_of_a_schedule_has_the_learning_rate_zero(total):
     rates = [train.schedule(step, total) for step in range(total)]
     assert max(rates) == 1 and min(rates) > 0
     assert rates == sorted(rates[: rates.index(1) + 1]) + sorted(
@@ -63,7 +63,7 @@ def test_schedule_never_wastes_a_step(total):
     )
 
 
-def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
+def test_an_epoch_uses_each_example_once_and_drops_the_partial_batch():
     order, offsets, flips = train.epoch_batches(100, 30, torch.Generator().manual_seed(0))
     assert order.shape == flips.shape == (3, 30) and offsets.shape == (3, 30, 2)
     assert len(order.unique()) == 90
@@ -72,14 +72,17 @@ def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
 
 
 @pytest.mark.parametrize("seed", [pipeline.CORRUPTION_SEED, 1004])
-def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
+def test_the_first_epoch_does_not_begin_with_the_corrupted_labels(seed):
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(1000, dtype=torch.int64), 0.1, 10)
     order, _, _ = train.epoch_batches(1000, 100, train.batch_generator(seed))
     assert 0 < is_corrupted[order[0]].sum() < 30
 
 
 def train_epochs(model, data, **changed):
-    """Trains for one epoch in batches of twenty, or as `changed` says. Returns margins by epoch."""
+    """Trains for one epoch in batches of twenty, or as `changed` says.
+
+    Returns margins and snapshots by epoch.
+    """
     recipe = {
         "train_batch_size": 20,
         "learning_rate": 0.1,
@@ -119,7 +122,7 @@ def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_s
 
 
 class GrowingLogits(nn.Module):
-    """Gives every image the logits (step, 0, 0); the first batch has step 1, the second step 2."""
+    """Gives every image the logits (step, 0, 0). The step is 1 in the first batch."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +134,7 @@ class GrowingLogits(nn.Module):
 
 
 def test_margins_are_kept_by_epoch():
-    """Two epochs of two batches: an example sees step 1 or 2, then 3 or 4; margins by hand."""
+    """In two epochs of two batches, an example is in step 1 or 2, and in step 3 or 4."""
     data = digits(4)
     data = replace(data, labels=torch.tensor([0, 1, 0, 2]))
     generator = torch.Generator().manual_seed(5)
@@ -139,14 +142,69 @@ def test_margins_are_kept_by_epoch():
     for epoch in range(2):
         order, _, _ = train.epoch_batches(4, 2, generator)
         steps[epoch, order[0]], steps[epoch, order[1]] = 2 * epoch + 1, 2 * epoch + 2
-    found = train_epochs(GrowingLogits(), data, train_batch_size=2, num_train_epochs=2)
+    found, _ = train_epochs(GrowingLogits(), data, train_batch_size=2, num_train_epochs=2)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert found.dtype == torch.float16 and torch.equal(found.float(), sign * steps)
 
 
+def normalized_network():
+    """A network with buffers, the running statistics of batch normalisation."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 6), nn.BatchNorm1d(6), nn.Linear(6, 10))
+
+
+class Stopped(Exception):
+    """A training was stopped."""
+
+
+def weights_after(num_batches, data, **settings):
+    """Returns the weights and buffers of a training that is stopped before its next batch."""
+    model, seen = normalized_network(), []
+
+    def stop(*_):
+        if len(seen) == num_batches:
+            raise Stopped
+        seen.append(True)
+
+    model.register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        train_epochs(model, data, **settings)
+    return model.state_dict()
+
+
+def test_snapshots_are_the_networks_of_trainings_that_stop_after_their_epochs():
+    """After three and four of five epochs, of two batches each."""
+    data, model = digits(8), normalized_network()
+    settings = {"train_batch_size": 4, "num_train_epochs": 5}
+    _, snapshots = train_epochs(model, data, **settings)
+    assert sorted(snapshots) == [3, 4]
+    for epoch, weights in snapshots.items():
+        expected = weights_after(2 * epoch, data, **settings)
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name], tensor)
+
+
+def test_a_training_is_the_same_without_snapshots(monkeypatch):
+    data, settings = digits(8), {"train_batch_size": 4, "num_train_epochs": 5}
+    model, other = normalized_network(), normalized_network()
+    margins, _ = train_epochs(model, data, **settings)
+    monkeypatch.setattr(train, "SNAPSHOT_FRACTIONS", ())
+    found, snapshots = train_epochs(other, data, **settings)
+    assert torch.equal(found, margins) and not snapshots
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_snapshots_are_kept_after_60_and_80_percent_of_the_epochs():
+    kept = {count: train.snapshot_epochs(count) for count in (1, 2, 3, 4, 6, 10, 25)}
+    few = {1: [], 2: [1], 3: [2]}
+    assert kept == few | {4: [2, 3], 6: [4, 5], 10: [6, 8], 25: [15, 20]}
+
+
 def test_an_image_in_no_batch_has_no_margin(capsys):
     data = replace(digits(3), labels=torch.tensor([0, 0, 0]))
-    (found,) = train_epochs(GrowingLogits(), data, train_batch_size=2)
+    (found,), _ = train_epochs(GrowingLogits(), data, train_batch_size=2)
     assert found[~found.isnan()].tolist() == [1, 1]
     assert "1 images were in no batch" in capsys.readouterr().out
 
@@ -156,7 +214,7 @@ def test_an_image_in_no_batch_has_no_margin(capsys):
     [(1.0, 20), (1e20, 40)],
     ids=["loss", "weights of the last step"],
 )
-def test_divergence_stops_the_training(weight_decay, batch_size):
+def test_a_diverging_training_stops_with_a_sentence(weight_decay, batch_size):
     diverging = {
         "learning_rate": 1e30,
         "weight_decay": weight_decay,
@@ -193,10 +251,10 @@ class WritesAFile:
         return open, ("executed", "w")
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, monkeypatch):
+def test_a_checkpoint_that_contains_code_is_refused_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": {}, "metadata": WritesAFile()}, "model.pth")
-    with pytest.raises(pipeline.UserError, match="not a whole checkpoint"):
+    with pytest.raises(pipeline.UserError, match="not a complete checkpoint"):
         pipeline.load_checkpoint("model.pth")
     assert not Path("executed").exists()
 
@@ -204,7 +262,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, 
 # ---- Where it computes ---------------------------------------------------------------------------
 
 
-def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys):
+def test_a_sentence_explains_why_a_gpu_cannot_be_used(monkeypatch, capsys):
     def init():
         raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nUpdate it")
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -63,11 +63,38 @@ CLEANED_FRACTIONS = (0.1, 0.15, 0.2)
 LEFT_OUT_BY = ("aum_vote", "aum", "self_influence", "loss", "random")
 PUT_RIGHT_BY = ("aum_vote", "aum", "self_influence")
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
-# Strategy, damping, number of networks whose scores are averaged, and what these were trained on.
-PREDICTIONS = [(strategy, 1e-8, 1, "all") for strategy in ("ekfac", "kfac", "diagonal", "identity")]
-PREDICTIONS += [("ekfac", damping, 1, "all") for damping in (1e-6, 1e-5, 1e-4, "heuristic")]
-PREDICTIONS += [("ekfac", 1e-6, models, "all") for models in (3, 5, 10)]
-PREDICTIONS += [("ekfac", 1e-6, models, "halves") for models in (1, 3, 5, 10)]
+NUM_HELPFUL = 10  # most helpful images of a query, which truncated scores should have, too
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Whose scores predict retraining: their settings, and the networks they are the mean over.
+
+    models: number of trainings; trained_on: `all` images or `halves`; snapshots: networks of each
+    training, the last ones.
+    """
+
+    strategy: str = "ekfac"
+    damping_factor: float | str = 1e-6
+    models: int = 1
+    trained_on: str = "all"
+    eigenvector_fraction: float = 1.0
+    snapshots: int = 1
+
+
+PREDICTIONS = [Prediction(strategy, 1e-8) for strategy in pipeline.STRATEGIES]
+PREDICTIONS += [Prediction(damping_factor=damping) for damping in (1e-6, 1e-5, 1e-4, "heuristic")]
+PREDICTIONS += [Prediction(models=models) for models in (3, 5, 10)]
+PREDICTIONS += [Prediction(models=models, trained_on="halves") for models in (1, 3, 5, 10)]
+PREDICTIONS += [
+    Prediction(damping_factor=damping, eigenvector_fraction=fraction)
+    for damping, fraction in product((1e-6, "heuristic"), (0.4, 0.2, 0.1, 0.05, 0.02))
+]
+PREDICTIONS += [
+    Prediction(damping_factor=damping, eigenvector_fraction=fraction, snapshots=snapshots)
+    for damping, fraction, snapshots in product((1e-6, "heuristic"), (1.0, 0.1), (2, 3))
+]
+PREDICTIONS += [Prediction(models=models, snapshots=3) for models in (3, 5)]
 
 
 # ---- Results and networks ------------------------------------------------------------------------
@@ -144,21 +171,21 @@ class Trainer:
         return model.to(self.device)
 
     def train(self, data, seed):
-        """Trains as train.py does. Returns the network, and each image's margin by epoch."""
+        """Trains as train.py does. Returns the network, the images' margins, and snapshots."""
         batch_size = self.hyperparameters["train_batch_size"]
         if batch_size > len(data):
             reason = f"there are only {len(data)} images to train on"
             raise pipeline.UserError(f"argument --train_batch_size {batch_size}: {reason}")
         torch.manual_seed(seed)
         model = self.new_model(data)
-        margins = train.train(
+        margins, snapshots = train.train(
             model,
             data.to(self.device),
             **self.hyperparameters,
             seed=seed,
             dtype=self.dtype,
         )
-        return model, margins
+        return model, margins, snapshots
 
     def logits(self, model, data):
         """Returns the logits of images, float32 [N, num_classes], on the CPU."""
@@ -267,13 +294,13 @@ def detection_scores(trainer, store, run):
 
     def compute():
         data = corrupted_for(trainer, run)
-        model, margins = trainer.train(data, run["seed"])
+        model, margins, _ = trainer.train(data, run["seed"])
         accuracy = trainer.accuracy(model)
         with trainer.influence(model, data) as influence_run:
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
             measured, _, _ = detect.measure(influence_run, metadata, 1e-8)
             heuristic, _ = influence_run.self_influence("heuristic")
-        scores = detect.rank([measured])
+        scores = detect.suspicion_by_ranking([measured])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
 
@@ -286,7 +313,7 @@ def cross_validation(trainer, folds, run):
     losses = torch.zeros(len(data))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run["seed"]))
     for fold in order.chunk(folds):
-        model, _ = trainer.train(data.without(fold), run["seed"])
+        model, _, _ = trainer.train(data.without(fold), run["seed"])
         part = data.take(fold)
         logits = trainer.logits(model, part)
         losses[fold] = F.cross_entropy(logits, part.labels, reduction="none")
@@ -369,7 +396,7 @@ def cleaned_accuracy(trainer, store, seed, labels, by=None, fraction=None):
             data = replace(data, labels=data.labels.index_put((top,), true_labels))
         else:
             data = data.without(top)
-    model, _ = trainer.train(data, seed)
+    model, _, _ = trainer.train(data, seed)
     return {"accuracy": trainer.accuracy(model)}
 
 
@@ -421,16 +448,10 @@ def retraining(trainer, store, args):
     if args.halves < 2:
         reason = f"{args.halves} networks have no order to predict"
         raise pipeline.UserError(f"argument --halves: {reason}: give 50")
-    for strategy, damping_factor, models, trained_on in PREDICTIONS:
-        settings = {
-            "strategy": strategy,
-            "damping_factor": damping_factor,
-            "models": models,
-            "trained_on": trained_on,
-            **sizes(trainer, args),
-        }
-        job = {"study": "retraining", **settings}
-        store.complete(job, partial(prediction, trainer, store, **settings))
+    for settings in PREDICTIONS:
+        job = {"study": "retraining", **asdict(settings), **sizes(trainer, args)}
+        compute = partial(prediction, trainer, store, settings, **sizes(trainer, args))
+        store.complete(job, compute)
 
 
 def sizes(trainer, args):
@@ -439,22 +460,22 @@ def sizes(trainer, args):
     return {"num_queries": queries, "halves": args.halves, "trainings": args.trainings}
 
 
-def prediction(trainer, store, *, strategy, damping_factor, models, trained_on, **sizes):
+def prediction(trainer, store, settings, **sizes):
     """Returns the mean linear datamodeling score of the mean scores of some networks.
 
-    The networks are those of all images, or of halves that are not among the predicted ones.
-    lds_by_half: the means over every other query, and over the rest; agreement: Spearman's
-    correlation of two trainings of the halves, None where each is trained once.
+    settings: a Prediction. The networks are those of all images, or of halves that are not among
+    the predicted ones. lds_by_half: the means over every other query, and over the rest;
+    agreement: Spearman's correlation of two trainings of the halves, None where each is trained
+    once; full_spearman, full_helpful: agreement with the scores by all eigenvectors.
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
-    first = FIRST_SEED if trained_on == "all" else sizes["halves"]
-    found = []
-    for seed in range(first, first + models):
-        compute = partial(pairwise, trainer, store, queries, strategy, damping_factor, seed)
-        key = [data.digest, queries.digest, strategy, damping_factor, seed]
-        found.append(store.arrays("pairwise", key, compute))
-    scores = np.mean([each["scores"] for each in found], axis=0)
+    first = FIRST_SEED if settings.trained_on == "all" else sizes["halves"]
+    seeds = range(first, first + settings.models)
+    scores, seconds = mean_scores(trainer, store, queries, seeds, settings)
+    full, _ = mean_scores(
+        trainer, store, queries, seeds, replace(settings, eigenvector_fraction=1.0)
+    )
     members, margins = retrained(trainer, store, data, **sizes)
     values = linear_datamodeling_scores(scores, members, margins.mean(0))
     several = len(values) > 1
@@ -463,33 +484,77 @@ def prediction(trainer, store, *, strategy, damping_factor, models, trained_on, 
         "lds_by_half": [values[::2].mean(), values[1::2].mean()] if several else [],
         "standard_error": values.std(ddof=1) / len(values) ** 0.5 if several else 0.0,
         "agreement": mean_spearman(margins[0].T, margins[1].T) if len(margins) > 1 else None,
-        "score_seconds": float(sum(each["seconds"] for each in found)),
+        "full_spearman": mean_spearman(scores, full),
+        "full_helpful": shared_helpful(scores, full),
+        "score_seconds": seconds,
     }
 
 
-def pairwise(trainer, store, queries, strategy, damping_factor, seed):
-    """Returns scores, float32 [num_query, num_train], of the network of a seed, and seconds.
+def mean_scores(trainer, store, queries, seeds, settings):
+    """Returns the mean scores, float32 [num_query, num_train], over networks, and seconds.
 
-    A seed below FIRST_SEED is the number of the half that the network is trained on.
+    seeds: those of the trainings; settings: a Prediction.
+    """
+    found = []
+    for seed, back in product(seeds, range(settings.snapshots)):
+        compute = partial(pairwise, trainer, store, queries, settings, seed, back)
+        key = [corrupt(trainer.clean).digest, queries.digest, settings.strategy]
+        key += [settings.damping_factor, settings.eigenvector_fraction, seed, back]
+        found.append(store.arrays("pairwise", key, compute))
+    scores = np.mean([each["scores"] for each in found], axis=0)
+    return scores, float(sum(each["seconds"] for each in found))
+
+
+def shared_helpful(scores, others):
+    """Returns how many of a query's ten most helpful images two arrays [Q, N] share, on average."""
+    counts = []
+    for pair in zip(scores, others, strict=True):
+        first, second = (set(np.argsort(-values)[:NUM_HELPFUL].tolist()) for values in pair)
+        counts.append(len(first & second))
+    return float(np.mean(counts))
+
+
+def pairwise(trainer, store, queries, settings, seed, back):
+    """Returns scores, float32 [num_query, num_train], of a network of a training, and seconds.
+
+    A seed below FIRST_SEED is the number of the half that it is trained on. back: 0 for the final
+    network, 1 for the one that was kept before it, and so on.
     """
     data = corrupt(trainer.clean)
     trained_on = data if seed >= FIRST_SEED else data.take(half_of(len(data), seed))
-    model = trained_model(trainer, store, trained_on, seed)
-    with trainer.influence(model, data, strategy=strategy) as run:
-        scores, _ = run.pairwise_influence(queries, 1000, damping_factor)
+    model = trained_model(trainer, store, trained_on, seed, back)
+    with trainer.influence(model, data, strategy=settings.strategy) as run:
+        scores, _ = run.pairwise_influence(
+            queries, 1000, settings.damping_factor, settings.eigenvector_fraction
+        )
     return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
 
 
-def trained_model(trainer, store, data, seed):
-    """Returns the network of a seed in eval mode; it is trained once."""
+def trained_model(trainer, store, data, seed, back=0):
+    """Returns a network of a training in eval mode; it is trained once.
+
+    back: 0 for the final one, 1 for the one that was kept before it, and so on.
+    """
 
     def compute():
-        state = trainer.train(data, seed)[0].state_dict()
-        return {name: tensor.cpu().numpy() for name, tensor in state.items()}
+        model, _, snapshots = trainer.train(data, seed)
+        networks = [*snapshots.values(), train.copy_weights(model)]
+        arrays = {}
+        for number, weights in enumerate(reversed(networks)):
+            arrays |= {f"{number} {name}": tensor.numpy() for name, tensor in weights.items()}
+        return arrays
 
-    weights = store.arrays("model", [data.digest, seed], compute)
+    arrays = store.arrays("networks", [data.digest, seed], compute)
+    weights = {}
+    for key, array in arrays.items():
+        number, _, name = key.partition(" ")
+        if number == str(back):
+            weights[name] = torch.from_numpy(array)
+    if not weights:
+        reason = f"a training keeps fewer than {back + 1} networks"
+        raise pipeline.UserError(f"argument --num_train_epochs: {reason}: give at least 4")
     model = trainer.new_model(data)
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -520,8 +585,8 @@ def retrained(trainer, store, data, *, num_queries, halves, trainings):
 
 def half_margins(trainer, half, queries, seed):
     """Trains on a half of the images. Returns the margins of queries, [num_query]."""
-    model, _ = trainer.train(half, seed)
-    return {"margins": pipeline.margin(trainer.logits(model, queries), queries.labels).numpy()}
+    model, _, _ = trainer.train(half, seed)
+    return {"margins": pipeline.log_odds(trainer.logits(model, queries), queries.labels).numpy()}
 
 
 def linear_datamodeling_scores(scores, members, margins):
@@ -546,15 +611,18 @@ def mean_spearman(first, second):
 def print_retraining(rows, args):
     """Prints linear datamodeling scores (LDS); ± is the standard error over queries."""
     rows = select(rows, {"study": "retraining", "halves": args.halves, "trainings": args.trainings})
-    print("\n| strategy | damping | networks | of | LDS | by half of the queries | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["strategy", "eigenvectors", "damping", "trainings", "of", "networks of each"]
+    columns += ["LDS", "by half of the queries", "Spearman with all", "ten most helpful", "seconds"]
+    print(f"\n| {' | '.join(columns)} |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        score = f"{row['lds']:.3f} ± {row['standard_error']:.3f}"
-        halves = ", ".join(f"{value:.3f}" for value in row["lds_by_half"])
-        networks = f"{row['models']} | {row['trained_on']}"
-        seconds = f"{row['score_seconds']:.0f}"
-        curvature = f"{row['strategy']} | {row['damping_factor']}"
-        print(f"| {curvature} | {networks} | {score} | {halves} | {seconds} |")
+        cells = [row["strategy"], f"{100 * row['eigenvector_fraction']:.0f} %"]
+        cells += [row["damping_factor"], row["models"], row["trained_on"], row["snapshots"]]
+        cells.append(f"{row['lds']:.3f} ± {row['standard_error']:.3f}")
+        cells.append(", ".join(f"{value:.3f}" for value in row["lds_by_half"]))
+        cells += [f"{row['full_spearman']:.3f}", f"{row['full_helpful']:.1f}"]
+        cells.append(f"{row['score_seconds']:.0f}")
+        print(f"| {' | '.join(map(str, cells))} |")
     if rows and rows[0].get("agreement"):
         print(f"Two trainings on the same half agree by {rows[0]['agreement']:.3f}.")
 
