@@ -38,9 +38,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-# The text of this file when it is imported, since the file may be edited during a run. It serves
-# the cache of decoded images, which depends on the code that reads them (`code_of`). It is None
-# if there is only compiled code; `run` refuses that.
+# The text of this file when it is imported, since the file may be edited during a run. Caches of
+# images and of scores depend on it (`code_of`, `code_digest`). It is None if there is only compiled
+# code; `run` refuses that.
 SOURCE = __spec__.loader.get_source(__name__)
 
 import numpy as np
