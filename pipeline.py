@@ -38,9 +38,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-# The text of this file when it is imported, since the file may be edited during a run. It serves
-# the cache of decoded images, which depends on the code that reads them (`code_of`). It is None
-# if there is only compiled code; `run` refuses that.
+# The text of this file when it is imported, since the file may be edited during a run. Caches of
+# images and of scores depend on it (`code_of`, `code_digest`). It is None if there is only compiled
+# code; `run` refuses that.
 SOURCE = __spec__.loader.get_source(__name__)
 
 import numpy as np
@@ -1171,30 +1171,57 @@ def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
 
 # ---- Labels and decisions in csv files -----------------------------------------------------------
 
-LEAVE_OUT = "leave out"  # in the column new_label: the image is not trained on
-HELD_OUT = -1  # stands for every image of the test split
+LEAVE_OUT = "leave out"  # in the column new_label: excludes the image from the training
+HELD_OUT = -1  # in place of the position of a training image: an image of the test split
 
 
 class OtherImage(UserError):
-    """A row names an image that is not trained on: of the test split, or one that was not drawn."""
+    """A row names an image that is not trained on: a test image, or an image that was not drawn."""
 
 
 class NoSuchImage(UserError):
-    """A row names no image at all."""
+    """A row names an image that does not exist."""
 
 
 def read_csv(flag, path, column):
-    """Returns the rows of a csv file and the SHA-256 of its bytes, which are read once.
+    """Returns the rows of a csv file and the SHA-256 of its bytes. The file is read only once.
 
-    A row is a pair: its place, such as `<flag> <path>, line 2`, and a dictionary of its cells by
-    column name. Cells may stand between commas, semicolons, tabs, or what a first line `sep=`
-    names; blank rows are skipped. Raises UserError where the file cannot be read, lacks `column` or
-    has a column twice, and where quotes or the number of cells of a row are wrong.
+    A row is a pair: its name for messages, such as `<flag> <path>, line 2`, and a dictionary of its
+    cells by column name. The delimiter is a comma, a semicolon or a tab, or what a first line
+    `sep=` states. Blank rows are skipped. Raises UserError if the file cannot be read, if it lacks
+    `column` or has a column twice, or if the quotes or the number of cells of a row are wrong.
     """
     name = f"{flag} {path}"
+    content, lines = read_lines(name, path)
+    delimiters = ",;\t"
+    stated = stated_delimiter(lines)
+    if stated is not None:
+        delimiters = stated
+        lines = lines[1:]
+    header = lines[0][1] if lines else ""
+    delimiter, columns = find_columns(name, header, delimiters, column)
+    rows = []
+    for line_number, line in lines[1:]:
+        row_name = f"{name}, line {line_number}"
+        cells = split_cells(row_name, line, delimiter)
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{row_name}: has {len(cells)} cells, but the first line has {len(columns)}: "
+                "give every row a cell for each column, which may be empty"
+            )
+        if any(cell.strip() for cell in cells):
+            rows.append((row_name, dict(zip(columns, cells, strict=True))))
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def read_lines(name, path):
+    """Returns the bytes of a text file, and pairs of line number and text of lines with a text.
+
+    name: flag and path, for the message. Raises UserError if it is no text in UTF-8.
+    """
     try:
         content = Path(path).read_bytes()
-        text = content.decode().lstrip("\ufeff")  # some tools put the mark of UTF-8 twice
+        text = content.decode().lstrip("\ufeff")  # some tools write the byte order mark twice
         if "\0" in text:
             raise ValueError("it has a NUL")
     except (OSError, ValueError) as error:
@@ -1202,36 +1229,32 @@ def read_csv(flag, path, column):
             f"{name} cannot be read as a csv file in UTF-8 ({first_line(error)})"
         ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    separator = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', numbered[0][1], re.I) if numbered else None
-    if separator:  # a line for Excel
-        numbered = numbered[1:]
-    header = numbered[0][1] if numbered else ""
-    delimiter, columns = find_columns(name, header, separator[1] if separator else ",;\t", column)
-    rows = []
-    for number, line in numbered[1:]:
-        place = f"{name}, line {number}"
-        cells = split_cells(place, line, delimiter)
-        if len(cells) != len(columns):
-            raise UserError(
-                f"{place}: has {len(cells)} cells, but the first line has {len(columns)}: "
-                "give every row a cell for each column, an empty one where nothing is to be said"
-            )
-        if any(cell.strip() for cell in cells):
-            rows.append((place, dict(zip(columns, cells, strict=True))))
-    return rows, hashlib.sha256(content).hexdigest()
+    return content, [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def stated_delimiter(lines):
+    """Returns the delimiter that the first line states to Excel, or None if it states none.
+
+    lines: pairs of line number and text.
+    """
+    if not lines:
+        return None
+    _, first = lines[0]
+    # Such as `sep=;`, or `"sep=;",,` after a spreadsheet saved the file again.
+    match = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', first, re.IGNORECASE)
+    return match[1] if match else None
 
 
 def find_columns(name, header, delimiters, column):
-    """Returns which delimiter divides a header so that it has the `column`, and all its columns.
+    """Returns the delimiter of a csv file and the names of its columns, lower-case and stripped.
 
-    Names of columns are lower-case, without blanks around. Raises UserError where no delimiter
-    does, or where a column is there twice.
+    It is the first of the `delimiters` that splits the header so that `column` is among the names.
+    Raises UserError if no delimiter does, or if a column is there twice.
     """
     for delimiter in delimiters:
         try:
             cells = split_cells(name, header, delimiter)
-        except UserError:  # its quotes make no sense between these delimiters
+        except UserError:  # the quotes are wrong with this delimiter
             continue
         columns = [cell.strip().lower() for cell in cells]
         if column not in columns:
@@ -1243,18 +1266,19 @@ def find_columns(name, header, delimiters, column):
     raise UserError(f"{name}: its first line must name the column '{column}', but is {header!r}")
 
 
-def split_cells(place, line, delimiter):
-    """Returns the cells of a line of a csv file. Raises UserError where its quotes are wrong."""
+def split_cells(row_name, line, delimiter):
+    """Returns the cells of a line of a csv file. Raises UserError if its quotes are wrong."""
     try:
         (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
     except csv.Error as error:
         raise UserError(
-            f"{place}: a cell in quotes must end on its line, directly before {delimiter!r} "
+            f"{row_name}: a cell in quotes must end on its line, directly before {delimiter!r} "
             f"({error}): remove line breaks and stray quotes"
         ) from error
     for cell in cells:
-        if cell != cell.lstrip() and cell.lstrip().startswith('"'):
-            raise UserError(f"{place}: a blank stands before a quote: remove the blank")
+        stripped = cell.lstrip()
+        if stripped.startswith('"') and stripped != cell:
+            raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
 
@@ -1262,114 +1286,140 @@ class ExampleFinder:
     """Finds the training images that the rows of a csv file name.
 
     Images with files are named by `path`: absolute, or relative to the working directory or to
-    `--dataset_dir`. Where no such file exists, the last parts of the path decide, such as
-    `train/cat/1.png`: the data set was moved. Images without files are named by `index`.
+    `--dataset_dir`. If no such file exists, the data set may have been moved; then the last parts
+    of the path decide, such as `train/cat/1.png`. Images without files are named by `index`.
     """
 
-    def __init__(self, data, test, dataset_dir, numbers):
-        """Takes ImageData of both splits, and what `index` means for training, int64 [N]."""
-        self.data, self.dataset_dir = data, dataset_dir
-        self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
-        self.images = [(path, index) for index, path in enumerate(data.paths) if path]
+    def __init__(self, data, test, dataset_dir, indices, num_indices):
+        """data, test: ImageData of both splits.
+
+        indices: int64 [N], the `index` of each training image. num_indices: a row may name an index
+        from 0 to num_indices - 1.
+        """
+        self.data = data
+        self.dataset_dir = dataset_dir
+        self.num_indices = num_indices
+        self.position_of = {index: position for position, index in enumerate(indices.tolist())}
+        self.images = [(path, position) for position, path in enumerate(data.paths) if path]
         self.images += [(path, HELD_OUT) for path in test.paths if path]
-        self.used = set()
-        self.matched_by_last_parts = []  # text for each such row
+        self.used = set()  # positions of images that had a row
+        self.matched_by_last_parts = []  # a text for each such row
+
+    # The following dictionaries are slow to build, so each one is built when it is first needed.
 
     @cached_property
     def by_name(self):
-        """Images by name in the real folder, so that links to folders do not matter."""
-        return unique(self.images, unlinked_folder)
+        """Positions of images by path, with links to folders resolved."""
+        return unique_positions(self.images, unlinked_folder)
 
     @cached_property
     def by_target(self):
-        """Images by the file they are, where they are links themselves."""
-        return unique(self.images, os.path.realpath)
+        """Positions of images by path, with all links resolved, since an image may be a link."""
+        return unique_positions(self.images, os.path.realpath)
 
     @cached_property
     def by_last_parts(self):
-        """Images by their path below `--dataset_dir`."""
+        """Positions of images by path relative to `--dataset_dir`."""
 
         def below(path):
             return Path(os.path.relpath(path, self.dataset_dir)).as_posix()
 
-        return unique(self.images, below)
+        return unique_positions(self.images, below)
 
-    def find(self, place, row):
-        """Returns the index of the training image that a row names.
+    def find(self, row_name, row):
+        """Returns the position in `data` of the training image that a row names.
 
-        Raises OtherImage, NoSuchImage, or UserError where it names none or one that had a row.
+        Raises OtherImage or NoSuchImage, or UserError if the row names nothing or the image had an
+        earlier row.
         """
+        path, index = row.get("path", ""), row.get("index", "").strip()
         if any(self.data.paths):
-            index = self.find_path(place, row.get("path", ""))
+            named = path
+            position = self.find_path(row_name, path)
         else:
-            index = self.find_number(place, row.get("path", ""), row.get("index", "").strip())
-        if index == HELD_OUT:
-            raise OtherImage(f"{place}: {row['path']} is held out as the test split")
-        if index in self.used:
-            raise UserError(f"{place}: image {index} has a row before this one")
-        self.used.add(index)
-        return index
+            named = index
+            position = self.find_index(row_name, path, index)
+        if position == HELD_OUT:
+            raise OtherImage(f"{row_name}: {path} is held out as the test split")
+        if position in self.used:
+            raise UserError(f"{row_name}: image {named} has a row before this one")
+        self.used.add(position)
+        return position
 
-    def find_number(self, place, path, number):
-        """Returns the index of the training image with a number, of images without files."""
-        count = len(self.data)
+    def find_index(self, row_name, path, text):
+        """Returns the position of the training image whose `index` is `text`.
+
+        path: must be empty, since the images have no files. Raises OtherImage if the image was not
+        drawn, NoSuchImage if a path is given or the index is out of range, and UserError without an
+        index.
+        """
         if path.strip():
             raise NoSuchImage(
-                f"{place}: {path} is not among the {count} training images, which have no files: "
-                "name them by index"
+                f"{row_name}: {path} is not among the {len(self.data)} training images, which "
+                "have no files: name them by index"
             )
-        if not number:
-            raise UserError(f"{place}: needs an index, a whole number from 0 on")
-        digits = number.lstrip("0") or "0"
-        if digits in self.numbered:
-            return self.numbered[digits]
-        total = self.data.num_available or count
-        problem = f"{place}: there is no training image {number:.20}, only 0 to {count - 1}"
-        if digits.isdecimal() and len(digits) <= len(str(total)) and int(digits) < total:
-            raise OtherImage(problem)
-        raise NoSuchImage(problem)
+        if not text:
+            raise UserError(f"{row_name}: needs an index, a whole number from 0 on")
+        # Such as `17` or `017`. Longer numbers are no index, and int() fails above 4,300 digits.
+        index = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+        if index in self.position_of:
+            return self.position_of[index]
+        if index is None or index >= self.num_indices:
+            raise NoSuchImage(
+                f"{row_name}: there is no training image {text:.20}, only 0 to "
+                f"{self.num_indices - 1}"
+            )
+        raise OtherImage(f"{row_name}: training image {index} was not drawn")
 
-    def find_path(self, place, path):
-        """Returns the index of the training image with a path, or HELD_OUT for a test image."""
+    def find_path(self, row_name, path):
+        """Returns the position of the training image with a path, or HELD_OUT for a test image.
+
+        Raises OtherImage for any other file, NoSuchImage if there is no such file, and UserError
+        without a path.
+        """
         if not path.strip():
             raise UserError(
-                f"{place}: needs a path; an index is another image once files come or go"
+                f"{row_name}: needs a path; an index would mean another image after files are "
+                "added or removed"
             )
-        files = [file for spelled in spellings(path) for file in self.places(spelled)]
+        files = []
+        for spelled in spellings(path):
+            files += [os.path.abspath(spelled), os.path.abspath(Path(self.dataset_dir) / spelled)]
         for file in files:
-            index = self.look_up(file)
-            if index is not None:
-                return index
-        problem = f"{place}: {path} is not among the {len(self.data)} training images"
-        if any(map(os.path.isfile, files)):
+            position = self.look_up(file)
+            if position is not None:
+                return position
+        problem = f"{row_name}: {path} is not among the {len(self.data)} training images"
+        if any(map(os.path.isfile, files)):  # unlike pathlib, false for a name that is too long
             raise OtherImage(problem)
         return self.find_last_parts(path, problem)
 
     def find_last_parts(self, path, problem):
-        """Returns the index of the image that the last parts of a path name, or HELD_OUT."""
+        """Returns the position of the image that the last parts of a path name, or HELD_OUT.
+
+        problem: the first part of the message. Raises OtherImage if they name another file below
+        `--dataset_dir`, and NoSuchImage if they name no file.
+        """
         endings = [ending for spelled in spellings(path) for ending in last_parts(spelled)]
         for ending in endings:
-            index = self.by_last_parts.get(same_form(ending))
-            if index is not None:
+            position = self.by_last_parts.get(same_form(ending))
+            if position is not None:
                 self.matched_by_last_parts.append(f"{path} as {ending}")
-                return index
-        if any(map(os.path.isfile, (f"{self.dataset_dir}/{ending}" for ending in endings))):
+                return position
+        files = [f"{self.dataset_dir}/{ending}" for ending in endings]
+        if any(map(os.path.isfile, files)):
             raise OtherImage(problem)
         raise NoSuchImage(f"{problem}, and there is no such file")
 
-    def places(self, path):
-        """Returns where the file of a path may be."""
-        return os.path.abspath(path), os.path.abspath(Path(self.dataset_dir) / path)
-
     def look_up(self, file):
-        """Returns the index of the image that a file is, HELD_OUT for a test image, or None."""
-        index = self.by_name.get(same_form(unlinked_folder(file)))
-        if index is None:
-            index = self.by_target.get(same_form(os.path.realpath(file)))
-        return index
+        """Returns the position of the image in a file, HELD_OUT for a test image, or None."""
+        position = self.by_name.get(same_form(unlinked_folder(file)))
+        if position is None:
+            position = self.by_target.get(same_form(os.path.realpath(file)))
+        return position
 
     def print_matches(self):
-        """Prints how many rows were matched by their last parts, if any, and the first of them."""
+        """Prints how many rows were matched by their last parts, and the first of these rows."""
         if self.matched_by_last_parts:
             print(
                 f"{len(self.matched_by_last_parts)} rows name files that do not exist and were "
@@ -1378,161 +1428,191 @@ class ExampleFinder:
             )
 
 
-def unique(images, spelling):
-    """Returns a dictionary from the spelling of each path, in one Unicode form, to its index.
+def unique_positions(images, spelling):
+    """Returns a dictionary from the spelling of each path, in one Unicode form, to its position.
 
-    images: pairs of a path and an index. What several images would be called by is left out.
+    images: pairs of a path and a position. spelling: function of a path. A spelling that several
+    images share is omitted, since it does not show which image is meant.
     """
-    places = {}
-    for path, index in images:
-        places.setdefault(same_form(spelling(path)), []).append(index)
-    return {place: found[0] for place, found in places.items() if len(found) == 1}
+    positions = {}
+    for path, position in images:
+        positions.setdefault(same_form(spelling(path)), []).append(position)
+    return {spelled: shared[0] for spelled, shared in positions.items() if len(shared) == 1}
 
 
 def unlinked_folder(path):
-    """Returns the absolute path of a file, in which no folder is a link."""
+    """Returns the absolute path of a file, with links to folders resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return f"{os.path.realpath(folder)}/{name}"
 
 
 def spellings(path):
-    """Returns a path as it is written, without blanks around it, and as the URL of a label tool."""
+    """Returns the ways to read a path: as written, without blanks around it, and as a URL.
+
+    Labelling tools write URLs.
+    """
+    # Such as `file:///a/b%20c.png` or `file://localhost/a/b%20c.png`, which mean `/a/b c.png`.
     decoded = unquote(re.sub("^file:(//(localhost)?)?", "", path.strip()))
     return list(dict.fromkeys((path, path.strip(), decoded)))
 
 
 def last_parts(path):
-    """Returns the endings of a path at its separators, also those of Windows, longest first."""
+    """Returns all endings of a path, longest first: of `a\\b/c` these are `a/b/c`, `b/c`, `c`."""
     parts = path.replace("\\", "/").split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def find_class(place, name, class_names, hint=""):
-    """Returns the number of a class by its name, in any Unicode form, also with blanks around.
+def find_class(row_name, name, class_names, hint=""):
+    """Returns the class index of a class name, in any Unicode form, with or without blanks around.
 
-    Raises UserError where there is no such class; its text ends in the `hint`.
+    Raises UserError if there is no such class; `hint` is the end of its text.
     """
     for spelled in (same_form(name), same_form(name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
-    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
+    raise UserError(f"{row_name}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
 
 
 def read_noisy_labels(path, data, test, dataset_dir):
     """Returns the labels to train on, int64 [N], and the SHA-256 of the csv file they come from.
 
-    Its columns are `label`, a class name, and `path`, or `index`: the position in the whole data
-    set. Images without a row keep their label; rows of images that are not trained on are counted.
-    Prints what differs. Raises UserError, naming the line, for an unknown class, for one image
-    twice, and for a row that names no image, and where no row is about a training image.
+    Its columns are `label`, a class name, and `path` or `index`, the position in the whole data
+    set. Images without a row keep their label. Rows of images that are not trained on are only
+    counted. Prints the number of rows and how many labels change between which classes.
+
+    Raises UserError, naming the line, for an unknown class, for a row that names no image or the
+    image of an earlier row, and if no row is about a training image.
     """
     rows, file_hash = read_csv("--noisy_labels", path, "label")
-    finder = ExampleFinder(data, test, dataset_dir, data.dataset_index)
-    labels, changes, others, missing = data.labels.clone(), Counter(), 0, []
-    for place, row in rows:
+    finder = ExampleFinder(data, test, dataset_dir, data.dataset_index, data.num_available)
+    labels = data.labels.clone()
+    changes = Counter()
+    num_others = 0
+    missing = []
+    for row_name, row in rows:
         try:
-            index = finder.find(place, row)
+            position = finder.find(row_name, row)
         except OtherImage:
-            others += 1
+            num_others += 1
             continue
         except NoSuchImage as error:
             missing.append(error)
             continue
-        labels[index] = find_class(place, row["label"], data.class_names)
-        if labels[index] != data.labels[index]:
-            old, new = data.class_names[data.labels[index]], data.class_names[labels[index]]
-            changes[f"{old} → {new}"] += 1
+        labels[position] = find_class(row_name, row["label"], data.class_names)
+        if labels[position] != data.labels[position]:
+            old_name = data.class_names[data.labels[position]]
+            new_name = data.class_names[labels[position]]
+            changes[f"{old_name} → {new_name}"] += 1
     if missing:
         raise UserError(f"{missing[0]} ({len(missing)} such rows in all): correct or remove them")
     if not finder.used:
         raise UserError(
-            f"--noisy_labels {path}: none of its {others} rows is about a training image"
+            f"--noisy_labels {path}: none of its {num_others} rows is about a training image"
         )
     finder.print_matches()
-    summary = ten_largest(changes) or "none differs"
-    print(f"{path}: {len(finder.used)} rows, and {others} of other images; {summary}")
+    summary = ten_largest(changes) if changes else "no label differs"
+    print(f"{path}: {len(finder.used)} rows, and {num_others} of other images; {summary}")
     return labels, file_hash
 
 
 def has_labels_of(metadata, path):
     """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
 
-    metadata: the checkpoint's; path: None without the flag. The checkpoint keeps the labels, so a
-    file that cannot be read a second time is not needed: a pipe such as that of `<(command)`, or a
-    file that is gone and is named as it was for the training. Then a line is printed.
+    metadata: of the checkpoint. path: None without the flag. The checkpoint keeps the labels, so
+    the file is not needed if it cannot be read a second time. That is so for a pipe, such as
+    `<(command)`, and for a file that was removed and that has the same name as for the training. A
+    line is printed then. Raises UserError if the file cannot be read for another reason.
     """
-    if path is None or metadata["noisy_labels"] is None:
-        return path is metadata["noisy_labels"]
+    trained_on = metadata["noisy_labels"]
+    if path is None or trained_on is None:
+        return path is None and trained_on is None
     if Path(path).is_file():
         try:
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest() == metadata["labels_sha256"]
+            content = Path(path).read_bytes()
         except OSError as error:
-            reason = error.strerror
-    elif Path(path).exists() or path == metadata["noisy_labels"]:
-        if is_main_process():
-            print(f"{path} cannot be read again: the labels are those that the checkpoint keeps")
-        return True
-    else:
-        reason = "no such file"
-    raise UserError(f"--noisy_labels {path} cannot be read ({reason}): name another file")
+            raise unreadable_labels(path, error.strerror) from error
+        return hashlib.sha256(content).hexdigest() == metadata["labels_sha256"]
+    is_pipe = Path(path).exists()
+    if not is_pipe and path != trained_on:
+        raise unreadable_labels(path, "no such file")
+    if is_main_process():
+        print(f"{path} cannot be read again: the labels in the checkpoint are used")
+    return True
+
+
+def unreadable_labels(path, reason):
+    """Returns the UserError for a `--noisy_labels` file that cannot be read."""
+    return UserError(f"--noisy_labels {path} cannot be read ({reason}): name another file")
 
 
 def read_corrections(path, data, test, dataset_dir):
-    """Returns the cleaning in a csv file with columns `path` or `index`, and `new_label`.
+    """Returns the corrections in a csv file, as a dictionary: the `cleaning` of training_examples.
 
-    A new label is a class name, or `leave out`; where the cell is empty nothing was decided, and
-    the row is ignored. The cleaning is a dictionary of `excluded`, a list of indices, and
-    `new_labels` by index. Prints what changes. Raises UserError, naming the line, for an unknown
-    image or class, one image twice, or a `label` that is not the given one.
+    Its `excluded` is a list of indices among the loaded images, and `new_labels` a dictionary from
+    such indices to class indices. The columns of the file are `path` or `index`, and `new_label`: a
+    class name, or `leave out` to exclude the image from the training. Rows with an empty
+    `new_label` are ignored. Prints what changes.
+
+    Raises UserError, naming the line, for an unknown image or class, for the image of an earlier
+    row, and if a column `label` differs from the label before any cleaning.
     """
     if LEAVE_OUT in [name.strip() for name in data.class_names]:
         raise UserError(
-            f"--corrections {path}: '{LEAVE_OUT}' leaves an image out, and a class has that name: "
+            f"--corrections {path}: '{LEAVE_OUT}' excludes an image, and a class has that name: "
             "rename the class"
         )
     rows, _ = read_csv("--corrections", path, "new_label")
-    finder = ExampleFinder(data, test, dataset_dir, data.indices)
+    finder = ExampleFinder(data, test, dataset_dir, data.indices, len(data))
     excluded, new_labels = [], {}
-    decided = [(place, row) for place, row in rows if row["new_label"].strip()]
+    decided = [(row_name, row) for row_name, row in rows if row["new_label"].strip()]
     if not decided:
         raise UserError(
             f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
         )
-    for place, row in decided:
-        index = finder.find(place, row)
-        require_given_label(place, row.get("label", ""), index, data)
+    for row_name, row in decided:
+        index = finder.find(row_name, row)
+        require_given_label(row_name, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
             excluded.append(index)
         else:
             hint = f", nor '{LEAVE_OUT}'"
-            new_labels[index] = find_class(place, row["new_label"], data.class_names, hint)
+            new_labels[index] = find_class(row_name, row["new_label"], data.class_names, hint)
     finder.print_matches()
     print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
     return {"excluded": excluded, "new_labels": new_labels}
 
 
-def require_given_label(place, name, index, data):
-    """Raises UserError where a row says another label of an image than the one before cleaning."""
-    if name.strip() and find_class(place, name, data.class_names) != data.labels[index]:
-        given = data.class_names[data.labels[index]]
+def require_given_label(row_name, name, index, data):
+    """Raises UserError if a row's `label` is not the label of its image before any cleaning.
+
+    name: the cell `label`; an empty cell is accepted.
+    """
+    if not name.strip():
+        return
+    given = data.labels[index]
+    if find_class(row_name, name, data.class_names) != given:
         raise UserError(
-            f"{place}: image {index} has the label {given} before any cleaning, not {name}: "
-            "give the data flags of that table, or remove its column label"
+            f"{row_name}: image {index} has the label {data.class_names[given]} before any "
+            f"cleaning, not {name}: give the data flags of that table, or remove its column label"
         )
 
 
 def print_cleaning(excluded, new_labels, num_ignored, data):
-    """Prints how many labels change, stay, and are left out, and how many rows are ignored."""
-    changes, kept = Counter(), 0
+    """Prints how many labels change, stay and are left out, and how many rows are ignored."""
+    changes = Counter()
+    num_kept = 0
     for index, label in new_labels.items():
         if label == data.labels[index]:
-            kept += 1
+            num_kept += 1
         else:
             changes[f"{data.class_names[data.labels[index]]} → {data.class_names[label]}"] += 1
-    parts = [ten_largest(changes)] if changes else []
-    if kept:
-        parts.append(f"kept {kept}")
-    print("Corrections: " + ", ".join([*parts, f"left out {len(excluded)}"]))
+    parts = []
+    if changes:
+        parts.append(ten_largest(changes))
+    if num_kept:
+        parts.append(f"kept {num_kept}")
+    parts.append(f"left out {len(excluded)}")
+    print(f"Corrections: {', '.join(parts)}")
     if num_ignored:
         print(
             f"Ignored {num_ignored} rows with an empty new_label, since nothing was decided there; "

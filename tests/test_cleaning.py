@@ -360,7 +360,7 @@ def test_a_mistake_in_corrections_is_named_with_its_line(written, data, mistake)
     ("row", "message"),
     [
         ("images/7.png,1", "line 2: images/7.png is not among"),
-        (",1", "line 2: needs a path; an index is another"),
+        (",1", "line 2: needs a path; an index would mean another"),
     ],
 )
 def test_images_with_files_must_be_named_by_path(written, data, row, message):

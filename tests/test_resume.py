@@ -295,7 +295,7 @@ def test_another_training_does_not_continue(tmp_path, monkeypatch, flag, value, 
     succeed(tmp_path / "fresh", TRAIN, *FLAGS, flag, value)
     train_until(tmp_path, 8)
     out = succeed(tmp_path, TRAIN, *FLAGS, flag, value)
-    assert f"{STATE} belongs to another training (other {different}): this one starts anew" in out
+    assert f"{STATE} belongs to another training (other {different}): this one starts from" in out
     assert "continuing" not in out and files(tmp_path) == [CHECKPOINT.name]
     assert content(tmp_path / CHECKPOINT) == content(tmp_path / "fresh" / CHECKPOINT)
 
@@ -330,7 +330,8 @@ def test_a_damaged_state_is_not_used(reference, tmp_path, damage):
     (tmp_path / STATE).write_bytes(damage(written))
     assert damage(written) != written
     out = succeed(tmp_path, TRAIN, *FLAGS)
-    assert f"\n{STATE} is damaged: the training starts anew\n" in out and "continuing" not in out
+    assert f"\n{STATE} is damaged: the training starts from the beginning\n" in out
+    assert "continuing" not in out
     assert content(tmp_path / CHECKPOINT) == reference and files(tmp_path) == [CHECKPOINT.name]
 
 
