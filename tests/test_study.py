@@ -109,7 +109,7 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "CLEANED_FRACTIONS", (0.2,))
     _, (detection,) = run("detection", "--num_noises", "1")
     output, (_, *cleaned) = run("cleaning")
-    kinds = len(study.LEFT_OUT_BY) + len(study.PUT_RIGHT_BY)
+    kinds = len(study.LEFT_OUT_BY) + len(study.CORRECTED_BY)
     assert len(cleaned) == 3 + kinds
     accuracies = {}
     for row in cleaned:
