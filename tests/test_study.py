@@ -1,4 +1,4 @@
-"""The studies on forty digits: what they train on, what they write, and that they continue."""
+"""The studies, on forty digits: labels, results, tables, and continuing after a stop."""
 
 import json
 
@@ -18,7 +18,7 @@ FLAGS += ["--seeds", "1", "--corruption_seeds", "1"]
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a study in a folder of its own. Returns what it printed and the rows of its results."""
+    """Runs a study in a new folder. Returns its printed output and the rows of its results."""
 
     def call(name, *flags):
         argv = ["study.py", name, "--folder", str(tmp_path), *FLAGS, *flags]
@@ -37,7 +37,7 @@ def store(tmp_path):
 
 
 class FakeTrainer:
-    """Its network is the set of images that it was trained on; its logits are those of a test."""
+    """Its network is the set of training images; its logits come from a function of the test."""
 
     def __init__(self, clean, logits):
         self.clean = self.test = clean
@@ -50,7 +50,7 @@ class FakeTrainer:
 
 
 def numbers(count):
-    """Images that are their own number, with labels of ten classes in turn."""
+    """Each image is its own index. The labels are 0 to 9, repeated."""
     names = [str(digit) for digit in range(10)]
     return image_data(torch.arange(count), torch.arange(count) % 10, names)
 
@@ -70,12 +70,12 @@ def test_asymmetric_noise_gives_each_class_the_label_of_its_partner():
     assert flips <= set(study.PARTNERS.items()) and len(flips) > 5
 
 
-def test_asymmetric_noise_takes_the_next_class_where_none_looks_alike():
+def test_asymmetric_noise_takes_the_next_class_if_the_partner_is_missing():
     assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # there is no dog
     assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
 
 
-def test_the_file_of_asymmetric_labels_has_those_labels(run, tmp_path):
+def test_the_file_of_noisy_labels_contains_the_asymmetric_labels(run, tmp_path):
     (tmp_path / "results.jsonl").touch()
     run("asymmetric")
     lines = (tmp_path / "labels.csv").read_text().split()
@@ -124,7 +124,7 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     assert line in run("cleaning")[0]
 
 
-def test_each_fold_is_ranked_by_a_network_that_never_saw_it():
+def test_each_fold_is_ranked_by_a_network_that_was_not_trained_on_it():
     """The fake network knows the true label of every other image."""
     judged = []
 
@@ -160,8 +160,8 @@ def test_the_linear_datamodeling_score_by_hand():
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
-def test_a_half_depends_on_its_number_alone():
-    """Two halves of 2,000 share 500 give or take 11, a half and 200 images 100 give or take 7."""
+def test_a_half_depends_on_its_index_alone():
+    """Two halves of 2,000 images share 500 ± 11 images; a half contains 100 ± 7 of 200 images."""
     first, other, again = (set(study.half_of(2000, number).tolist()) for number in (0, 1, 0))
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)
     corrupted = set(is_corrupted.nonzero().flatten().tolist())
@@ -210,8 +210,8 @@ def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
     assert found["score_seconds"] == 2
 
 
-def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
-    """A network is scored once, for all the means that it is part of."""
+def test_scores_of_halves_and_of_a_mean_of_networks_predict_halves(run, monkeypatch, tmp_path):
+    """Each network is scored once, although it is part of several means."""
     rows = [("identity", 1e-8, 1, "all"), ("identity", 1e-8, 2, "all")]
     rows.append(("identity", 1e-8, 1, "halves"))
     monkeypatch.setattr(study, "PREDICTIONS", rows)
@@ -255,7 +255,7 @@ def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 
 
-def test_mistakes_end_in_one_sentence(run, capsys):
+def test_a_wrong_flag_ends_in_one_sentence(run, capsys):
     with pytest.raises(pipeline.UserError, match="--train_batch_size 41: there are only 40 images"):
         run("detection", "--train_batch_size", "41")
     with pytest.raises(pipeline.UserError, match="--halves: 1 networks have no order to predict"):
