@@ -1,4 +1,4 @@
-"""The studies on forty digits: their data, their files, and continuing after a stop."""
+"""The studies, on forty digits: labels, results, tables, and continuing after a stop."""
 
 import json
 from collections import OrderedDict
@@ -20,7 +20,7 @@ FLAGS += ["--seeds", "1", "--corruption_seeds", "1"]
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a study in a new folder. Returns its output and the rows of its results."""
+    """Runs a study in a new folder. Returns its printed output and the rows of its results."""
 
     def call(name, *flags):
         argv = ["study.py", name, "--folder", str(tmp_path), *FLAGS, *flags]
@@ -39,7 +39,7 @@ def store(tmp_path):
 
 
 class FakeTrainer:
-    """Its network is the set of its training images; a test defines the logits."""
+    """Its network is the set of training images; its logits come from a function of the test."""
 
     def __init__(self, clean, logits):
         self.clean = self.test = clean
@@ -52,7 +52,7 @@ class FakeTrainer:
 
 
 def numbers(count):
-    """Images whose pixels are their index, with the labels of ten classes in turn."""
+    """Each image is its own index. The labels are 0 to 9, repeated."""
     names = [str(digit) for digit in range(10)]
     return image_data(torch.arange(count), torch.arange(count) % 10, names)
 
@@ -72,12 +72,12 @@ def test_asymmetric_noise_gives_each_class_the_label_of_its_partner():
     assert flips <= set(study.PARTNERS.items()) and len(flips) > 5
 
 
-def test_asymmetric_noise_takes_the_next_class_if_no_class_is_similar():
-    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # the classes contain no dog
+def test_asymmetric_noise_takes_the_next_class_if_the_partner_is_missing():
+    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # there is no dog
     assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
 
 
-def test_the_file_of_asymmetric_labels_has_those_labels(run, tmp_path):
+def test_the_file_of_noisy_labels_contains_the_asymmetric_labels(run, tmp_path):
     (tmp_path / "results.jsonl").touch()
     run("asymmetric")
     lines = (tmp_path / "labels.csv").read_text().split()
@@ -111,7 +111,7 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "CLEANED_FRACTIONS", (0.2,))
     _, (detection,) = run("detection", "--num_noises", "1")
     output, (_, *cleaned) = run("cleaning")
-    kinds = len(study.LEFT_OUT_BY) + len(study.PUT_RIGHT_BY)
+    kinds = len(study.LEFT_OUT_BY) + len(study.CORRECTED_BY)
     assert len(cleaned) == 3 + kinds
     accuracies = {}
     for row in cleaned:
@@ -126,7 +126,7 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     assert line in run("cleaning")[0]
 
 
-def test_each_fold_is_ranked_by_a_network_trained_without_it():
+def test_each_fold_is_ranked_by_a_network_that_was_not_trained_on_it():
     """The fake network knows the true label of every other image."""
     judged = []
 
@@ -162,8 +162,8 @@ def test_the_linear_datamodeling_score_by_hand():
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
-def test_a_half_depends_only_on_its_number():
-    """Two halves of 2,000 share 500 ± 11 images; a half and 200 images share 100 ± 7."""
+def test_a_half_depends_on_its_index_alone():
+    """Two halves of 2,000 images share 500 ± 11 images; a half contains 100 ± 7 of 200 images."""
     first, other, again = (set(study.half_of(2000, number).tolist()) for number in (0, 1, 0))
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)
     corrupted = set(is_corrupted.nonzero().flatten().tolist())
@@ -310,7 +310,7 @@ def test_scores_with_the_factors_of_all_images_agree_fully(run, monkeypatch):
     assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 
 
-def test_mistakes_of_the_user_end_in_one_sentence(run, capsys):
+def test_a_wrong_flag_ends_in_one_sentence(run, capsys):
     with pytest.raises(pipeline.UserError, match="--train_batch_size 41: there are only 40 images"):
         run("detection", "--train_batch_size", "41")
     with pytest.raises(pipeline.UserError, match="--halves: 1 networks have no order to predict"):

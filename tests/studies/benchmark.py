@@ -1,9 +1,9 @@
 """Compares the speed of the scripts with that of unmodified kronfluence, and the scores of both.
 
 The reference is kronfluence with its defaults (float32, a data loader with per-image transforms)
-and a given batch size. Its training is a float32 loop over the same kind of loader. Each run is a
-process of its own, the reference and the scripts in turn, on the same checkpoint, images and
-pseudo-labels. The tables have medians over the repeats:
+and a given batch size. Training is compared with a float32 loop over such a loader. The reference
+and the scripts run in turn, each in a process of its own, on the same checkpoint, images and
+pseudo-labels. The tables contain medians over the repeats:
 
     python tests/studies/benchmark.py
     python tests/studies/benchmark.py --dataset imagefolder --dataset_dir DIR \
@@ -40,7 +40,7 @@ MODEL_FLAGS = ("model",)
 TRAINING_FLAGS = ("train_batch_size", "num_train_epochs", "learning_rate", "weight_decay")
 REFERENCE_FLAGS = ("reference_batch_size", "reference_query_batch_size", "reference_examples")
 PHASES = ("covariance", "eigendecomposition", "lambda", "scores")
-ALL = ("--factor_examples", "all")  # as the reference has it
+ALL = ("--factor_examples", "all")  # the reference, too, fits its factors on all images
 RUNS = {
     "auto": ALL,
     "fp32": ("--precision", "fp32", *ALL),
@@ -53,7 +53,7 @@ RUNS = {
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """Images that pass torchvision's transforms one by one, with the scripts' pseudo-labels."""
+    """Images that are transformed one by one by torchvision, with the scripts' pseudo-labels."""
 
     def __init__(self, data, augmented=False, seed=1004):
         from torchvision import transforms
@@ -80,7 +80,10 @@ class TransformedImages(torch.utils.data.Dataset):
 
 
 def reference_training(args, data, test, device):
-    """Trains by the reference loop. Returns images per second, its workers' start included."""
+    """Trains by the reference loop. Returns images per second and test accuracy.
+
+    The time includes the start of the data loader's workers.
+    """
     torch.manual_seed(args.seed)
     model = pipeline.construct_model(args.model, len(data.class_names))
     model = model.to(device, memory_format=torch.contiguous_format)
@@ -115,7 +118,7 @@ def reference_training(args, data, test, device):
 def reference_scores(args, data, queries, device):
     """Computes EKFAC scores by unmodified kronfluence. Returns seconds and the file of the scores.
 
-    Seconds are extrapolated to all images where the reference gets only some of them.
+    If the reference scores only some images, its seconds are extrapolated to all images.
     """
     from kronfluence.arguments import FactorArguments
 
@@ -126,7 +129,7 @@ def reference_scores(args, data, queries, device):
     analyzer.fit_covariance_matrices("ekfac", dataset, batch_size, factor_args=settings)
     decomposition_start = time.perf_counter()
     analyzer.perform_eigendecomposition("ekfac", settings)
-    fixed = time.perf_counter() - decomposition_start  # takes as long for any number of images
+    fixed = time.perf_counter() - decomposition_start  # does not depend on the number of images
     analyzer.fit_lambda_matrices("ekfac", dataset, batch_size, factor_args=settings)
     if args.reference == "self":
         analyzer.compute_self_scores("self", "ekfac", dataset, batch_size)
@@ -147,7 +150,7 @@ def reference_scores(args, data, queries, device):
 
 
 def reference_analyzer(args, device):
-    """Returns kronfluence's Analyzer, with its own trackers, of the checkpoint."""
+    """Returns kronfluence's Analyzer for the checkpoint, with kronfluence's own trackers."""
     from kronfluence.analyzer import Analyzer, prepare_model
 
     path = pipeline.checkpoint_path(args.checkpoint_dir, args.corrupt_percentage)
@@ -165,28 +168,28 @@ def reference_analyzer(args, device):
 
 
 def run_reference(args):
-    """Runs one reference in this process; its results go to `<output_dir>/reference.json`."""
+    """Runs one reference in this process, and writes `<output_dir>/reference.json`."""
     device = pipeline.choose_device(args.device, several_processes=False)
-    cache_dir = Path(args.output_dir).parent  # decoding is not what is measured
+    cache_dir = Path(args.output_dir).parent  # images are decoded once, outside the measured time
     count = args.reference_examples or args.num_train_examples
     clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", count, cache_dir)
     data = pipeline.training_examples(clean, args.corrupt_percentage)
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=cache_dir)
     queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
     if args.reference == "training":
-        found = reference_training(args, data, test, device)
+        measurements = reference_training(args, data, test, device)
     else:
-        found = reference_scores(args, data, queries, device)
-    found["peak_memory_bytes"] = pipeline.environment(device)["peak_memory_bytes"]
+        measurements = reference_scores(args, data, queries, device)
+    measurements["peak_memory_bytes"] = pipeline.environment(device)["peak_memory_bytes"]
     pipeline.make_folder(args.output_dir)
-    (Path(args.output_dir) / "reference.json").write_text(json.dumps(found))
+    (Path(args.output_dir) / "reference.json").write_text(json.dumps(measurements))
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
 
 
 def call(*command):
-    """Runs a Python script to its end without showing its output. Returns wall-clock seconds."""
+    """Runs a Python script without showing its output. Returns wall-clock seconds."""
     start = time.perf_counter()
     words = [sys.executable, *map(str, command)]
     process = subprocess.run(words, capture_output=True, text=True)
@@ -196,7 +199,7 @@ def call(*command):
 
 
 def to_flags(args, names):
-    """Returns the flags of these names, with their values; None is left out."""
+    """Returns the flags with these names and their values; None is omitted."""
     words = []
     for name in names:
         value = getattr(args, name)
@@ -213,7 +216,7 @@ def run_training(args, checkpoint_dir, precision, seed):
         *("--checkpoint_dir", checkpoint_dir),
         *("--precision", precision),
         *("--seed", seed),
-        *("--output_dir", checkpoint_dir.parent),  # keeps what was decoded from class folders
+        *("--output_dir", checkpoint_dir.parent),  # caches the decoded images
     )
     metadata = torch.load(next(checkpoint_dir.glob("*.pth")), weights_only=True)["metadata"]
     batch_size = metadata["train_batch_size"]
@@ -227,8 +230,8 @@ def run_training(args, checkpoint_dir, precision, seed):
 def run_script(args, part, flags, checkpoint_dir, output_dir):
     """Runs the script that computes self-influence or pairwise scores. Returns its measurements.
 
-    seconds: those of PHASES; seconds_to_start: from the call to the first of them, with imports
-    and loading, and with the end of the process, which has no time of its own.
+    seconds: the sum of PHASES; seconds_to_start: the time before the first of these phases, with
+    imports and loading. It includes the end of the process, which is not measured on its own.
     """
     script = ROOT / "detect_mislabeled_dataset.py"
     if part == "pairwise":
@@ -265,23 +268,23 @@ def read_scores(path):
 
 
 def agreement(scores, reference, is_corrupted):
-    """Returns how well scores [N] or [Q, N] agree with the reference's, for [N] also in recall.
+    """Returns the agreement of scores [N] or [Q, N] with the reference; for [N], also in recall.
 
-    All is NaN where the reference has scores of fewer images.
+    All values are NaN if the reference has scores of fewer images.
     """
     if scores.shape != reference.shape:
         return dict.fromkeys(("relative_error", "spearman", "recall_at_10_difference"), math.nan)
     rows = zip(np.atleast_2d(scores), np.atleast_2d(reference), strict=True)
     error = np.linalg.norm(scores - reference) / np.linalg.norm(reference)
-    found = {
+    result = {
         "relative_error": float(error),
         "spearman": float(np.mean([spearman(row, expected) for row, expected in rows])),
     }
     if scores.ndim == 1:
         ours = detect.evaluate_ranking(scores, is_corrupted)["recall_at_10"]
         theirs = detect.evaluate_ranking(reference, is_corrupted)["recall_at_10"]
-        found["recall_at_10_difference"] = ours - theirs
-    return found
+        result["recall_at_10_difference"] = ours - theirs
+    return result
 
 
 def median(rows, name):
@@ -290,7 +293,7 @@ def median(rows, name):
 
 
 def product_speed(device, dtype, size=2048, repeats=10):
-    """Returns the floating-point operations per second of a product of square matrices."""
+    """Returns floating-point operations per second in a product of square matrices."""
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(repeats):
@@ -301,7 +304,7 @@ def product_speed(device, dtype, size=2048, repeats=10):
 
 
 def measure(args, is_corrupted, folder):
-    """Runs everything `args.repeats` times. Yields part, who ran it, and the measurements."""
+    """Runs all parts `args.repeats` times. Yields part, name of the run, and measurements."""
     checkpoint_dir = folder / f"checkpoints-{args.precision}-0"
     for repeat in range(args.repeats if args.parts else 0):
         precisions = ["auto", "fp32"] if "training" in args.parts else [args.precision]
@@ -413,8 +416,8 @@ def parse_arguments():
 
 
 def add_benchmark_flags(flag):
-    """Adds the flags that say what is compared; `flag` is add_argument of a group."""
-    few = "give the reference only N images, and extrapolate its seconds"
+    """Adds the flags that choose what is compared; `flag` is add_argument of a group."""
+    few = "run the reference on N images only, and extrapolate its seconds to all images"
     trained = "precision of the training of the model that is scored"
     flag("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to compare")
     flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="runs of the scripts")
@@ -431,7 +434,7 @@ def main():
     if args.reference:
         run_reference(args)
         return
-    # The gradients of queries take as long for any number of training images.
+    # Part of the time of pairwise scores does not depend on the number of training images.
     if args.reference_examples and args.parts != ["self"]:
         raise pipeline.UserError("argument --reference_examples: give --parts self")
     device = pipeline.choose_device(args.device, several_processes=False)
@@ -439,8 +442,8 @@ def main():
     speeds = {str(dtype): product_speed(device, dtype) for dtype in dtypes}
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
-        place = args.dataset, args.dataset_dir
-        clean = pipeline.load_data(*place, "train", args.num_train_examples, folder)
+        count = args.num_train_examples
+        clean = pipeline.load_data(args.dataset, args.dataset_dir, "train", count, folder)
         data = pipeline.training_examples(clean, args.corrupt_percentage)
         for part, who, row in measure(args, data.is_corrupted.numpy(), Path(folder)):
             measured.setdefault((part, who), []).append(row)
@@ -455,6 +458,6 @@ def main():
 
 if __name__ == "__main__":
     if "--reference" in sys.argv:
-        main()  # without pipeline.run, so that the allocator is as it always is
+        main()  # without pipeline.run, which would also speed up the reference's allocator
     else:
         pipeline.run(main)

@@ -1,7 +1,7 @@
-"""Measures how much scores change with the precision, compared with float64, and with the seed.
+"""Measures how much scores change with the precision and with the seed.
 
-It takes the checkpoint of the README's first command, and prints a table of README.md beside this
-file. Exit status 1 if the scores agree less than PROMISED:
+It uses the checkpoint of the README's quick start, and compares fp32 and bf16 with float64. The
+exit status is 1 if the scores agree less than PROMISED:
 
     python tests/studies/precision.py --num_train_examples N
 """
@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import detect_mislabeled_dataset as detect
 import pipeline
 
-# Least Spearman correlation: mean over queries, and of self-influence.
+# Smallest accepted Spearman correlation: the mean over queries, and that of self-influence.
 PROMISED = {
     "fp32 against float64": (0.9999, 0.9999),
     "bf16 against float64": (0.995, 0.999),
 }
-PROMISED_RECALL = 0.005  # largest difference of the recall at 10 %
+PROMISED_RECALL = 0.005  # largest accepted difference of recall at 10 %
 
 
 def spearman(a, b):
-    """Returns the rank correlation of two arrays [N]; equal values share their mean rank."""
+    """Returns Spearman's correlation of two arrays [N]; equal values have their mean rank."""
     return float(np.corrcoef(detect.mean_ranks(a), detect.mean_ranks(b))[0, 1])
 
 
@@ -49,7 +49,7 @@ def in_float64(data):
 def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size):
     """Returns self-influence [N] and pairwise scores [Q, N] as float64 arrays.
 
-    dtype: of the computation; load_model: returns a new copy of the model.
+    dtype: that of the computation; load_model: a function that returns a new copy of the model.
     """
     model = load_model()
     if dtype == torch.float64:
@@ -72,7 +72,7 @@ def compute_scores(load_model, data, queries, strategy, dtype, seed, batch_size)
 
 
 def compare(scores, reference, is_corrupted):
-    """Returns how well two results of compute_scores agree."""
+    """Returns the agreement of two results of compute_scores, a dictionary."""
     self_influence, pairwise = scores
     expected_self, expected_pairwise = reference
     rows = zip(pairwise, expected_pairwise, strict=True)
@@ -89,9 +89,9 @@ def compare(scores, reference, is_corrupted):
 
 
 def precision_table(load_model, data, queries, strategy="ekfac", batch_size=64):
-    """Returns the comparisons by name: fp32 and bf16 with float64, and fp32 with another seed.
+    """Returns three comparisons by name: fp32 and bf16 with float64, and fp32 with another seed.
 
-    load_model: called for a new copy of the model each time, because one becomes float64.
+    load_model: a function that returns a new copy of the model; one copy is cast to float64.
     """
 
     def scores(dtype, seed=1004):
@@ -114,12 +114,12 @@ def broken_promises(table):
     broken = []
     for name, (per_query, self_influence) in PROMISED.items():
         row = table[name]
-        kept = (
+        is_kept = (
             row["per_query_spearman_mean"] >= per_query
             and row["self_influence_spearman"] >= self_influence
             and abs(row["recall_at_10_difference"]) <= PROMISED_RECALL
         )
-        if not kept:
+        if not is_kept:
             broken.append(name)
     return broken
 
@@ -128,10 +128,10 @@ def parse_arguments():
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    same = "as in the README's first command"
+    same = "value in the README's quick start"
     flag("--checkpoint_dir", default="./checkpoints", help=same)
     flag("--num_train_examples", type=int, required=True, help=same)
-    flag("--num_scored_examples", type=int, default=300, help="fit and score the first N of them")
+    flag("--num_scored_examples", type=int, default=300, help="fit and score the first N images")
     flag("--num_query_examples", type=int, default=50, help="number of test images as queries")
     return parser.parse_args()
 

@@ -6,8 +6,8 @@
     python tests/studies/study.py retraining --dataset cifar10
     python tests/studies/study.py factors --dataset cifar10
 
-Every result is a line of `results.jsonl`, and a study that was stopped continues where it was.
-At its end each study prints a table of its results, one for each kind of machine.
+Each result is a line of `results.jsonl`. A study that was stopped continues after its last result.
+At the end, each study prints a table of its results for each kind of machine.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -36,7 +35,7 @@ import pipeline
 import train
 
 FOLDER = Path(__file__).resolve().parent
-# Kind of label noise, and the fraction of the labels that it corrupts.
+# Kind of label noise, and the fraction of corrupted labels.
 NOISES = (
     ("symmetric", 0.1),
     ("asymmetric", 0.2),
@@ -57,11 +56,11 @@ PARTNERS = {
     "ship": "airplane",
     "truck": "automobile",
 }
-FIRST_SEED = 1004  # of the training and of the pseudo-labels, as in the scripts
-HALVES_SEED = 18
+FIRST_SEED = 1004  # default seed of the scripts, for the training and for the pseudo-labels
+HALVES_SEED = 18  # draws the random halves of the training images
 CLEANED_FRACTIONS = (0.1, 0.15, 0.2)
 LEFT_OUT_BY = ("aum_vote", "aum", "self_influence", "loss", "random")
-PUT_RIGHT_BY = ("aum_vote", "aum", "self_influence")
+CORRECTED_BY = ("aum_vote", "aum", "self_influence")
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
 NUM_HELPFUL = 10  # most helpful images of a query, which truncated scores should have, too
 
@@ -101,28 +100,38 @@ PREDICTIONS += [Prediction(models=models, snapshots=3) for models in (3, 5)]
 
 
 class Store:
-    """A folder with results, a line each in `results.jsonl`, and with arrays to continue from.
+    """A folder that keeps results, one line each in `results.jsonl`, and intermediate arrays.
 
-    rows: the results with these settings, those of other machines included.
+    rows: the results with these settings, also from other machines.
     """
 
     def __init__(self, folder, settings, machine):
         pipeline.make_folder(folder)
-        self.folder, self.settings, self.machine = folder, settings, machine
+        self.folder = folder
+        self.settings = settings
+        self.machine = machine
         self.path = folder / "results.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # a study was stopped while writing it
+        self.rows = select(self.read_results(), settings)
+
+    def read_results(self):
+        """Returns all results in the file; deletes the last line if a study was stopped in it."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
             del lines[-1]
             with pipeline.atomic_path(self.path) as temporary:
                 temporary.write_text("".join(lines))
-        rows = [json.loads(line) for line in lines]
-        self.rows = [row for row in rows if settings.items() <= row.items()]
+        return [json.loads(line) for line in lines]
 
     def complete(self, job, compute):
-        """Returns the result of a job, a dictionary, on this machine; `compute()` makes it once."""
-        found = select(self.rows, job | self.machine)
-        if found:
-            return found[0]
+        """Returns the result of a job on this machine, a dictionary.
+
+        If the result is missing, `compute()` makes it, and it is written to the file.
+        """
+        existing_rows = select(self.rows, job | self.machine)
+        if existing_rows:
+            return existing_rows[0]
         start = time.perf_counter()
         row = job | compute()
         row["seconds"] = time.perf_counter() - start
@@ -135,7 +144,10 @@ class Store:
         return row
 
     def arrays(self, name, key, compute):
-        """Returns arrays by name from the file of a key, a list; `compute()` makes them once."""
+        """Returns arrays by name from the file of a key, a list.
+
+        If the file is missing, `compute()` makes the arrays.
+        """
         digest = pipeline.sha256(json.dumps([*key, self.settings, self.machine]))
         path = self.folder / f"{name}-{digest[:8]}.npz"
         if not path.exists():
@@ -153,7 +165,7 @@ def select(rows, values):
 
 @dataclass
 class Trainer:
-    """The images, and how networks are trained on them.
+    """The images, and the hyperparameters of the networks that are trained on them.
 
     clean: the training images with their true labels; test: the test split, on `device`.
     """
@@ -198,7 +210,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def influence(self, model, data, strategy="ekfac", seed=FIRST_SEED, factor_examples="all"):
-        """Yields an InfluenceRun whose factors and scores are deleted at the end of the block."""
+        """Yields an InfluenceRun; its factors and scores are deleted after the `with` block."""
         with tempfile.TemporaryDirectory() as folder:
             yield pipeline.InfluenceRun(
                 model,
@@ -208,7 +220,7 @@ class Trainer:
                 dtype=self.dtype,
                 seed=seed,
                 seconds={},
-                factor_examples=factor_examples or "all",
+                factor_examples=factor_examples,
             )
 
 
@@ -218,7 +230,7 @@ class Trainer:
 def corrupt(clean, noise=NOISES[0][0], fraction=NOISES[0][1], seed=pipeline.CORRUPTION_SEED):
     """Returns the images with a fraction of corrupted labels, ImageData.
 
-    Symmetric noise draws any other class. Asymmetric noise takes the class's partner.
+    A corrupted label is a random other class (symmetric), or the partner of the class (asymmetric).
     """
     names = clean.class_names
     labels, is_corrupted = pipeline.corrupt_labels(clean.labels, fraction, len(names), seed)
@@ -229,7 +241,7 @@ def corrupt(clean, noise=NOISES[0][0], fraction=NOISES[0][1], seed=pipeline.CORR
 
 
 def partner_of(label, names):
-    """Returns the label that asymmetric noise gives: that of PARTNERS, or else the next class."""
+    """Returns the corrupted label of asymmetric noise: from PARTNERS, or else the next class."""
     partner = PARTNERS.get(names[label])
     if partner in names:
         return names.index(partner)
@@ -237,7 +249,7 @@ def partner_of(label, names):
 
 
 def asymmetric(trainer, store, args):
-    """Writes labels of which a fifth are wrong by asymmetric noise, for `--noisy_labels`."""
+    """Writes labels with asymmetric noise to a file for `--noisy_labels`."""
     clean = trainer.clean
     data = corrupt(clean, *NOISES[1])
     names = [clean.class_names[label] for label in data.labels]
@@ -253,24 +265,24 @@ def asymmetric(trainer, store, args):
 def detection(trainer, store, args):
     """Trains on corrupted labels, and measures the recall of each ranking.
 
-    With `--folds`, also that of the loss of images that a cross-validation leaves out.
+    With `--folds`, the loss in a cross-validation is a further ranking.
     """
-    draws = list(product(range(args.corruption_seeds), range(args.seeds)))
-    for (noise, fraction), (draw, turn) in product(NOISES[: args.num_noises], draws):
-        run = {
-            "noise": noise,
-            "fraction": fraction,
-            "corruption_seed": pipeline.CORRUPTION_SEED + draw,
-            "seed": FIRST_SEED + turn,
-        }
-        detected(trainer, store, run)
-        for folds in args.folds:
-            job = {"study": "cross_validation", "folds": folds, **run}
-            store.complete(job, partial(cross_validation, trainer, folds, run))
+    for noise, fraction in NOISES[: args.num_noises]:
+        for draw, turn in product(range(args.corruption_seeds), range(args.seeds)):
+            run = {
+                "noise": noise,
+                "fraction": fraction,
+                "corruption_seed": pipeline.CORRUPTION_SEED + draw,
+                "seed": FIRST_SEED + turn,
+            }
+            detected(trainer, store, run)
+            for folds in args.folds:
+                job = {"study": "cross_validation", "folds": folds, **run}
+                store.complete(job, partial(cross_validation, trainer, folds, run))
 
 
 def detected(trainer, store, run):
-    """Returns the result of a detection: test accuracy, and what each ranking finds."""
+    """Returns the result of a detection: test accuracy, and the recall of each ranking."""
 
     def compute():
         data = corrupted_for(trainer, run)
@@ -282,14 +294,14 @@ def detected(trainer, store, run):
 
 
 def corrupted_for(trainer, run):
-    """Returns the images of a run, ImageData."""
+    """Returns the images with the corrupted labels of a run, ImageData."""
     return corrupt(trainer.clean, run["noise"], run["fraction"], run["corruption_seed"])
 
 
 def detection_scores(trainer, store, run):
-    """Returns the scores [N] by ranking, the highest for the most suspicious, and `test_accuracy`.
+    """Returns the suspicion [N] by ranking, and `test_accuracy`.
 
-    Self-influence is damped by 1e-8, and where its name says so by the heuristic damping.
+    The damping of `self_influence` is 1e-8; `self_influence, heuristic` has the heuristic damping.
     """
 
     def compute():
@@ -298,9 +310,9 @@ def detection_scores(trainer, store, run):
         accuracy = trainer.accuracy(model)
         with trainer.influence(model, data) as influence_run:
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
-            measured, _, _ = detect.measure(influence_run, metadata, 1e-8)
+            signals, _, _ = detect.measure(influence_run, metadata, 1e-8)
             heuristic, _ = influence_run.self_influence("heuristic")
-        scores = detect.suspicion_by_ranking([measured])
+        scores = detect.suspicion_by_ranking([signals])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
 
@@ -308,7 +320,7 @@ def detection_scores(trainer, store, run):
 
 
 def cross_validation(trainer, folds, run):
-    """Ranks each image by its loss on a network trained without its fold, and evaluates that."""
+    """Evaluates the ranking by the loss of a network that was trained without the image's fold."""
     data = corrupted_for(trainer, run)
     losses = torch.zeros(len(data))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run["seed"]))
@@ -321,22 +333,23 @@ def cross_validation(trainer, folds, run):
 
 
 def evaluate(scores, data):
-    """Returns recall, AUROC and average precision of scores [N] by name; the curve is left out."""
+    """Returns recall, AUROC and average precision of scores [N] by name."""
     is_corrupted = data.is_corrupted.numpy()
-    found = {}
+    results = {}
     for name, values in scores.items():
-        found[name] = detect.evaluate_ranking(values, is_corrupted)
-        del found[name]["curve"]
-    return found
+        results[name] = detect.evaluate_ranking(values, is_corrupted)
+        del results[name]["curve"]  # too long for a line of results.jsonl
+    return results
 
 
 def print_detection(rows, args):
-    """Prints a table for each kind of noise, the rankings with the highest precision first."""
+    """Prints a table for each kind of noise, the highest mean average precision first."""
     rows = [row for row in rows if row["study"] in ("detection", "cross_validation")]
-    for noise, fraction in dict.fromkeys((row["noise"], row["fraction"]) for row in rows):
+    noises = dict.fromkeys((row["noise"], row["fraction"]) for row in rows)
+    for noise, fraction in noises:
         runs = select(rows, {"noise": noise, "fraction": fraction})
-        accuracies = by_seeds(select(runs, {"study": "detection"}), lambda row: row["accuracy"])
-        accuracy = spread([100 * value for value in accuracies], 1, " %")
+        detections = last_by_seeds(select(runs, {"study": "detection"}))
+        accuracy = spread([100 * row["accuracy"] for row in detections], 1, " %")
         print(f"\n{100 * fraction:.0f} % {noise} noise, test accuracy {accuracy}\n")
         print("| ranking | recall at 10 % | recall at 20 % | AUROC | average precision | runs |")
         print("|---|---|---|---|---|---|")
@@ -348,32 +361,37 @@ def print_detection(rows, args):
 
 def detection_line(method, runs):
     """Returns the mean average precision of a ranking, and its line of the table."""
-    own = [row for row in runs if method in row["methods"]]
-    found = by_seeds(own, lambda row: row["methods"][method])
+    runs_with_method = [row for row in runs if method in row["methods"]]
+    results = [row["methods"][method] for row in last_by_seeds(runs_with_method)]
     cells = []
     for key in ("recall_at_10", "recall_at_20"):
-        cells.append(spread([100 * each[key] for each in found], 1, " %"))
+        cells.append(spread([100 * result[key] for result in results], 1, " %"))
     for key in ("auroc", "average_precision"):
-        cells.append(spread([each[key] for each in found], 3))
-    precision = statistics.mean(each["average_precision"] for each in found)
-    return precision, f"| {method} | {' | '.join(cells)} | {len(found)} |"
+        cells.append(spread([result[key] for result in results], 3))
+    mean_precision = statistics.mean(result["average_precision"] for result in results)
+    return mean_precision, f"| {method} | {' | '.join(cells)} | {len(results)} |"
 
 
-def by_seeds(rows, value):
-    """Returns the value of each run; of runs with the same seeds, that of the last."""
-    return list({(row["corruption_seed"], row["seed"]): value(row) for row in rows}.values())
+def last_by_seeds(rows):
+    """Returns the rows; if several rows have the same seeds, only the last one."""
+    rows_by_seeds = {}
+    for row in rows:
+        rows_by_seeds[row["corruption_seed"], row["seed"]] = row
+    return list(rows_by_seeds.values())
 
 
 # ---- What is cleaning worth? ---------------------------------------------------------------------
 
 
 def cleaning(trainer, store, args):
-    """Measures test accuracy with true labels, corrupted ones, and what cleaning makes of these."""
+    """Measures test accuracy with true labels, with corrupted labels, and after cleaning."""
     kinds = [{"labels": "true"}, {"labels": "corrupted"}]
-    kinds.append({"labels": "left out", "by": "truth", "fraction": NOISES[0][1]})
+    kinds.append({"labels": "left out", "by": "true labels", "fraction": NOISES[0][1]})
     for fraction in CLEANED_FRACTIONS:
-        kinds += [{"labels": "left out", "by": by, "fraction": fraction} for by in LEFT_OUT_BY]
-        kinds += [{"labels": "put right", "by": by, "fraction": fraction} for by in PUT_RIGHT_BY]
+        for by in LEFT_OUT_BY:
+            kinds.append({"labels": "left out", "by": by, "fraction": fraction})
+        for by in CORRECTED_BY:
+            kinds.append({"labels": "corrected", "by": by, "fraction": fraction})
     for turn, kind in product(range(args.seeds), kinds):
         seed = FIRST_SEED + turn
         job = {"study": "cleaning", **kind, "seed": seed}
@@ -381,9 +399,10 @@ def cleaning(trainer, store, args):
 
 
 def cleaned_accuracy(trainer, store, seed, labels, by=None, fraction=None):
-    """Returns the test accuracy of a training after what `labels` says was done.
+    """Returns the test accuracy of a training.
 
-    Of the top `fraction` of the ranking `by`, images are left out, or wrong labels put right.
+    labels: `true`; `corrupted`; or the treatment of the top `fraction` of the ranking `by`:
+    `left out` of the training, or `corrected` to the true labels.
     """
     if labels == "corrupted":
         return {"accuracy": detected(trainer, store, cleaning_run(seed))["accuracy"]}
@@ -391,7 +410,7 @@ def cleaned_accuracy(trainer, store, seed, labels, by=None, fraction=None):
     if labels != "true":
         data = corrupt(trainer.clean)
         top = ranking(trainer, store, by, seed)[: round(fraction * len(data))]
-        if labels == "put right":
+        if labels == "corrected":
             true_labels = trainer.clean.labels[top]
             data = replace(data, labels=data.labels.index_put((top,), true_labels))
         else:
@@ -401,7 +420,7 @@ def cleaned_accuracy(trainer, store, seed, labels, by=None, fraction=None):
 
 
 def cleaning_run(seed):
-    """Returns the detection that cleaning starts from."""
+    """Returns the settings of the detection whose ranking the cleaning uses."""
     noise, fraction = NOISES[0]
     return {
         "noise": noise,
@@ -412,32 +431,42 @@ def cleaning_run(seed):
 
 
 def ranking(trainer, store, by, seed):
-    """Returns the training images in order of falling suspicion, int64 [N]."""
+    """Returns the indices of the training images, the most suspicious first, int64 [N]."""
     if by == "random":
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(len(trainer.clean), generator=generator)
-    if by == "truth":
-        return corrupt(trainer.clean).is_corrupted.int().argsort(descending=True, stable=True)
+    if by == "true labels":
+        is_corrupted = corrupt(trainer.clean).is_corrupted
+        return is_corrupted.int().argsort(descending=True, stable=True)
     scores = detection_scores(trainer, store, cleaning_run(seed))[by]
     return torch.from_numpy(np.argsort(-scores, kind="stable"))
 
 
 def print_cleaning(rows, args):
-    """Prints test accuracies, and what is gained over doing nothing, seed by seed."""
+    """Prints test accuracies, and the mean gain over the corrupted labels with the same seed."""
     rows = select(rows, {"study": "cleaning"})
-    start = {row["seed"]: row["accuracy"] for row in rows if row["labels"] == "corrupted"}
+    baselines = {}
+    for row in select(rows, {"labels": "corrupted"}):
+        baselines[row["seed"]] = 100 * row["accuracy"]
     print("\n| labels | ranked by | top | test accuracy | gain, points | seeds |")
     print("|---|---|---|---|---|---|")
-    kinds = dict.fromkeys((row["labels"], row.get("by"), row.get("fraction")) for row in rows)
-    for labels, by, fraction in kinds:
-        own = [row for row in rows if (row["labels"], row.get("by")) == (labels, by)]
-        own = [row for row in own if row.get("fraction") == fraction and row["seed"] in start]
-        found = {row["seed"]: 100 * row["accuracy"] for row in own}
-        if found:
-            top = "" if fraction is None else f"{100 * fraction:.0f} %"
-            accuracy = spread(list(found.values()), 2, " %")
-            gain = spread([value - 100 * start[seed] for seed, value in found.items()], 2)
-            print(f"| {labels} | {by or ''} | {top} | {accuracy} | {gain} | {len(found)} |")
+    accuracies_by_kind = {}
+    for row in rows:
+        if row["seed"] in baselines:
+            kind = row["labels"], row.get("by"), row.get("fraction")
+            accuracies = accuracies_by_kind.setdefault(kind, {})
+            accuracies[row["seed"]] = 100 * row["accuracy"]
+    for kind, accuracies in accuracies_by_kind.items():
+        print(cleaning_line(kind, accuracies, baselines))
+
+
+def cleaning_line(kind, accuracies, baselines):
+    """Returns a line of the table. kind: labels, ranking and fraction; the others: by seed."""
+    labels, by, fraction = kind
+    top = "" if fraction is None else f"{100 * fraction:.0f} %"
+    accuracy = spread(list(accuracies.values()), 2, " %")
+    gain = spread([value - baselines[seed] for seed, value in accuracies.items()], 2)
+    return f"| {labels} | {by or ''} | {top} | {accuracy} | {gain} | {len(accuracies)} |"
 
 
 # ---- Do scores predict retraining? ---------------------------------------------------------------
@@ -449,24 +478,28 @@ def retraining(trainer, store, args):
         reason = f"{args.halves} networks have no order to predict"
         raise pipeline.UserError(f"argument --halves: {reason}: give 50")
     for settings in PREDICTIONS:
-        job = {"study": "retraining", **asdict(settings), **sizes(trainer, args)}
-        compute = partial(prediction, trainer, store, settings, **sizes(trainer, args))
+        sizes = study_sizes(trainer, args)
+        job = {"study": "retraining", **asdict(settings), **sizes}
+        compute = partial(prediction, trainer, store, settings, **sizes)
         store.complete(job, compute)
 
 
-def sizes(trainer, args):
-    """Returns the numbers of queries, of retrained halves, and of trainings of each half."""
-    queries = min(args.num_query_examples, len(trainer.test))
-    return {"num_queries": queries, "halves": args.halves, "trainings": args.trainings}
+def study_sizes(trainer, args):
+    """Returns the number of queries, of halves, and of trainings on each half."""
+    return {
+        "num_queries": min(args.num_query_examples, len(trainer.test)),
+        "halves": args.halves,
+        "trainings": args.trainings,
+    }
 
 
 def prediction(trainer, store, settings, **sizes):
     """Returns the mean linear datamodeling score of the mean scores of some networks.
 
     settings: a Prediction. The networks are those of all images, or of halves that are not among
-    the predicted ones. lds_by_half: the means over every other query, and over the rest;
-    agreement: Spearman's correlation of two trainings of the halves, None where each is trained
-    once; full_spearman, full_helpful: agreement with the scores by all eigenvectors.
+    the predicted ones. lds_by_half: the means over every second query, and over the other
+    queries; agreement: Spearman's correlation of two trainings on the same halves, None if there
+    is only one; full_spearman, full_helpful: agreement with the scores by all eigenvectors.
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
@@ -477,16 +510,27 @@ def prediction(trainer, store, settings, **sizes):
         trainer, store, queries, seeds, replace(settings, eigenvector_fraction=1.0)
     )
     members, margins = retrained(trainer, store, data, **sizes)
-    values = linear_datamodeling_scores(scores, members, margins.mean(0))
-    several = len(values) > 1
+    lds = linear_datamodeling_scores(scores, members, margins.mean(0))
+    agreement = None
+    if len(margins) > 1:
+        agreement = mean_spearman(margins[0].T, margins[1].T)
     return {
-        "lds": values.mean(),
-        "lds_by_half": [values[::2].mean(), values[1::2].mean()] if several else [],
-        "standard_error": values.std(ddof=1) / len(values) ** 0.5 if several else 0.0,
-        "agreement": mean_spearman(margins[0].T, margins[1].T) if len(margins) > 1 else None,
+        "lds": lds.mean(),
+        **spread_over_queries(lds),
+        "agreement": agreement,
         "full_spearman": mean_spearman(scores, full),
         "full_helpful": shared_helpful(scores, full),
         "score_seconds": seconds,
+    }
+
+
+def spread_over_queries(lds):
+    """Returns how much the linear datamodeling score, float64 [Q], differs between queries."""
+    if len(lds) == 1:
+        return {"lds_by_half": [], "standard_error": 0.0}
+    return {
+        "lds_by_half": [lds[::2].mean(), lds[1::2].mean()],
+        "standard_error": lds.std(ddof=1) / len(lds) ** 0.5,
     }
 
 
@@ -558,28 +602,29 @@ def trained_model(trainer, store, data, seed, back=0):
     return model.eval()
 
 
-def half_of(total, number):
-    """Returns the indices of a random half of `total` images, int64 [total / 2], rising."""
-    order = np.random.default_rng((HALVES_SEED, number)).permutation(total)
+def half_of(total, half_index):
+    """Returns the sorted indices of a random half of `total` images, int64 [total / 2]."""
+    order = np.random.default_rng((HALVES_SEED, half_index)).permutation(total)
     return torch.from_numpy(np.sort(order[: round(total / 2)]))
 
 
 def retrained(trainer, store, data, *, num_queries, halves, trainings):
-    """Trains `trainings` times on each of the halves, with other seeds.
+    """Trains `trainings` times on each half, each time with another seed.
 
-    Returns which images each half has, bool [halves, N], and the margins of the queries, float32
-    [trainings, halves, num_queries].
+    Returns which images each half contains, bool [halves, N], and the margins of the queries,
+    float32 [trainings, halves, num_queries].
     """
     queries = trainer.test.take(torch.arange(num_queries)).to("cpu")
     members = np.zeros((halves, len(data)), bool)
     margins = np.zeros((trainings, halves, num_queries), np.float32)
     turns = list(product(range(trainings), range(halves)))
-    for turn, number in tqdm(turns, "Halves", leave=False):
-        half, seed = half_of(len(data), number), number + turn * FIRST_SEED
-        members[number, half] = True
+    for turn, half_index in tqdm(turns, "Halves", leave=False):
+        half = half_of(len(data), half_index)
+        seed = half_index + turn * FIRST_SEED
+        members[half_index, half] = True
         compute = partial(half_margins, trainer, data.take(half), queries, seed)
-        key = [data.digest, queries.digest, number, seed]
-        margins[turn, number] = store.arrays("half", key, compute)["margins"]
+        key = [data.digest, queries.digest, half_index, seed]
+        margins[turn, half_index] = store.arrays("half", key, compute)["margins"]
     return members, margins
 
 
@@ -592,20 +637,24 @@ def half_margins(trainer, half, queries, seed):
 def linear_datamodeling_scores(scores, members, margins):
     """Returns the linear datamodeling score of each query, float64 [Q].
 
-    That is Spearman's correlation, over M retrained networks, of the query's margin and the sum of
-    its scores over the images that the network was trained on (Park et al. 2023, "TRAK",
-    section 2). It is 0 where one of the two is constant.
+    It is Spearman's correlation over M retrained networks between two values: the query's margin,
+    and the sum of the query's scores over the training images of the network (Park et al. 2023,
+    "TRAK", section 2). It is 0 if one of the values is the same for all networks.
     scores: [Q, N]; members: which images each network was trained on, bool [M, N]; margins: [M, Q].
     """
     predicted = members.astype(float) @ scores.astype(float).T  # (M, Q)
-    with np.errstate(invalid="ignore"):
-        found = [spearman(*pair) for pair in zip(predicted.T, margins.T, strict=True)]
-    return np.nan_to_num(found)
+    with np.errstate(invalid="ignore"):  # the correlation with a constant is 0 / 0
+        lds = [
+            spearman(predicted_margins, query_margins)
+            for predicted_margins, query_margins in zip(predicted.T, margins.T, strict=True)
+        ]
+    return np.nan_to_num(lds)
 
 
 def mean_spearman(first, second):
-    """Returns the mean, over the rows of two arrays [M, N], of Spearman's correlation."""
-    return float(np.mean([spearman(*pair) for pair in zip(first, second, strict=True)]))
+    """Returns Spearman's correlation of two arrays [M, N], the mean over their rows."""
+    correlations = [spearman(row, other) for row, other in zip(first, second, strict=True)]
+    return float(np.mean(correlations))
 
 
 def print_retraining(rows, args):
@@ -624,33 +673,29 @@ def print_retraining(rows, args):
         cells.append(f"{row['score_seconds']:.0f}")
         print(f"| {' | '.join(map(str, cells))} |")
     if rows and rows[0].get("agreement"):
-        print(f"Two trainings on the same half agree by {rows[0]['agreement']:.3f}.")
+        agreement = f"{rows[0]['agreement']:.3f}"
+        print(f"Spearman's correlation of two trainings on the same half is {agreement}.")
 
 
 # ---- How many images do the factors need? --------------------------------------------------------
 
 
 def factors(trainer, store, args):
-    """Compares scores by factors of some of the images with those by factors of all."""
+    """Compares scores by factors of some images with scores by factors of all images."""
     settings = [("all", FIRST_SEED), ("all", FIRST_SEED + 1)]
     for examples in FACTOR_EXAMPLES:
         if examples < len(trainer.clean):
             settings.append((examples, FIRST_SEED))
     for examples, seed in settings:
-        job = {
-            "study": "factors",
-            "examples": examples,
-            "pseudo_label_seed": seed,
-            **sizes(trainer, args),
-        }
-        compute = partial(factor_agreement, trainer, store, examples, seed)
-        store.complete(job, partial(compute, **sizes(trainer, args)))
+        sizes = study_sizes(trainer, args)
+        job = {"study": "factors", "examples": examples, "pseudo_label_seed": seed, **sizes}
+        store.complete(job, partial(factor_agreement, trainer, store, examples, seed, **sizes))
 
 
 def factor_agreement(trainer, store, examples, seed, **sizes):
-    """Returns how well scores by factors of some images agree with those by all, and find errors.
+    """Returns the agreement with scores by factors of all images, the recall, and the LDS.
 
-    examples: a number of images, or "all".
+    examples: number of images that the factors are fitted on, or "all".
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
@@ -660,21 +705,23 @@ def factor_agreement(trainer, store, examples, seed, **sizes):
         return factor_scores(trainer, model, data, queries, examples, seed)
 
     key = [data.digest, queries.digest]
-    full = store.arrays("full", key, partial(compute, "all", FIRST_SEED))
-    own = full if (examples, seed) == ("all", FIRST_SEED) else compute(examples, seed)
-    found = evaluate({"self_influence": own["self"]}, data)["self_influence"]
-    found["factor_seconds"] = float(own["seconds"])
-    found["self_spearman"] = spearman(own["self"], full["self"])
-    found["pairwise_spearman"] = mean_spearman(own["pairwise"], full["pairwise"])
+    reference = store.arrays("full", key, partial(compute, "all", FIRST_SEED))
+    scores = reference
+    if examples != "all" or seed != FIRST_SEED:
+        scores = compute(examples, seed)
+    result = evaluate({"self_influence": scores["self"]}, data)["self_influence"]
+    result["factor_seconds"] = float(scores["seconds"])
+    result["self_spearman"] = spearman(scores["self"], reference["self"])
+    result["pairwise_spearman"] = mean_spearman(scores["pairwise"], reference["pairwise"])
     if sizes["halves"]:
         members, margins = retrained(trainer, store, data, **sizes)
-        values = linear_datamodeling_scores(own["pairwise"], members, margins.mean(0))
-        found["lds"] = values.mean()
-    return found
+        lds = linear_datamodeling_scores(scores["pairwise"], members, margins.mean(0))
+        result["lds"] = lds.mean()
+    return result
 
 
 def factor_scores(trainer, model, data, queries, examples, seed):
-    """Returns self-influence, pairwise scores, and the seconds that the factors took."""
+    """Returns self-influence, pairwise scores, and the seconds for the factors."""
     with trainer.influence(model, data, seed=seed, factor_examples=examples) as run:
         self_influence, _ = run.self_influence("heuristic")
         scores, _ = run.pairwise_influence(queries, 1000, "heuristic")
@@ -687,7 +734,7 @@ def factor_scores(trainer, model, data, queries, examples, seed):
 
 
 def print_factors(rows, args):
-    """Prints the agreement with factors of all images, and what the scores find."""
+    """Prints the agreement with scores by factors of all images, the recall, and the LDS."""
     rows = select(rows, {"study": "factors", "halves": args.halves, "trainings": args.trainings})
     columns = ["factors of", "pairwise Spearman", "self-influence Spearman"]
     columns += ["recall at 10, 20 %", "AUROC", "LDS", "seconds"]
@@ -709,14 +756,16 @@ def print_factors(rows, args):
 
 
 def spread(values, digits, unit=""):
-    """Returns mean ± standard deviation as text, the mean alone of a single value."""
+    """Returns mean ± standard deviation as text; for a single value, only the value."""
     if not values:
         return "not measured"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}{unit}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{mean}{unit}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}{unit}"
 
 
-# What computes a study, and what prints its table.
+# For each study, the function that computes it, and the function that prints its table.
 STUDIES = {
     "asymmetric": (asymmetric, None),
     "detection": (detection, print_detection),
@@ -731,41 +780,32 @@ def parse_arguments():
     parser = pipeline.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=STUDIES, help="study to run")
     add_training_flags(parser.add_argument_group("data and training").add_argument)
-    flag = parser.add_argument_group("study").add_argument
-    count, positive = pipeline.whole_number, pipeline.positive_int
+    add_study_flags(parser.add_argument_group("study").add_argument)
+    return parser.parse_args()
+
+
+def add_study_flags(flag):
+    """Adds the flags of the studies; `flag` is add_argument of a group."""
+    count = pipeline.whole_number
+    positive = pipeline.positive_int
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     seeds = "number of training seeds; 0 prints the existing results"
-    noises = f"use the first N of {NOISES}"
+    draws = "number of draws of the corrupted labels"
+    noises = f"use only the first N of {NOISES}"
+    queries = "number of test images to use as queries"
+    halves = "number of halves to retrain on; 0 skips the retraining in the study of factors"
+    trainings = "number of trainings on each half; their mean margin is predicted"
+    folder = "directory for results.jsonl and for intermediate arrays"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
-    flag(
-        "--corruption_seeds",
-        type=count,
-        default=3,
-        metavar="N",
-        help="different draws of the corrupted labels",
-    )
+    flag("--corruption_seeds", type=count, default=3, metavar="N", help=draws)
     flag("--num_noises", type=count, default=len(NOISES), metavar="N", help=noises)
-    flag("--folds", type=folds, nargs="*", default=[], help="of cross-validations, such as 2 5")
-    flag("--num_query_examples", type=positive, default=200, metavar="N", help="test images to use")
-    flag(
-        "--halves",
-        type=count,
-        default=50,
-        metavar="N",
-        help="retrained halves to predict; for the study of factors, 0 leaves them out",
-    )
-    flag(
-        "--trainings",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="trainings of each half, whose mean margin is predicted",
-    )
-    folder = "directory of results.jsonl, and of arrays to continue from"
+    flag("--folds", type=folds, nargs="*", default=[], help="cross-validations to run, such as 2 5")
+    flag("--num_query_examples", type=positive, default=200, metavar="N", help=queries)
+    flag("--halves", type=count, default=50, metavar="N", help=halves)
+    flag("--trainings", type=positive, default=1, metavar="N", help=trainings)
     flag("--folder", type=Path, default=FOLDER, help=folder)
-    return parser.parse_args()
 
 
 def add_training_flags(flag):
@@ -785,10 +825,11 @@ def load(args):
     """Returns the trainer and the store of the images and settings in `args`."""
     device = pipeline.choose_device("auto", several_processes=False)
     dtype = pipeline.configure_precision("auto", device)
-    folder, place = args.folder, (args.dataset, args.dataset_dir)
+    folder = args.folder
     pipeline.make_folder(folder)
-    clean = pipeline.load_data(*place, "train", args.num_train_examples, folder)
-    test = pipeline.load_data(*place, "test", cache_dir=folder)
+    load_split = partial(pipeline.load_data, args.dataset, args.dataset_dir, cache_dir=folder)
+    clean = load_split("train", args.num_train_examples)
+    test = load_split("test")
     hyperparameters = {
         "train_batch_size": args.train_batch_size,
         "learning_rate": args.learning_rate,
@@ -808,7 +849,10 @@ def load(args):
 
 
 def main():
-    """Parses, computes the missing results, and prints the tables."""
+    """Parses, computes the missing results, and prints the tables.
+
+    The tables are printed even if an error or Ctrl-C stops the study.
+    """
     args = parse_arguments()
     trainer, store = load(args)
     compute, print_table = STUDIES[args.study]
@@ -821,10 +865,10 @@ def main():
 
 
 def print_tables(store, print_table, args):
-    """Prints the table of a study for each kind of machine."""
-    machines = Counter((row["device"], row["precision"]) for row in store.rows)
+    """Prints the table of a study for each device and precision."""
+    machines = {(row["device"], row["precision"]) for row in store.rows}
     if not machines:
-        print(f"{store.path} has no results of {store.settings}")
+        print(f"{store.path} has no results with the settings {store.settings}")
     for device, precision in sorted(machines):
         print(f"\nMeasured on {device} in {precision}:")
         print_table(select(store.rows, {"device": device, "precision": precision}), args)
