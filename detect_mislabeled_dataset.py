@@ -1,9 +1,10 @@
 """Ranks the training images so that mislabeled ones come first.
 
-A network has to memorise a mislabeled image. The margin of its label grows late in the training.
-Its nearest neighbours have another label. In the end it strongly influences its own loss. The
-script writes the ranking, a contact sheet of the most suspicious images, and a page in which a
-person reviews them. Where the true labels are known, it also reports the recall of each ranking.
+A mislabeled image has to be memorised: the margin of its label grows late in the training, its
+nearest neighbours have another label, and after the training the image strongly influences its own
+loss. The script writes the ranking, a contact sheet (grid) of the most suspicious images, and a
+page to review them in a browser. If the true labels are known, it also reports the recall of each
+ranking.
 """
 
 import base64
@@ -31,9 +32,12 @@ import pipeline
 class Ranking(NamedTuple):
     """One way to order the training images by suspicion.
 
-    description: what it measures, for --help; caption: its name in figures; colour, line: those of
-    its curve. suspicion: a function of the signals that `measure` returns; float array [N], highest
-    for the most suspicious image. needs_influence: whether it uses the signal `self_influence`.
+    description: what the ranking measures, for --help
+    caption: name of the ranking in figures
+    colour, line: colour and style of its recall curve, as matplotlib names them
+    suspicion: function of the signals that `measure` returns; its result is a float array [N] that
+    is highest for the most suspicious image
+    needs_influence: whether `suspicion` uses the signal `self_influence`
     """
 
     description: str
@@ -45,21 +49,30 @@ class Ranking(NamedTuple):
 
 
 def standardise(values):
-    """Returns values [N] with mean 0 and standard deviation 1, or zeros where all are equal."""
-    return (values - values.mean()) / (values.std() or 1)
+    """Returns values [N] shifted to mean 0 and scaled to standard deviation 1.
+
+    Equal values become zeros.
+    """
+    deviation = values.std()
+    if deviation == 0:
+        deviation = 1  # equal values: avoids 0 / 0
+    return (values - values.mean()) / deviation
 
 
-# The k-NN vote is weighted by the test accuracy to this power; see tests/studies/README.md.
+# The weight of the k-NN vote is the test accuracy to this power: a poor network has poor features.
+# tests/studies/README.md compares the powers.
 VOTE_POWER = 3
 
 
 def combine_aum_and_vote(signals):
-    """Returns minus the sum, [N], of the area under the margin and the weighted k-NN vote.
+    """Returns the suspicion [N] by the area under the margin and the weighted k-NN vote.
 
-    Both are standardised before.
+    Both signals are standardised. They are high for correct labels, so the sum is negated.
     """
     weight = signals["accuracy"] ** VOTE_POWER
-    return -standardise(signals["aum"]) - weight * standardise(signals["vote"])
+    aum = standardise(signals["aum"])
+    vote = standardise(signals["vote"])
+    return -(aum + weight * vote)
 
 
 RANKINGS = {
@@ -93,7 +106,8 @@ RANKINGS = {
         suspicion=lambda signals: -signals["margin"],
     ),
     "vote": Ranking(
-        description="how many of the most similar training images have another label (k-NN vote)",
+        description="k-NN vote, the largest share of another label among the nearest images, "
+        "minus the share of this label",
         caption="k-NN vote",
         colour="#009e73",
         line="--",
@@ -108,14 +122,16 @@ RANKINGS = {
     ),
 }
 DEFAULT_METHOD = "aum_vote"
-# The published ranking, the default, and the simplest one have thick lines in every figure.
+# The published ranking, the default, and the simplest ranking have thick lines in every figure.
 MAIN_METHODS = ("self_influence", DEFAULT_METHOD, "loss")
 
 
 def caption_of(name, strategy):
-    """Returns the name of a ranking in figures; that of self-influence tells the curvature."""
+    """Returns the name of a ranking in figures; for self-influence it includes the strategy."""
     ranking = RANKINGS[name]
-    return f"{ranking.caption} ({strategy})" if ranking.needs_influence else ranking.caption
+    if ranking.needs_influence:
+        return f"{ranking.caption} ({strategy})"
+    return ranking.caption
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -128,13 +144,12 @@ def parse_arguments():
     parser.set_defaults(factor_examples=1000)
     report = parser.groups["report"]
     meanings = "; ".join(f"{name}: {ranking.description}" for name, ranking in RANKINGS.items())
-    needing = ", ".join(name for name, ranking in RANKINGS.items() if ranking.needs_influence)
     report.add_argument(
         "--method",
         choices=RANKINGS,
         default=DEFAULT_METHOD,
-        help=f"what to rank the images by. {meanings}. --factor_strategy {pipeline.NO_INFLUENCE} "
-        f"skips influence, and with it {needing} (default: %(default)s)",
+        help=f"what to rank the images by. {meanings}. self_influence needs influence, which "
+        f"--factor_strategy {pipeline.NO_INFLUENCE} skips (default: %(default)s)",
     )
     report.add_argument(
         "--num_review",
@@ -153,28 +168,38 @@ def parse_arguments():
     )
     args = parser.parse_args()
     if args.factor_strategy == pipeline.NO_INFLUENCE:
-        needs = f"--factor_strategy {pipeline.NO_INFLUENCE} computes no influence, which it needs"
-        if args.explain:
-            parser.error(f"argument --explain: {needs}; choose another strategy")
-        if RANKINGS[args.method].needs_influence:
-            parser.error(f"argument --method {args.method}: {needs}; choose another strategy")
+        refuse_what_needs_influence(parser, args.method, args.explain)
     return args
+
+
+def refuse_what_needs_influence(parser, method, num_explained):
+    """Ends the script with status 2 if a flag needs the influence that is not computed."""
+    skipped = f"needs influence, but --factor_strategy {pipeline.NO_INFLUENCE} skips it"
+    if num_explained > 0:
+        parser.error(f"--explain {skipped}: choose another strategy")
+    if RANKINGS[method].needs_influence:
+        parser.error(f"--method {method} {skipped}: choose another strategy")
 
 
 # ---- Signals: what rankings are computed from ----------------------------------------------------
 
-# The k-NN vote among 50,000 images; chosen among 500 to 50,000, see tests/studies/README.md.
+# Number of neighbours in the k-NN vote among 50,000 images; `knn_vote` scales it for fewer images.
+# It was chosen by the recall on 500 to 50,000 images.
 NEIGHBOURS_OF_50_000 = 300
 
 
 def measure(run, metadata, damping_factor):
     """Returns the signals of one model, its logits, and the file of its self-influence.
 
-    The signals are float32 arrays [N]: `self_influence`; `aum`, the mean margin of the label in the
-    training batches; `margin` and `loss` by the trained network; `vote`, of the nearest neighbours.
-    `accuracy` is that on the test split, 0 to 1. An image that was in no training batch has its
-    final margin as `aum`. logits: float32 [N, num_classes]. Without influence there is no
-    `self_influence`, and the file is None. `aum`: Pleiss et al. 2020, section 3.1.
+    The signals are a dictionary. All are float32 arrays [N], except `accuracy`:
+    self_influence: influence of the image on its own loss; missing if influence is not computed
+    aum: mean margin of the label in the training batches (Pleiss et al. 2020, section 3.1); for an
+    image that was in no training batch, the margin of the trained network
+    margin, loss: margin and cross-entropy loss of the trained network
+    vote: see `knn_vote`
+    accuracy: test accuracy, a number from 0 to 1
+
+    The logits are float32 [N, num_classes]. The file is None if influence is not computed.
     """
     signals = {}
     scores_path = None
@@ -182,11 +207,11 @@ def measure(run, metadata, damping_factor):
         signals["self_influence"], scores_path = run.self_influence(damping_factor)
     with pipeline.timed(run.seconds, "report"):
         labels = run.data.labels
-        epoch_margins = metadata["margins"].float()  # (epochs, N), NaN where an image was left out
+        epoch_margins = metadata["margins"].float()  # (epochs, N), NaN: not in a batch
         features, logits = compute_features(run)
         final_margin = pipeline.margin(logits, labels).cpu()
-        was_never_drawn = epoch_margins.isnan().all(0)
-        signals["aum"] = torch.where(was_never_drawn, final_margin, epoch_margins.nanmean(0))
+        was_in_no_batch = epoch_margins.isnan().all(0)
+        signals["aum"] = torch.where(was_in_no_batch, final_margin, epoch_margins.nanmean(0))
         signals["margin"] = final_margin
         signals["loss"] = F.cross_entropy(logits, labels, reduction="none")
         signals["vote"] = knn_vote(features, labels, logits.shape[1])
@@ -197,10 +222,11 @@ def measure(run, metadata, damping_factor):
 
 @torch.no_grad()
 def compute_features(run):
-    """Returns features, float32 [N, D], and logits, float32 [N, num_classes], of training images.
+    """Returns the features and the logits of the training images.
 
-    Features are the inputs of the network's head, summed over an image and its mirror image, and
-    scaled to unit length.
+    Both are float32, [N, D] and [N, num_classes]. Features are the inputs of the network's head,
+    summed over an image and its mirror image, and scaled to unit length. Logits are those of the
+    image itself.
     """
     run.model.eval()
     features, logits = [], []
@@ -218,39 +244,54 @@ def compute_features(run):
 def knn_vote(features, labels, num_classes):
     """Returns the k-NN vote for each label, float32 [N], from -1 to 1.
 
-    It is the share of the k nearest images that have the label, less the largest share of another
-    one. features: float32 [N, D] of unit length; labels: int64 [N]. Similarity is the cosine; k is
-    300 of 50,000 images, and proportional to the square root of N.
+    The vote is the share of the label among the k nearest images, minus the largest share of
+    another label. features: float32 [N, D] of unit length; labels: int64 [N]. The nearest images
+    have the highest cosine similarity. k is proportional to the square root of N.
     """
     k = round(NEIGHBOURS_OF_50_000 * (len(features) / 50_000) ** 0.5)
     k = max(1, min(len(features) - 1, k))
-    rows_by_batch = torch.arange(len(features), device=features.device).split(1024)
-    margins = []
-    for rows in tqdm(rows_by_batch, "Neighbours", leave=False):
-        similarity = features[rows] @ features.T  # (B, N)
-        similarity.scatter_(1, rows[:, None], -torch.inf)  # an image is no neighbour of itself
+    indices_by_batch = torch.arange(len(features), device=features.device).split(1024)
+    votes = []
+    for batch in tqdm(indices_by_batch, "Neighbours", leave=False):
+        similarity = features[batch] @ features.T  # (B, N)
+        similarity.scatter_(1, batch[:, None], -torch.inf)  # an image is no neighbour of itself
         neighbours = similarity.topk(k, dim=1, sorted=False).indices  # (B, k)
-        votes = labels[neighbours]
-        counts = features.new_zeros(len(rows), num_classes)
-        counts.scatter_add_(1, votes, features.new_ones(votes.shape))
-        margins.append(pipeline.margin(counts / k, labels[rows]))
-    return torch.cat(margins)
+        neighbour_labels = labels[neighbours]
+        counts = features.new_zeros(len(batch), num_classes)
+        counts.scatter_add_(1, neighbour_labels, features.new_ones(neighbour_labels.shape))
+        shares = counts / k
+        votes.append(pipeline.margin(shares, labels[batch]))
+    return torch.cat(votes)
 
 
-def rank(signals_by_model):
+def mean_of(values):
+    """Returns the mean of numbers, or of arrays or tensors of the same shape."""
+    return sum(values) / len(values)
+
+
+def suspicion_by_ranking(signals_by_model):
     """Returns the suspicion of each image, a float array [N], by name of the ranking.
 
-    signals_by_model: the signals of each model, as `measure` returns them; their mean is ranked.
-    Rankings that need influence are left out where it was not computed.
+    signals_by_model: for each model the signals that `measure` returns; the rankings use the mean
+    over the models. Without the signal `self_influence`, rankings that need influence are omitted.
     """
-    mean = {}
+    mean_signals = {}
     for name in signals_by_model[0]:
-        mean[name] = sum(signals[name] for signals in signals_by_model) / len(signals_by_model)
+        mean_signals[name] = mean_of([signals[name] for signals in signals_by_model])
+    has_influence = "self_influence" in mean_signals
     return {
-        name: ranking.suspicion(mean)
+        name: ranking.suspicion(mean_signals)
         for name, ranking in RANKINGS.items()
-        if "self_influence" in mean or not ranking.needs_influence
+        if has_influence or not ranking.needs_influence
     }
+
+
+def most_suspicious_first(suspicion):
+    """Returns the positions of suspicion, float [N], from the highest value to the lowest, int64.
+
+    Equal values stay in the order of their position.
+    """
+    return np.argsort(-suspicion, kind="stable")
 
 
 # ---- Explanations: which training images support or oppose a suspect's label ---------------------
@@ -262,37 +303,42 @@ NUM_QUERIES_HELD = 1000
 def explain(runs, data, suspects, damping_factor):
     """Returns the training images that most oppose and most support the label of each suspect.
 
-    data: ImageData on the CPU; suspects: positions in it, int64 [M]. The result has a list of
-    (rank, position, score) by suspect, opposing images first. A score is the influence on the
-    log-odds of the label, the mean over the models; that of a suspect on itself is left out.
+    data: ImageData on the CPU; suspects: positions in `data`, int64 array [M]. The result is a
+    dictionary: for each suspect a list of (rank, position, score), opposing images first. A score
+    is the influence on the log-odds of the label, averaged over the models. The influence of a
+    suspect on itself is not used.
     """
     if len(suspects) == 0:
         return {}
-    # Rounding might give each process other suspects, and all must share the same queries.
+    # Rounding can rank images differently in each process, but all need the same queries.
     positions = runs[0].from_main(suspects.tolist())
-    queries = data.take(torch.tensor(positions)).to(runs[0].data.images.device)
-    by_model = [
-        run.pairwise_influence(queries, NUM_QUERIES_HELD, damping_factor)[0] for run in runs
-    ]
-    mean = sum(by_model) / len(by_model)  # (M, N)
+    queries = data.take(torch.tensor(positions))
+    queries_on_device = queries.to(runs[0].data.images.device)
+    influence_by_model = []
+    for run in runs:
+        scores, _ = run.pairwise_influence(queries_on_device, NUM_QUERIES_HELD, damping_factor)
+        influence_by_model.append(scores)
     explanations = {}
-    for suspect, influence in zip(positions, mean, strict=True):
-        influence[suspect] = 0
-        opposing = strongest(-influence, influence)
-        supporting = strongest(influence, influence)
+    for suspect, influence in zip(positions, mean_of(influence_by_model), strict=True):
+        influence_of_others = influence.clone()
+        influence_of_others[suspect] = 0  # `strongest` skips images without influence
+        opposing = strongest(influence_of_others, sign=-1)
+        supporting = strongest(influence_of_others, sign=1)
         explanations[suspect] = [*opposing, *supporting]
     return explanations
 
 
-def strongest(strength, influence):
-    """Returns (rank, position, influence) of the NUM_EXPLAINING images of greatest strength.
+def strongest(influence, sign):
+    """Returns the NUM_EXPLAINING images with the strongest influence of one sign.
 
-    strength, influence: float32 [N]. Images whose strength is not above 0 are left out.
+    influence: float32 [N]; sign: 1 or -1. The result is a list of (rank, position, influence); it
+    is shorter if fewer images have influence of this sign.
     """
+    strength = sign * influence
     positions = strength.argsort(descending=True)[:NUM_EXPLAINING].tolist()
     return [
-        (place, position, influence[position].item())
-        for place, position in enumerate(positions, start=1)
+        (rank, position, influence[position].item())
+        for rank, position in enumerate(positions, start=1)
         if strength[position] > 0
     ]
 
@@ -301,11 +347,15 @@ def strongest(strength, influence):
 
 
 class Detection(NamedTuple):
-    """What was found out about the training images, `data`, ImageData on the CPU.
+    """The result of a detection.
 
-    scores: suspicion by ranking, float arrays [N]; method: the ranking that decides the order;
-    order: positions in `data`, int64 [N], the most suspicious image first; logits: float32
-    [N, num_classes], the mean over the models; explanations: see `explain`.
+    data: the training images, ImageData on the CPU
+    method: name of the ranking that decides the order
+    strategy: approximation of the curvature, one of pipeline.STRATEGIES, or pipeline.NO_INFLUENCE
+    scores: suspicion by name of the ranking, float arrays [N]
+    order: positions in `data`, int64 [N], the most suspicious image first
+    logits: float32 [N, num_classes], averaged over the models
+    explanations: see `explain`
     """
 
     data: pipeline.ImageData
@@ -338,34 +388,37 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
     runs, metadata, data: as `pipeline.load_runs` returns them. Returns the Detection, and the files
     of self-influence that were computed.
     """
-    measured = [
-        measure(run, of_run, damping_factor) for run, of_run in zip(runs, metadata, strict=True)
-    ]
-    signals, logits, score_paths = zip(*measured, strict=True)
-    scores = rank(signals)
-    order = np.argsort(-scores[method], kind="stable")
+    signals_by_model, logits_by_model, score_paths = [], [], []
+    for run, model_metadata in zip(runs, metadata, strict=True):
+        signals, logits, scores_path = measure(run, model_metadata, damping_factor)
+        signals_by_model.append(signals)
+        logits_by_model.append(logits)
+        if scores_path is not None:
+            score_paths.append(scores_path)
+    scores = suspicion_by_ranking(signals_by_model)
+    order = most_suspicious_first(scores[method])
     detection = Detection(
         data=data,
         method=method,
         strategy=runs[0].strategy,
         scores=scores,
         order=order,
-        logits=sum(logits) / len(logits),
+        logits=mean_of(logits_by_model),
         explanations=explain(runs, data, order[:num_explained], damping_factor),
     )
-    return detection, [path for path in score_paths if path is not None]
+    return detection, score_paths
 
 
 # ---- Evaluation against known labels -------------------------------------------------------------
 
 
 def detection_curve(scores, is_corrupted):
-    """Returns the recall after inspecting 1 %, 2 %, ..., 100 % of the images, highest scores first.
+    """Returns the recall after inspecting the most suspicious 1 %, 2 %, ..., 100 % of the images.
 
-    scores: float [N]; is_corrupted: bool [N], at least one true. Equal scores are inspected in the
-    order of their index.
+    scores: suspicion, float [N]; is_corrupted: bool [N], at least one true. The result is a list of
+    dictionaries with the fractions `inspected` and `recall`.
     """
-    hits = is_corrupted[np.argsort(-scores, kind="stable")]
+    hits = is_corrupted[most_suspicious_first(scores)]
     recall = np.concatenate([[0.0], np.cumsum(hits) / hits.sum()])  # after 0, 1, ..., N images
     curve = []
     for percent in range(1, 101):
@@ -374,30 +427,34 @@ def detection_curve(scores, is_corrupted):
     return curve
 
 
-def ranks(scores):
+def mean_ranks(scores):
     """Returns the rank of each score [N], 1 for the lowest; equal scores share their mean rank."""
     _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+    last = np.cumsum(sizes)
+    first = last - sizes + 1
+    return ((first + last) / 2)[group]
 
 
 def auroc(scores, is_corrupted):
-    """Returns the probability that a random corrupted image scores above a random clean one.
+    """Returns the probability that a random corrupted image scores above a random clean image.
 
-    Ties count half. scores: float [N]; is_corrupted: bool [N], both kinds present.
+    Equal scores count half. scores: suspicion, float [N]; is_corrupted: bool [N], both kinds
+    present. The formula is the Mann-Whitney U statistic, divided by the number of pairs.
     """
     num_corrupted = is_corrupted.sum()
-    rank_sum = ranks(scores)[is_corrupted].sum()
-    u_statistic = rank_sum - num_corrupted * (num_corrupted + 1) / 2  # Mann-Whitney
-    return float(u_statistic / (num_corrupted * (len(scores) - num_corrupted)))
+    num_clean = len(scores) - num_corrupted
+    rank_sum = mean_ranks(scores)[is_corrupted].sum()
+    u_statistic = rank_sum - num_corrupted * (num_corrupted + 1) / 2
+    return float(u_statistic / (num_corrupted * num_clean))
 
 
 def average_precision(scores, is_corrupted):
-    """Returns the mean, over the corrupted images, of the precision down to each one's rank.
+    """Returns the average precision: the mean of the precision at the rank of each corrupted image.
 
-    scores: float [N]; is_corrupted: bool [N], at least one true. Equal scores are ranked in the
-    order of their index.
+    The precision at a rank is the share of corrupted images among all images down to this rank.
+    scores: suspicion, float [N]; is_corrupted: bool [N], at least one true.
     """
-    hits = is_corrupted[np.argsort(-scores, kind="stable")]
+    hits = is_corrupted[most_suspicious_first(scores)]
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     return float(precision[hits].mean())
 
@@ -405,38 +462,42 @@ def average_precision(scores, is_corrupted):
 def evaluate_ranking(scores, is_corrupted):
     """Returns the json entry of one ranking, a dictionary."""
     curve = detection_curve(scores, is_corrupted)
+    recall = {point["inspected"]: point["recall"] for point in curve}
     return {
         "curve": curve,
-        "recall_at_10": curve[9]["recall"],
-        "recall_at_20": curve[19]["recall"],
+        "recall_at_10": recall[0.1],
+        "recall_at_20": recall[0.2],
         "auroc": auroc(scores, is_corrupted),
         "average_precision": average_precision(scores, is_corrupted),
     }
 
 
 def evaluate_rankings(scores, is_corrupted):
-    """Returns the json entry of each ranking by name.
+    """Returns the json entries by name of the ranking.
 
-    There are none where no label is corrupted, or all are.
+    The dictionary is empty if no label is corrupted, or if all labels are corrupted.
     """
     if is_corrupted.all() or not is_corrupted.any():
         return {}
     return {name: evaluate_ranking(values, is_corrupted) for name, values in scores.items()}
 
 
-def print_recall(results, method):
-    """Prints the recall of each ranking, in percent, and that of `method` in a sentence."""
+def print_recall(results, method, num_corrupted):
+    """Prints the recall of each ranking in percent, and a sentence about `method`.
+
+    results: as `evaluate_rankings` returns them. If they are empty, prints the reason.
+    """
+    if not results and num_corrupted == 0:
+        print("No label is known to be wrong, so there is no recall: review the suspects.")
+        return
     if not results:
-        print(
-            "No label is known to be wrong, so there is no truth to compare with: "
-            "review the suspects."
-        )
+        print("All labels are known to be wrong, so there is no correct label to rank them above.")
         return
     percents = (1, 5, 10, 20, 30, 50)
     print(f"{'inspected':16}" + "".join(f"{percent:6} %" for percent in percents) + "    AUROC")
     for name, result in results.items():
-        recalls = [100 * result["curve"][percent - 1]["recall"] for percent in percents]
-        cells = "".join(f"{recall:6.1f} %" for recall in recalls)
+        recall = {point["inspected"]: 100 * point["recall"] for point in result["curve"]}
+        cells = "".join(f"{recall[percent / 100]:6.1f} %" for percent in percents)
         print(f"{name:16}{cells}   {result['auroc']:.4f}")
     at_10 = 100 * results[method]["recall_at_10"]
     at_20 = 100 * results[method]["recall_at_20"]
@@ -448,12 +509,19 @@ def print_recall(results, method):
 
 # ---- Tables and figures --------------------------------------------------------------------------
 
-# Those of `suspects_<strategy>.csv`, in their order; the rankings stand between them.
+# Columns of `suspects_<strategy>.csv`, in this order; the rankings stand between both groups.
 FIRST_COLUMNS = ("rank", "index", "path", "label", "predicted_label")
 LAST_COLUMNS = ("is_corrupted", "duplicate_of")
-# All that this script has ever written there: any other column was added by a person.
-OWN_COLUMNS = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, "class_name", "predicted_class_name"}
-OWN_COLUMNS |= {"combined", "aum_margin", "margin_vote", "self_influence_checkpoints", "grad_norm"}
+# Columns that earlier versions wrote; a user has not added them.
+OLD_COLUMNS = (
+    "class_name",
+    "predicted_class_name",
+    "combined",
+    "aum_margin",
+    "margin_vote",
+    "self_influence_checkpoints",
+    "grad_norm",
+)
 NUM_PICTURED = 100
 
 
@@ -469,22 +537,23 @@ def result_files(folder, strategy):
     )
 
 
-def require_unedited(path):
-    """Raises UserError where the table to be replaced has a column that a person added."""
+def require_no_added_columns(path):
+    """Raises UserError if the table that will be replaced has a column that a user added."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         columns = next(csv.reader(file), [])
-    added = [column for column in columns if column not in OWN_COLUMNS]
+    written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
+    added = [column for column in columns if column not in written]
     if added:
         raise pipeline.UserError(
-            f"{path} has columns that this script does not write ({', '.join(added):.100}), "
-            "and would be replaced: move it, or name another --output_dir"
+            f"{path} would be replaced, but it has columns that you added ({', '.join(added)}): "
+            "move the file, or choose another --output_dir"
         )
 
 
 def write_suspects(path, detection):
-    """Writes every training image to a csv file, the most suspicious one first."""
+    """Writes all training images to a csv file, the most suspicious image first."""
     data = detection.data
     indices = data.indices.tolist()
     labels = data.labels.tolist()
@@ -492,15 +561,15 @@ def write_suspects(path, detection):
     is_corrupted = data.is_corrupted.tolist()
     duplicate_of = pipeline.duplicate_of(data)
     rows = []
-    for place, position in enumerate(detection.order.tolist(), start=1):
+    for rank, position in enumerate(detection.order.tolist(), start=1):
         row = [
-            place,
+            rank,
             indices[position],
             data.paths[position],
             data.class_names[labels[position]],
             data.class_names[predicted[position]],
         ]
-        row += [values[position] for values in detection.scores.values()]
+        row += [suspicion[position] for suspicion in detection.scores.values()]
         first_copy = duplicate_of[position]
         row += [int(is_corrupted[position]), first_copy if first_copy >= 0 else ""]
         rows.append(row)
@@ -508,18 +577,22 @@ def write_suspects(path, detection):
 
 
 def write_explanations(path, detection):
-    """Writes the explanations to a csv file, or removes an earlier file if there are none."""
+    """Writes the explanations to a csv file; if there are none, removes an earlier file."""
     if not detection.explanations:
         path.unlink(missing_ok=True)
         return
     data = detection.data
     rows = []
-    for suspect, images in detection.explanations.items():
-        for place, image, score in images:
-            label = data.class_names[data.labels[image]]
-            rows.append(
-                [data.indices[suspect].item(), place, data.indices[image].item(), label, score]
-            )
+    for suspect, explaining in detection.explanations.items():
+        for rank, position, score in explaining:
+            row = [
+                data.indices[suspect].item(),
+                rank,
+                data.indices[position].item(),
+                data.class_names[data.labels[position]],
+                score,
+            ]
+            rows.append(row)
     pipeline.write_table(path, ["suspect", "rank", "image", "label", "score"], rows)
 
 
@@ -529,14 +602,15 @@ def plot_suspects(path, detection):
     shown = detection.order[:NUM_PICTURED].tolist()
     texts, colours = [], []
     for position in shown:
-        given = data.class_names[data.labels[position]]
-        guess = data.class_names[predicted[position]]
+        given_name = data.class_names[data.labels[position]]
+        predicted_name = data.class_names[predicted[position]]
         score = f"{detection.suspicion[position]:.3g}"
-        texts.append(f"{pipeline.shorten(given)} →\n{pipeline.shorten(guess)}\n{score}")
-        colours.append("black" if given == guess else "firebrick")
+        labels = f"{pipeline.shorten(given_name)} →\n{pipeline.shorten(predicted_name)}"
+        texts.append(f"{labels}\n{score}")
+        colours.append("black" if given_name == predicted_name else "firebrick")
     title = (
         f"The {len(shown)} most suspicious of {len(data)} training images by {detection.caption}:\n"
-        "given label → predicted label (red where they differ), score"
+        "given label → predicted label (red if they differ), score"
     )
     pipeline.draw_contact_sheet(
         path,
@@ -551,8 +625,8 @@ def plot_suspects(path, detection):
 def plot_curves(path, detection, results):
     """Draws the recall of each ranking against the share of images inspected.
 
-    results: by ranking, of `evaluate_rankings`; if there are none, an earlier figure is removed.
-    MAIN_METHODS and the chosen one have thick lines.
+    results: as `evaluate_rankings` returns them; if they are empty, removes an earlier figure.
+    MAIN_METHODS and the chosen ranking have thick lines.
     """
     if not results:
         path.unlink(missing_ok=True)
@@ -587,64 +661,97 @@ def plot_curves(path, detection, results):
 
 
 def describe_suspects(detection, num_review, cleaned):
-    """Returns a dictionary for each card of the page, and the positions of all images in it.
+    """Returns a dictionary for the card of each suspect, and the positions of all images shown.
 
-    cleaned: whether labels are those after corrections. A `tile` is the place of an image among all
-    images of the page.
+    cleaned: whether corrections were applied to the labels. The tile of an image is its index in
+    the list of positions.
     """
-    data, logits = detection.data, detection.logits
-    names = data.class_names
-    suggestions = logits.scatter(1, data.labels[:, None], -torch.inf).argmax(1)
-    positions = detection.order[:num_review].tolist()
+    suspects = detection.order[:num_review].tolist()
+    positions = list(suspects)
+    for suspect in suspects:
+        positions += [position for _, position, _ in detection.explanations.get(suspect, [])]
+    positions = list(dict.fromkeys(positions))  # each image is drawn once
     tiles = {position: tile for tile, position in enumerate(positions)}
+    # The suggestion is the most probable class other than the given label.
+    other_logits = detection.logits.scatter(1, detection.data.labels[:, None], -torch.inf)
+    suggestions = other_logits.argmax(1)
     cards = []
-    for place, position in enumerate(positions, start=1):
-        path, index = data.paths[position], data.indices[position].item()
-        label, suggested = data.labels[position], suggestions[position]
-        percent = 100 * logits[position].softmax(0)
-        explaining = []
-        for _, image, score in detection.explanations.get(position, ()):
-            tile = tiles.setdefault(image, len(tiles))
-            side = "supports" if score > 0 else "opposes"
-            explaining.append({"tile": tile, "side": side, "label": names[data.labels[image]]})
-        card = {
-            "rank": place,
-            "key": path or str(index),
-            "name": Path(path).name or f"image {index}",
-            "link": Path(path).absolute().as_uri() if path else "",
-            "tile": tiles[position],
-            "label": names[label],
-            "labelPercent": f"{percent[label]:.1f}",
-            "suggested": names[suggested],
-            "suggestedPercent": f"{percent[suggested]:.1f}",
-            "score": f"{detection.suspicion[position]:.3g}",
-            # The column `label` of the saved file: train.py compares it with the uncleaned label.
-            "fileLabel": "" if cleaned else names[label],
-            "explaining": explaining,
-        }
+    for rank, suspect in enumerate(suspects, start=1):
+        card = describe_suspect(detection, suspect, suggestions[suspect], cleaned)
+        card["rank"] = rank
+        card["tile"] = tiles[suspect]
+        card["explaining"] = describe_explanation(detection, suspect, tiles)
         cards.append(card)
-    return cards, list(tiles)
+    return cards, positions
+
+
+def describe_suspect(detection, suspect, suggestion, cleaned):
+    """Returns a dictionary with the names, probabilities and score of a suspect.
+
+    suspect: position of the image; suggestion: class index; cleaned: see `describe_suspects`.
+    """
+    data = detection.data
+    path = data.paths[suspect]
+    index = data.indices[suspect].item()
+    label = data.labels[suspect]
+    label_name = data.class_names[label]
+    percent = 100 * detection.logits[suspect].softmax(0)
+    return {
+        "key": path or str(index),
+        "name": Path(path).name or f"image {index}",
+        "link": Path(path).absolute().as_uri() if path else "",
+        "label": label_name,
+        "labelPercent": f"{percent[label]:.1f}",
+        "suggested": data.class_names[suggestion],
+        "suggestedPercent": f"{percent[suggestion]:.1f}",
+        "score": f"{detection.suspicion[suspect]:.3g}",
+        # Written to the saved file. train.py compares it with the label before all corrections,
+        # which is unknown here if corrections were applied.
+        "fileLabel": "" if cleaned else label_name,
+    }
+
+
+def describe_explanation(detection, suspect, tiles):
+    """Returns a dictionary for each training image that supports or opposes a suspect's label.
+
+    suspect: position of the image; tiles: tile of each image by its position.
+    """
+    data = detection.data
+    explaining = []
+    for _, position, score in detection.explanations.get(suspect, []):
+        image = {
+            "tile": tiles[position],
+            "side": "supports" if score > 0 else "opposes",
+            "label": data.class_names[data.labels[position]],
+        }
+        explaining.append(image)
+    return explaining
 
 
 def draw_tiles(images):
-    """Returns images, uint8 [N, 3, 32, 32], in the rows of one square JPEG, as a data URI."""
+    """Returns one JPEG that contains all images, as a data URI.
+
+    images: uint8 [N, 3, 32, 32]. They fill the rows of a square from left to right, in order.
+    """
     from PIL import Image
 
     size = pipeline.IMAGE_SIZE
-    side = math.ceil(len(images) ** 0.5)
+    side = math.ceil(len(images) ** 0.5)  # images in a row
     tiles = np.zeros((side * side, size, size, 3), np.uint8)
     tiles[: len(images)] = images.permute(0, 2, 3, 1).numpy()
     rows = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2)  # (side, size, side, size, 3)
     picture = Image.fromarray(rows.reshape(side * size, side * size, 3))
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=95, subsampling=0)  # a third of a PNG
+    # At this quality a JPEG looks like the image, and has a third of the size of a PNG.
+    picture.save(content, "JPEG", quality=95, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def digit_keys(class_names):
-    """Returns (digit, class name) for the key that chooses each class; none for over ten classes.
+    """Returns a list of (digit, class name): the key that chooses each class.
 
-    Classes that are called by digits are chosen by their own names.
+    If all names are single digits, each key chooses the class of this name. The list is empty if
+    there are more than ten classes.
     """
     if len(class_names) > 10:
         return []
@@ -654,19 +761,19 @@ def digit_keys(class_names):
 
 
 def write_page(path, detection, num_review, cleaned):
-    """Writes the page of the first `num_review` suspects, or removes an earlier one if that is 0.
+    """Writes the page to review the first `num_review` suspects; if 0, removes an earlier page.
 
-    cleaned: whether labels are those after corrections. The browser keeps decisions under the hash
-    of images, labels, paths and ranking. A page of another ranking begins without them.
+    cleaned: whether corrections were applied to the labels. The browser stores decisions under the
+    fingerprint, a hash of images, labels and paths. So pages of several rankings share decisions.
+    The suspicion is not hashed: on a GPU its last bits differ between two runs.
     """
-    if not num_review:
+    if num_review == 0:
         path.unlink(missing_ok=True)
         return
     data = detection.data
     cards, positions = describe_suspects(detection, num_review, cleaned)
-    ranking = torch.from_numpy(detection.order), torch.from_numpy(detection.suspicion)
     facts = {
-        "fingerprint": pipeline.sha256(data.digest, json.dumps(data.paths), *ranking),
+        "fingerprint": pipeline.sha256(data.digest, json.dumps(data.paths)),
         "column": "path" if any(data.paths) else "index",
         "classes": data.class_names,
         "leaveOut": pipeline.LEAVE_OUT,
@@ -676,16 +783,18 @@ def write_page(path, detection, num_review, cleaned):
     title = f"The {len(cards)} most suspicious of {len(data):,} training images"
     hint = ""
     if cleaned:
-        hint = "The labels are those after cleaning: load your earlier corrections.csv first."
+        hint = "The labels include your corrections: load your earlier corrections.csv first."
     page = build_page(f"{title} by {detection.caption}", hint, data.images[positions], facts)
     with pipeline.atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def build_page(title, hint, images, facts):
-    """Returns PAGE with its contents.
+    """Returns PAGE with its placeholders filled.
 
-    Names stay data: no `<` is left in them, and only PAGE's own code may run.
+    The content security policy permits only the style and the script of PAGE, by their hashes.
+    Names of classes and files may contain html. They are embedded as JSON, and each `<` in it is
+    escaped, so that no name can end the element.
     """
     policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
     for kind, code in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
@@ -790,7 +899,7 @@ article:focus-within {
 .changed {
     --state: #5fc27e;
 }
-.left {
+.excluded {
     --state: #f08a80;
 }
 h2 {
@@ -865,19 +974,21 @@ dialog textarea {
 <b>{{hint}}</b>
 <p id="keys">
 <kbd>Enter</kbd> takes the suggestion, <kbd>k</kbd> keeps the label,
-<kbd>x</kbd> leaves the image out, <kbd>c</kbd> is for another class,
-<kbd>u</kbd> undoes, arrows move<span id="digitHint">, and digits choose a class</span>.
-On a keyboard with other letters, the keys in the same places work.
+<kbd>x</kbd> leaves the image out<span id="digitHint">, a digit chooses a class</span>,
+<kbd>c</kbd> goes to the field for another class, <kbd>Esc</kbd> goes back to the suspect,
+<kbd>u</kbd> or <kbd>Ctrl+Z</kbd> undoes, arrows move.
+On non-Latin keyboards, use the keys at the same positions.
+The suggestion is the most probable class other than the given label.
 </p>
 <select id="filter" aria-label="Show one class or one pair of classes">
-<option value="">every class and pair (given → suggested)</option>
+<option value="">all suspects (given → suggested)</option>
 </select>
 <label><input type="checkbox" id="undecided">undecided only</label>
 </header>
 <nav aria-label="Progress, file and classes">
 <progress id="done" aria-label="Suspects decided"></progress>
 <span id="counts"></span>
-<button value="u">Undo</button>
+<button value="undo">Undo</button>
 <button value="save">Save file</button>
 <button value="load">Load file</button>
 <input id="other" list="classes" placeholder="another class" aria-label="Another class">
@@ -900,23 +1011,24 @@ If your browser saved no file, copy this text into a file called corrections.csv
 <script>
 "use strict";
 const byId = (id) => document.getElementById(id);
-const facts = JSON.parse(byId("data").textContent);
+const facts = JSON.parse(byId("data").textContent); // as write_page describes them
 const { fingerprint, column, classes, leaveOut, digits, cards } = facts;
 
 // ---- Decisions ----
 
-// What the file holds, by path or index of an image: [label, new_label].
+// The rows of the saved file by key, the path or index of an image: [label, new_label].
 let decisions = new Map();
-// For undo: the rows before each change, and the card at which it was made.
-const earlier = [];
-let storage = {};
+// For each change: the rows before it, and the card that was current.
+const undoStack = [];
+// False if the browser cannot store decisions: in a sandboxed frame, or if its storage is full.
+let isStored = true;
 let current = cards[0];
 
 function say(text) {
     byId("notice").textContent = text;
 }
 
-// What remains true stays in sight beside the latest notice.
+// A warning stays visible; the next notice does not replace it.
 function warn(text) {
     byId("warning").textContent = text;
 }
@@ -925,31 +1037,33 @@ function count(number, noun) {
     return number === 1 ? `1 ${noun}` : `${number} ${noun}s`;
 }
 
-// Another window of this page may have decided in the meantime.
+// Before each change, because another window may have stored decisions since the last one.
 function readStorage() {
-    const stored = storage[fingerprint];
-    if (stored === undefined) {
+    const stored = isStored ? localStorage.getItem(fingerprint) : null;
+    if (stored === null) {
         return;
     }
     try {
         decisions = new Map(JSON.parse(stored));
     } catch {
-        warn("What the browser kept of earlier decisions is damaged: load your saved file.");
+        warn("The decisions stored in the browser are damaged: load your saved file.");
     }
 }
 
 function writeStorage() {
-    const text = JSON.stringify([...decisions]);
+    if (!isStored) {
+        return;
+    }
     try {
-        storage[fingerprint] = text;
+        localStorage.setItem(fingerprint, JSON.stringify([...decisions]));
     } catch {
-        storage = { [fingerprint]: text };
-        warn("The browser keeps no more: save the file before you close the page.");
+        isStored = false;
+        warn("The browser storage is full: save the file before you close the page.");
     }
 }
 
-// Enters rows by path or index; a row that is undefined is removed.
-function enter(rows) {
+// Sets rows by key; the value undefined removes a row.
+function setRows(rows) {
     for (const [key, row] of rows) {
         if (row === undefined) {
             decisions.delete(key);
@@ -961,29 +1075,30 @@ function enter(rows) {
     draw();
 }
 
-function change(rows) {
+// Sets rows by key so that they can be undone, and goes on.
+function decideRows(rows) {
     readStorage();
     const before = [...rows.keys()].map((key) => [key, decisions.get(key)]);
-    earlier.push({ rows: new Map(before), card: current });
-    enter(rows);
+    undoStack.push({ rows: new Map(before), card: current });
+    setRows(rows);
     goToUndecided();
 }
 
 function undo() {
-    const last = earlier.pop();
+    const last = undoStack.pop();
     if (last === undefined) {
         say("There is nothing to undo.");
         return;
     }
     readStorage();
-    enter(last.rows);
+    setRows(last.rows);
     go(last.card);
 }
 
 function decide(newLabel) {
     if (isShown(current)) {
         say("");
-        change(new Map([[current.key, [current.fileLabel, newLabel]]]));
+        decideRows(new Map([[current.key, [current.fileLabel, newLabel]]]));
     }
 }
 
@@ -998,11 +1113,12 @@ function make(tag, attributes, ...children) {
     return element;
 }
 
-// A name written from right to left must not turn the text around it.
-function isolated(name) {
+// An element for a name. It keeps a right-to-left name from reordering the text around it.
+function bdi(name) {
     return make("bdi", {}, name);
 }
 
+// Draws one image of the JPEG of all images.
 function drawTile(tile, description) {
     const size = { width: 32, height: 32 };
     const canvas = make("canvas", { ...size, role: "img", "aria-label": description });
@@ -1015,7 +1131,7 @@ function drawTile(tile, description) {
 }
 
 function makeFact(text, name, percent) {
-    return make("div", {}, `${text}: `, isolated(name), ` (${percent}\u00a0%)`);
+    return make("div", {}, `${text}: `, bdi(name), ` (${percent}\u00a0%)`);
 }
 
 function makeButton(value, title, ...children) {
@@ -1023,33 +1139,39 @@ function makeButton(value, title, ...children) {
 }
 
 function makeCard(card) {
-    const link = make("a", { title: card.key, target: "_blank" }, isolated(card.name));
+    const link = make("a", { title: card.key, target: "_blank" }, bdi(card.name));
     if (card.link) {
         link.href = card.link;
     }
-    const texts = make("div", {},
+    const texts = make(
+        "div",
+        {},
         makeFact("given", card.label, card.labelPercent),
         makeFact("suggested", card.suggested, card.suggestedPercent),
         `score ${card.score}`,
-        link);
+        link,
+    );
     const explaining = card.explaining.map(({ tile, side, label }) => {
         const image = drawTile(tile, `image of ${label}`);
-        return make("div", { class: side }, image, `${side}: `, isolated(label));
+        return make("div", { class: side }, image, `${side}: `, bdi(label));
     });
     const buttons = [
-        makeButton("enter", `→ ${card.suggested} (Enter)`, "→ ", isolated(card.suggested)),
-        makeButton("k", `keep ${card.label} (k)`, "keep ", isolated(card.label)),
-        makeButton("x", "leave out (x)", "leave out"),
-        makeButton("c", "another class (c)", "other…"),
+        makeButton("accept", `→ ${card.suggested} (Enter)`, "→ ", bdi(card.suggested)),
+        makeButton("keep", `keep ${card.label} (k)`, "keep ", bdi(card.label)),
+        makeButton("exclude", "leave out (x)", "leave out"),
+        makeButton("other", "another class (c)", "other…"),
     ];
-    return make("article", { tabindex: -1 },
+    return make(
+        "article",
+        { tabindex: -1 },
         make("h2", {}),
         make("div", { class: "facts" }, drawTile(card.tile, `suspect ${card.rank}`), texts),
         make("div", { class: "explaining" }, ...explaining),
-        make("div", { class: "buttons" }, ...buttons));
+        make("div", { class: "buttons" }, ...buttons),
+    );
 }
 
-// The state of a card and its text: "changed" and "→ frog".
+// Returns the state of a card, which is its CSS class, and the text, such as "→ frog".
 function describe(card) {
     const row = decisions.get(card.key);
     if (row === undefined) {
@@ -1057,16 +1179,16 @@ function describe(card) {
     }
     const newLabel = row[1];
     if (newLabel === leaveOut) {
-        return { state: "left out", text: ["left out"] };
+        return { state: "excluded", text: ["left out"] };
     }
     if (newLabel === card.label) {
         return { state: "kept", text: ["kept"] };
     }
-    return { state: "changed", text: ["→ ", isolated(newLabel)] };
+    return { state: "changed", text: ["→ ", bdi(newLabel)] };
 }
 
 function draw() {
-    const counts = { undecided: 0, kept: 0, changed: 0, "left out": 0 };
+    const counts = { undecided: 0, kept: 0, changed: 0, excluded: 0 };
     for (const card of cards) {
         const { state, text } = describe(card);
         const heading = card.element.querySelector("h2");
@@ -1081,7 +1203,7 @@ function draw() {
     const parts = [
         `${decided} of ${cards.length} decided`,
         `${counts.changed} changed`,
-        `${counts["left out"]} left out`,
+        `${counts.excluded} left out`,
     ];
     byId("counts").textContent = parts.join(", ");
     byId("done").value = decided / cards.length;
@@ -1103,13 +1225,14 @@ function go(card) {
     card.element.scrollIntoView({ block: "nearest" });
 }
 
-// From the current card on, and from the first one when the end is reached.
+// Goes to the next undecided card that is shown; after the last card, the search begins again.
 function goToUndecided() {
     const start = cards.indexOf(current);
-    const shown = [...cards.slice(start), ...cards.slice(0, start)].filter(isShown);
+    const cardsFromCurrent = [...cards.slice(start), ...cards.slice(0, start)];
+    const shown = cardsFromCurrent.filter(isShown);
     const undecided = shown.find((card) => !decisions.has(card.key));
     if (shown.length === 0) {
-        say("No suspect is left here: save the file, or show other suspects.");
+        say("No suspect matches the filter: save the file, or show other suspects.");
     }
     go(undecided ?? shown[0] ?? current);
 }
@@ -1123,29 +1246,35 @@ function countColumns() {
     return getComputedStyle(byId("cards")).gridTemplateColumns.split(" ").length;
 }
 
-// ---- The file: as train.py reads it ----
+// ---- The saved file: train.py reads the same format ----
 
-function fileText() {
-    // A cell must end on its line: a name with a line break is percent-encoded.
-    const encode = (key) => (/[\r\n]/.test(key) ? encodeURI(key) : key);
-    const rows = [...decisions].map(([key, row]) => [encode(key), ...row]);
-    const table = [[column, "label", "new_label"], ...rows];
-    const needsQuotes = /[",;\t]|^ | $/;
-    const quote = (cell) => (needsQuotes.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
-    return table.map((cells) => `${cells.map(quote)}\n`).join("");
+// train.py refuses a cell with a line break. It understands percent-encoded names.
+function encodeKey(key) {
+    return /[\r\n]/.test(key) ? encodeURI(key) : key;
 }
 
-// A frame or a page without storage may be forbidden to save files, and is not told so.
-function mayBeSandboxed() {
-    return window !== window.top || Object.getPrototypeOf(storage) === Object.prototype;
+function quoteCell(cell) {
+    // A separator, a quote, or a space at either end: `a,b.png`.
+    const needsQuotes = /[",;\t]|^ | $/;
+    return needsQuotes.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell;
+}
+
+function fileText() {
+    const rows = [...decisions].map(([key, row]) => [encodeKey(key), ...row]);
+    const table = [[column, "label", "new_label"], ...rows];
+    const lines = table.map((cells) => cells.map(quoteCell).join(","));
+    return lines.map((line) => `${line}\n`).join("");
 }
 
 function save() {
     const text = fileText();
     const url = URL.createObjectURL(new Blob([text]));
     make("a", { href: url, download: "corrections.csv" }).click();
-    say(`Saved ${count(decisions.size, "decision")}.`);
-    if (mayBeSandboxed()) {
+    // A browser may forbid frames and sandboxed pages to save files, without an error.
+    const maySaveFiles = window === window.top && isStored;
+    if (maySaveFiles) {
+        say(`Saved ${count(decisions.size, "decision")}.`);
+    } else {
         say("");
         byId("copied").textContent = "";
         byId("text").value = text;
@@ -1160,10 +1289,13 @@ function copy() {
     byId("copied").textContent = isCopied ? "Copied." : "Press Ctrl+C to copy.";
 }
 
-// Returns the cells of a line, or null where its quotes are wrong.
+// Returns the cells of a line, or null if its quotes are wrong.
 function splitLine(line, separator) {
+    // A cell in quotes: `"a ""b"", c"`.
     const quoted = `"((?:[^"]|"")*)"`;
+    // A cell without a quote at its start: `a.png`.
     const plain = `((?! *")[^\\${separator}]*)`;
+    // Either cell with the separator behind it: `a.png,`.
     const nextCell = new RegExp(`(?:${quoted}|${plain})\\${separator}`, "y");
     const text = line + separator;
     const cells = [];
@@ -1177,7 +1309,7 @@ function splitLine(line, separator) {
     return cells;
 }
 
-// Returns the separator that divides the first line, and the names of the columns.
+// Returns the first separator that gives the columns we need, and the names of all columns.
 function findColumns(header, separators) {
     for (const separator of separators) {
         const cells = splitLine(header, separator) ?? [];
@@ -1185,20 +1317,24 @@ function findColumns(header, separators) {
         if (!columns.includes(column) || !columns.includes("new_label")) {
             continue;
         }
-        const doubled = columns.find((name, i) => name !== "" && columns.indexOf(name) !== i);
-        if (doubled !== undefined) {
-            throw new Error(`the column ${doubled} is there twice`);
+        const repeated = columns.find((name, i) => name !== "" && columns.indexOf(name) !== i);
+        if (repeated !== undefined) {
+            throw new Error(`the column ${repeated} appears twice`);
         }
         return { separator, columns };
     }
     const needed = `the columns ${column} and new_label`;
-    throw new Error(`its first line must name ${needed}, but is “${header}”`);
+    throw new Error(`the first line must contain ${needed}, but is “${header}”`);
 }
 
-// Yields the place and the cells, by name, of each row. Throws a sentence about the first mistake.
+// Yields each row: the name of its line, such as "line 2", and the cells by name of the column.
+// Throws a sentence about the first mistake.
 function* readTable(text) {
-    const lines = text.split(/\r\n|\r|\n/).map((line, i) => ({ line, place: `line ${i + 1}` }));
+    // Lines end as in Windows, old Macs or Unix.
+    const linesOfText = text.split(/\r\n|\r|\n/);
+    const lines = linesOfText.map((line, i) => ({ line, lineName: `line ${i + 1}` }));
     const filled = lines.filter(({ line }) => line.trim() !== "");
+    // Spreadsheets declare the separator before the header: `sep=;`.
     const declared = /^"?sep=([^\w"])"?[,;\t]*$/i.exec(filled[0]?.line ?? "");
     if (declared !== null) {
         filled.shift();
@@ -1206,82 +1342,91 @@ function* readTable(text) {
     const header = filled.shift()?.line ?? "";
     const separators = declared === null ? [",", ";", "\t"] : [declared[1]];
     const { separator, columns } = findColumns(header, separators);
-    for (const { line, place } of filled) {
+    for (const { line, lineName } of filled) {
         const cells = splitLine(line, separator);
         if (cells === null) {
-            throw new Error(`${place}: a cell in quotes must end on its line, before a separator`);
+            const expected = "a cell in quotes must end on its line, before a separator";
+            throw new Error(`${lineName}: ${expected}`);
         }
         if (cells.length !== columns.length) {
             const counts = `${cells.length} cells, but the first line has ${columns.length}`;
-            throw new Error(`${place} has ${counts}`);
+            throw new Error(`${lineName} has ${counts}`);
         }
         if (cells.some((cell) => cell.trim() !== "")) {
-            yield { place, cells: Object.fromEntries(columns.map((name, i) => [name, cells[i]])) };
+            const namedCells = columns.map((name, i) => [name, cells[i]]);
+            yield { lineName, cells: Object.fromEntries(namedCells) };
         }
     }
 }
 
-// In one Unicode form: Macs write an ä as two characters, others as one.
+// Returns a name in one Unicode form: Macs write an ä as two characters, other systems as one.
 function sameForm(name) {
     return name.normalize("NFC");
 }
 
-function findClass(place, name) {
+// source: where the name was read, such as "line 2".
+function findClass(source, name) {
     for (const spelled of [sameForm(name), sameForm(name.trim())]) {
         if (classes.includes(spelled)) {
             return spelled;
         }
     }
-    throw new Error(`${place}: “${name}” is no class`);
+    throw new Error(`${source}: “${name}” is no class`);
 }
 
-// The path in a URL, as label tools write it.
+// Returns the path in a URL. Label tools write paths as URLs.
 function decodePath(path) {
+    // The scheme and the host: `file://localhost/photos/a%20b.png`.
+    const schemeAndHost = /^file:(\/\/(localhost)?)?/;
     try {
-        return decodeURIComponent(path.replace(/^file:(\/\/(localhost)?)?/, ""));
+        return decodeURIComponent(path.replace(schemeAndHost, ""));
     } catch {
         return path;
     }
 }
 
-function findKey(place, name, cardsByKey) {
+// Returns the key of the image that a file calls `name`.
+function findKey(lineName, name, cardsByKey) {
     if (name.trim() === "") {
-        throw new Error(`${place} has no ${column}`);
+        throw new Error(`${lineName} has no ${column}`);
     }
     if (column === "index") {
-        return name.trim().replace(/^0+(?=\d)/, "");
+        // Zeros before an index: `007`.
+        const leadingZeros = /^0+(?=\d)/;
+        return name.trim().replace(leadingZeros, "");
     }
     const spellings = [name, name.trim(), decodePath(name.trim())];
     const known = spellings.map(sameForm).find((spelled) => cardsByKey.has(spelled));
     return cardsByKey.get(known)?.key ?? name;
 }
 
-// The row of the file as this page keeps it. Throws where it does not fit the card.
-function readRow(place, cells, card) {
-    const label = cells.label?.trim() ? findClass(place, cells.label) : "";
+// Returns [label, new_label] of a row. card: that of the image, undefined if the page has none.
+// Throws a sentence if the label is not that of the card.
+function readRow(lineName, cells, card) {
+    const label = cells.label?.trim() ? findClass(lineName, cells.label) : "";
     if (label && card?.fileLabel && label !== card.fileLabel) {
-        throw new Error(`${place}: the label here is “${card.fileLabel}”, not “${label}”`);
+        throw new Error(`${lineName}: the label here is “${card.fileLabel}”, not “${label}”`);
     }
-    const leavesOut = cells.new_label.trim() === leaveOut;
-    const newLabel = leavesOut ? leaveOut : findClass(place, cells.new_label);
+    const isExcluded = cells.new_label.trim() === leaveOut;
+    const newLabel = isExcluded ? leaveOut : findClass(lineName, cells.new_label);
     return [card?.fileLabel || label, newLabel];
 }
 
-// Returns the rows by path or index, and how many others have an empty new_label: undecided ones.
+// Returns the rows by key, and the number of rows without a decision, whose new_label is empty.
 function readDecisions(text) {
     const cardsByKey = new Map(cards.map((card) => [sameForm(card.key), card]));
     const rows = new Map();
     let numEmpty = 0;
-    for (const { place, cells } of readTable(text)) {
+    for (const { lineName, cells } of readTable(text)) {
         if (cells.new_label.trim() === "") {
             numEmpty += 1;
             continue;
         }
-        const key = findKey(place, cells[column], cardsByKey);
+        const key = findKey(lineName, cells[column], cardsByKey);
         if (rows.has(key)) {
-            throw new Error(`${place}: ${key} has a row before this one`);
+            throw new Error(`${lineName}: ${key} has an earlier row`);
         }
-        rows.set(key, readRow(place, cells, cardsByKey.get(sameForm(key))));
+        rows.set(key, readRow(lineName, cells, cardsByKey.get(sameForm(key))));
     }
     return { rows, numEmpty };
 }
@@ -1290,16 +1435,17 @@ function decode(bytes) {
     try {
         return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
     } catch {
-        throw new Error("it is not a text in UTF-8");
+        throw new Error("the file is not UTF-8 text");
     }
 }
 
 async function load(file) {
     try {
         const { rows, numEmpty } = readDecisions(decode(await file.arrayBuffer()));
-        change(rows);
-        const numShown = cards.filter((card) => rows.has(card.key)).length;
-        let notice = `Loaded ${count(rows.size, "decision")}, ${numShown} about images shown here.`;
+        decideRows(rows);
+        const numOnPage = cards.filter((card) => rows.has(card.key)).length;
+        let notice = `Loaded ${count(rows.size, "decision")}, `;
+        notice += `${numOnPage} of them for images on this page.`;
         if (numEmpty > 0) {
             notice += ` Ignored ${count(numEmpty, "row")} whose new_label is empty.`;
             notice += ` To leave an image out, write “${leaveOut}”.`;
@@ -1312,18 +1458,26 @@ async function load(file) {
 
 // ---- Keys, buttons, and the start ----
 
+// By value of a button.
 const actions = {
-    enter: () => decide(current.suggested),
-    a: () => decide(current.suggested),
-    k: () => decide(current.label),
-    x: () => decide(leaveOut),
-    c: () => byId("other").focus(),
-    u: undo,
-    "ctrl+z": undo,
+    accept: () => decide(current.suggested),
+    keep: () => decide(current.label),
+    exclude: () => decide(leaveOut),
+    other: () => byId("other").focus(),
+    undo,
     save,
     load: () => byId("file").click(),
     copy,
     close: () => byId("copy").close(),
+};
+
+const actionsOfKeys = {
+    enter: actions.accept,
+    k: actions.keep,
+    x: actions.exclude,
+    c: actions.other,
+    u: undo,
+    "ctrl+z": undo,
     escape: () => go(current),
     arrowleft: () => move(-1),
     arrowright: () => move(1),
@@ -1331,14 +1485,16 @@ const actions = {
     arrowdown: () => move(countColumns()),
 };
 
-// A layout without Latin letters, or with digits behind Shift: there the place of the key decides.
+// The position of the key decides if the layout has no Latin letter there, or a digit with Shift.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
-    const place = /^(?:Key|Digit)(.)$/.exec(event.code);
-    if (/^[a-z0-9]$/.test(key) || event.shiftKey || place === null) {
+    // The position of a letter or digit on a US keyboard: `KeyK`.
+    const position = /^(?:Key|Digit)(.)$/.exec(event.code);
+    // A Latin letter or a digit: `k`.
+    if (/^[a-z0-9]$/.test(key) || event.shiftKey || position === null) {
         return key;
     }
-    return place[1].toLowerCase();
+    return position[1].toLowerCase();
 }
 
 document.addEventListener("keydown", (event) => {
@@ -1346,9 +1502,12 @@ document.addEventListener("keydown", (event) => {
         return;
     }
     const prefix = event.ctrlKey || event.metaKey ? "ctrl+" : "";
-    const action = actions[prefix + nameOfKey(event)];
-    const busy = event.key === "Enter" ? "button, a, select, #other" : "select, #other";
-    if (!action || (event.target.matches(busy) && event.key !== "Escape")) {
+    const action = actionsOfKeys[prefix + nameOfKey(event)];
+    // Elements that use a key themselves: one types letters into them; Enter activates more.
+    const usesLetters = "select, #other";
+    const usesEnter = "button, a, select, #other";
+    const isUsed = event.target.matches(event.key === "Enter" ? usesEnter : usesLetters);
+    if (!action || (isUsed && event.key !== "Escape")) {
         return;
     }
     event.preventDefault();
@@ -1360,8 +1519,9 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     const card = cards.find(({ element }) => element.contains(event.target));
-    // The second click of a double click would decide about the card that has moved there.
-    if (button && button.value !== "u" && event.detail > 1) {
+    // If decided cards are hidden, the next card moves under the pointer: without this, the second
+    // click of a double-click would decide it unseen. Two clicks on Undo undo two decisions.
+    if (button && button.value !== "undo" && event.detail > 1) {
         return;
     }
     if (card) {
@@ -1380,6 +1540,7 @@ document.querySelector("header").addEventListener("change", () => {
 });
 
 byId("file").addEventListener("click", (event) => {
+    // Otherwise there is no "change" if the user chooses the same file again.
     event.target.value = "";
 });
 
@@ -1389,6 +1550,7 @@ byId("file").addEventListener("change", (event) => {
 
 byId("other").addEventListener("change", (event) => {
     const name = event.target.value;
+    // Ready for the next name; the list shows only classes that begin with the text in the field.
     event.target.value = "";
     try {
         decide(findClass("Another class", name));
@@ -1410,21 +1572,28 @@ new ResizeObserver(() => {
     document.documentElement.style.setProperty("--bar", `${height}px`);
 }).observe(document.querySelector("nav"));
 
+// For options, which cannot contain elements: these characters do what `bdi` does.
+function markDirection(name) {
+    return `\u2068${name}\u2069`;
+}
+
 function fillLists() {
-    const isolate = (name) => `\u2068${name}\u2069`;
     const texts = new Map();
     for (const card of cards) {
-        texts.set(card.label, isolate(card.label));
-        texts.set(pairOf(card), `${isolate(card.label)} → ${isolate(card.suggested)}`);
+        const label = markDirection(card.label);
+        texts.set(card.label, label);
+        texts.set(pairOf(card), `${label} → ${markDirection(card.suggested)}`);
     }
     for (const value of [...texts.keys()].sort()) {
         byId("filter").append(make("option", { value }, texts.get(value)));
     }
     byId("classes").append(...classes.map((value) => make("option", { value })));
     for (const [digit, name] of digits) {
-        actions[digit] = () => decide(name);
-        const key = digit === name ? [] : [`${digit} `];
-        byId("digits").append(makeButton(digit, `→ ${name} (${digit})`, ...key, isolated(name)));
+        const action = () => decide(name);
+        actions[digit] = action;
+        actionsOfKeys[digit] = action;
+        const key = digit === name ? "" : `${digit} `;
+        byId("digits").append(makeButton(digit, `→ ${name} (${digit})`, key, bdi(name)));
     }
     byId("digitHint").hidden = digits.length === 0;
 }
@@ -1436,9 +1605,10 @@ addEventListener("load", () => {
     }
     fillLists();
     try {
-        storage = localStorage;
+        localStorage.getItem(fingerprint);
     } catch {
-        warn("This browser keeps nothing: save the file before you close the page.");
+        isStored = false;
+        warn("This browser cannot store your decisions: save the file before you close the page.");
     }
     readStorage();
     draw();
@@ -1456,10 +1626,10 @@ addEventListener("load", () => {
 
 
 def print_next_steps(args, metadata, page_html):
-    """Prints the command that trains as before, but with the corrections of the user."""
-    if args.num_review:
+    """Prints for each model the command that trains it again with the user's corrections."""
+    if args.num_review > 0:
         print(
-            f"Open {page_html} in a browser, decide, and save corrections.csv here. "
+            f"Open {page_html} in a browser, review the suspects, and save corrections.csv here. "
             "Then train with it:"
         )
     else:
@@ -1467,17 +1637,18 @@ def print_next_steps(args, metadata, page_html):
             "Write corrections.csv with the columns path (or index) and new_label "
             f"(a class, or '{pipeline.LEAVE_OUT}'). Then train with it:"
         )
-    same = {name: metadata[name] for name in ("seed", "precision", "device")}
-    command = pipeline.command(
-        "train.py",
-        args,
-        **metadata["recipe"],
-        **same,
-        corrupt_percentage=args.corrupt_percentage or None,
-        checkpoint_dir=args.checkpoint_dir[0],
-        corrections="corrections.csv",
-    )
-    print(f"  {command}")
+    for checkpoint_dir, model_metadata in zip(args.checkpoint_dir, metadata, strict=True):
+        command = pipeline.command(
+            "train.py",
+            args,
+            **model_metadata["recipe"],
+            seed=model_metadata["seed"],
+            precision=model_metadata["precision"],
+            device=model_metadata["device"],
+            checkpoint_dir=checkpoint_dir,
+            corrections="corrections.csv",
+        )
+        print(f"  {command}")
 
 
 def main():
@@ -1487,7 +1658,7 @@ def main():
     with pipeline.timed(seconds, "load"):
         runs, metadata, data = pipeline.load_runs(args, seconds)
         files = result_files(pipeline.result_folder(runs), args.factor_strategy)
-        require_unedited(files.suspects)
+        require_no_added_columns(files.suspects)
 
     detection, score_paths = detect(
         runs,
@@ -1501,8 +1672,9 @@ def main():
         return
 
     is_corrupted = data.is_corrupted.numpy()
+    num_corrupted = int(is_corrupted.sum())
     results = evaluate_rankings(detection.scores, is_corrupted)
-    fields = {"num_train": len(data), "num_corrupted": int(is_corrupted.sum()), "rankings": results}
+    fields = {"num_train": len(data), "num_corrupted": num_corrupted, "rankings": results}
     with pipeline.timed(seconds, "report"):
         write_suspects(files.suspects, detection)
         write_explanations(files.explanations, detection)
@@ -1520,11 +1692,11 @@ def main():
         plot_suspects(files.contact_sheet, detection)
         plot_curves(files.curves, detection, results)
 
-    print_recall(results, args.method)
+    print_recall(results, args.method, num_corrupted)
     pipeline.print_seconds(seconds)
     written = [path for path in vars(files).values() if path.exists()]
     pipeline.print_paths([*score_paths, *written])
-    print_next_steps(args, metadata[0], files.page)
+    print_next_steps(args, metadata, files.page)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order data meets it.
 
-Command line ► files ► images and labels ► label corruption ► csv files ► checkpoints ► batches ►
-network ► influence ► results.
+Command line ► files ► images and labels ► label corruption and cleaning ► csv files ► networks ►
+code that scores depend on ► checkpoints ► influence ► results.
 """
 # ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
 
@@ -38,8 +38,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-# The text of this file as it is imported; None where there is only compiled code. Results are
-# cached under a hash of the code that computes them, and the file may be edited during a run.
+# The text of this file when it is imported, since the file may be edited during a run. Caches of
+# images and of scores depend on it (`code_of`, `code_digest`). It is None if there is only compiled
+# code; `run` refuses that.
 SOURCE = __spec__.loader.get_source(__name__)
 
 import numpy as np
@@ -65,25 +66,30 @@ from tqdm import tqdm
 
 STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 EIGENVECTOR_STRATEGIES = ("ekfac", "kfac")
-NO_INFLUENCE = "none"  # in place of a strategy: only what needs no influence is computed
+NO_INFLUENCE = "none"  # used in place of a strategy: no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
-# How torch says that memory is full, and kronfluence that even a single image did not fit.
+# Parts of the messages by which torch reports that memory is full, and kronfluence that a batch of
+# a single image did not fit.
 FULL_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator",
     "No executable batch size",
 )
+# Options of glibc's mallopt, as its malloc.h numbers them.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+LARGEST_C_INT = 2**31 - 1
 
 
 class UserError(Exception):
-    """A mistake that only the user can correct; its text is one sentence that says what to do."""
+    """A mistake that only the user can correct. Its text is one sentence that states what to do."""
 
     status = 2
 
 
 class NumericalError(UserError):
-    """A NaN or an infinity; its text is one sentence that says where it arose and what to do."""
+    """A NaN or an infinity. Its text is one sentence: where it arose, and what to do."""
 
     status = 1
 
@@ -101,23 +107,25 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls `main`; turns what can go wrong into one line on standard error.
+    """Calls `main`, and prints an expected failure as one line on standard error.
 
     Exit status: 2 for a mistake of the user, 130 for Ctrl-C, 1 for a failure of the machine or NaN.
     """
     prepare_process()
     try:
         if SOURCE is None:
-            raise UserError("only compiled code is there: the .py files are needed beside it")
+            raise UserError("there is only compiled code: add the .py files beside it")
         read_own_sources()
         return main()
     except UserError as error:
-        status, message = error.status, f"error: {error}"
+        status = error.status
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; no file is half-written, so run the same command again"
+        status = 130
+        message = "interrupted; no file is half-written, so run the same command again"
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status = 1
-        message = f"error: {first_line(error)}; the results of earlier runs are unharmed"
+        message = f"error: {first_line(error)}; the results of earlier runs are complete"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -128,42 +136,64 @@ def run(main):
 
 
 def prepare_process():
-    """Sets warnings, the console's encoding and the allocator of this process."""
-    # kronfluence constructs a GradScaler by its old name, even where it has no effect.
+    """Sets warnings, the console's encoding and the memory allocator of this process."""
+    # kronfluence constructs a GradScaler by its deprecated name, even if scaling is off.
     warnings.filterwarnings("ignore", message=r".*GradScaler")
-    with contextlib.suppress(AttributeError):  # the stream of a notebook has no such method
-        # Names of files may have letters that the console lacks.
+    with contextlib.suppress(AttributeError):  # the output stream of a notebook has no reconfigure
+        # File names may contain letters that the console's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # glibc then keeps freed memory, which saves 3 to 16 % of the time on AVX2.
-    with contextlib.suppress(AttributeError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    # With these options glibc keeps freed memory, which saves 3 to 16 % of the time on AVX2.
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_C_INT)
 
 
 def is_out_of_memory(error):
-    """Returns whether an exception says that memory is full."""
+    """Returns whether an exception was raised because memory is full."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in FULL_MEMORY)
 
 
 def first_line(error):
     """Returns the first line of an exception's text, or its type if it has no text."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def number(kind, description, allowed):
-    """Returns an argparse type: `kind(text)` if `allowed` holds of it.
+    """Returns an argparse type that accepts a text if `allowed(kind(text))` is true.
 
-    Otherwise argparse reports that the text is not `description`.
+    For any other text, argparse reports that it is not `description`.
     """
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        try:
             value = kind(text)
-            if allowed(value):
-                return value
-        raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+            is_allowed = allowed(value)
+        except ValueError:
+            is_allowed = False
+        if not is_allowed:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+        return value
 
     return parse
+
+
+def number_or_word(parse, word):
+    """Returns an argparse type that accepts `word`, and every text that the type `parse` accepts.
+
+    The value is `word` itself, or what `parse` returns.
+    """
+
+    def parse_or_word(text):
+        if text == word:
+            return word
+        try:
+            return parse(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor '{word}'") from error
+
+    return parse_or_word
 
 
 positive_int = number(
@@ -179,29 +209,12 @@ corrupt_fraction = number(
 kept_fraction = number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
-def damping(text):
-    """Parses a `--damping_factor`: a number of at least 0, or the word `heuristic`."""
-    if text == "heuristic":
-        return text
-    try:
-        return non_negative_float(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor 'heuristic'") from error
-
-
-def some_or_all(text):
-    """Parses a `--factor_examples`: a whole number of at least 1, or the word `all`."""
-    if text == "all":
-        return text
-    try:
-        return positive_int(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor 'all'") from error
-
-
 def shared_parser(docstring):
-    """Returns a parser with the flags of all scripts; `docstring` is a script's, None under -OO."""
-    description = (docstring or "").partition("\n")[0]
+    """Returns a parser with the flags that all scripts share.
+
+    docstring: the module docstring of a script, or None, as under `python -OO`.
+    """
+    description = docstring.partition("\n")[0] if docstring else None
     parser = OneLineParser(description=description, allow_abbrev=False)
     add_data_flags(parser.groups["data"])
     model = parser.groups["model"]
@@ -209,19 +222,20 @@ def shared_parser(docstring):
         "--model",
         choices=MODELS,
         default="resnet9",
-        help="network to train or to explain (default: %(default)s)",
+        help="network architecture (default: %(default)s)",
     )
     model.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="number format of the computation; auto: bfloat16 where it is fast, else float32",
+        help="number format of the computation; auto: bfloat16 if the device is fast at it, "
+        "else float32 (default: %(default)s)",
     )
     model.add_argument(
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="where to compute; auto: a GPU is used if one is available",
+        help="device to compute on; auto: a GPU is used if one is available (default: %(default)s)",
     )
     parser.groups["report"].add_argument(
         "--output_dir",
@@ -245,7 +259,7 @@ def add_data_flags(group):
         "--dataset_dir",
         default="./data",
         metavar="DIR",
-        help="directory of the data set; of an imagefolder, that which contains train/ and, "
+        help="directory of the data set; for imagefolder, the directory that contains train/ and, "
         "optionally, test/ (default: %(default)s)",
     )
     group.add_argument(
@@ -258,14 +272,15 @@ def add_data_flags(group):
     labels.add_argument(
         "--corrupt_percentage",
         type=corrupt_fraction,
+        default=0.0,
         metavar="FRACTION",
-        help="fraction of the training labels to corrupt, such as 0.1 (default: none)",
+        help="fraction of the training labels to corrupt, such as 0.1 (default: 0)",
     )
     labels.add_argument(
         "--noisy_labels",
         metavar="CSV",
-        help="file with the labels to train on: columns label, and path or index "
-        "(default: the labels of the data set)",
+        help="file with the labels to train on: columns label, and path or index, which is the "
+        "position in the whole data set, from 0 (default: the labels of the data set)",
     )
 
 
@@ -278,7 +293,7 @@ def influence_parser(docstring, strategies=STRATEGIES):
         nargs="+",
         default=[CHECKPOINT_DIR],
         metavar="DIR",
-        help="directory of the trained model; with several, their scores are averaged "
+        help="directory of the trained model; the scores of several models are averaged "
         f"(default: {CHECKPOINT_DIR})",
     )
     model.add_argument(
@@ -297,7 +312,7 @@ def influence_parser(docstring, strategies=STRATEGIES):
 
 
 def add_curvature_flags(group, strategies):
-    """Adds the flags that say how the curvature of the loss is approximated."""
+    """Adds the flags that choose how the curvature of the loss is approximated."""
     group.add_argument(
         "--factor_strategy",
         choices=strategies,
@@ -306,14 +321,14 @@ def add_curvature_flags(group, strategies):
     )
     group.add_argument(
         "--factor_examples",
-        type=some_or_all,
+        type=number_or_word(positive_int, "all"),
         default="all",
         metavar="N",
         help="fit the curvature on N random training images, or on all (default: %(default)s)",
     )
     group.add_argument(
         "--damping_factor",
-        type=damping,
+        type=number_or_word(non_negative_float, "heuristic"),
         default="heuristic",
         metavar="X",
         help="number added to each eigenvalue of the curvature; heuristic: a tenth of the layer's "
@@ -330,12 +345,12 @@ def add_curvature_flags(group, strategies):
 def command(script, args, **values):
     """Returns the command that runs a script with the shared flags of `args` and other `values`.
 
-    Flags that have their default value, None or False are left out.
+    The command omits a flag whose value is its default, None or False.
     """
-    defaults = vars(shared_parser("").parse_args([]))
-    flags = {name: getattr(args, name) for name in defaults}
+    shared = vars(shared_parser("").parse_args([]))
+    defaults = {**shared, "checkpoint_dir": CHECKPOINT_DIR}
+    flags = {name: getattr(args, name) for name in shared}
     flags.update(values)
-    defaults["checkpoint_dir"] = CHECKPOINT_DIR
     words = ["python", script]
     for name, value in flags.items():
         if value is None or value is False or value == defaults.get(name):
@@ -352,15 +367,16 @@ def number_of_processes():
 
 
 def is_main_process():
-    """Returns whether this process prints and writes: the first one under torchrun."""
+    """Returns whether this process prints and writes: the first process under torchrun."""
     return number_of_processes() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
-    Raises UserError for `cuda` without a usable GPU, and for several processes where the script
-    cannot use them or lacks a GPU for each: kronfluence sums over processes on CUDA only.
+    several_processes: whether the script can share its work between processes. Raises UserError for
+    `cuda` without a usable GPU. Several processes also raise it if the script cannot share its
+    work, or if a process lacks its own GPU: kronfluence sums over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -368,24 +384,25 @@ def choose_device(name, several_processes):
     on_gpu = name != "cpu" and torch.cuda.is_available()
     count = number_of_processes()
     if count > 1 and not (on_gpu and several_processes):
-        place = "this script" if on_gpu else "a run on the CPU"
+        what = "this script" if on_gpu else "a run on the CPU"
         raise UserError(
-            f"WORLD_SIZE is {count}, but {place} takes one process only: start it without torchrun"
+            f"WORLD_SIZE is {count}, but {what} uses one process only: start it without torchrun"
         )
-    # Without torchrun no process knows its own GPU; the count itself is then too high a number.
-    if count > 1 and int(os.environ.get("LOCAL_RANK") or count) >= torch.cuda.device_count():
+    local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it: which GPU the process may use
+    has_own_gpu = bool(local_rank) and int(local_rank) < torch.cuda.device_count()
+    if count > 1 and not has_own_gpu:
         raise UserError(
             "each process needs its own GPU: start them with torchrun, as many as there are GPUs"
         )
     if not on_gpu:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    return torch.device("cuda", int(local_rank or 0))
 
 
 def unusable_gpu():
     """Returns why torch cannot use the NVIDIA GPU of this machine, as a sentence.
 
-    The text is empty where torch can use it, or where there is none.
+    The text is empty if torch can use the GPU, or if there is no GPU.
     """
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if torch.cuda.is_available() or not has_driver:
@@ -393,14 +410,17 @@ def unusable_gpu():
     reason = "it finds none"
     try:
         torch.cuda.init()
-    except Exception as error:  # in torch's own words
+    except Exception as error:  # torch states the reason in its own words
         reason = first_line(error).rstrip(".")
     remedy = "install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
     return f"torch cannot use the NVIDIA GPU ({reason}): {remedy}"
 
 
 def print_machine(device, dtype):
-    """Prints which hardware and dtype the script computes with, and why not on the GPU it finds."""
+    """Prints the hardware and the dtype of the computation.
+
+    On the CPU of a machine with a GPU, it also prints why the GPU cannot be used.
+    """
     if not is_main_process():
         return
     if device.type == "cpu":
@@ -408,11 +428,12 @@ def print_machine(device, dtype):
     else:
         name = torch.cuda.get_device_name(device)
     print(f"{name}, {str(dtype).removeprefix('torch.')}")
-    if device.type == "cpu" and (reason := unusable_gpu()):
+    reason = unusable_gpu() if device.type == "cpu" else ""
+    if reason:
         print(f"On the CPU: {reason}")
 
 
-# ---- Files: whole or not at all ------------------------------------------------------------------
+# ---- Files: complete or not at all ---------------------------------------------------------------
 
 
 def code_of(*names):
@@ -437,21 +458,24 @@ def parse_code(text):
 
 
 def make_folder(path):
-    """Creates a folder and its parents. Raises UserError where that is impossible."""
+    """Creates a folder and its parents. Raises UserError if that is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be made a folder ({error.strerror}): name another one"
+            f"{path} cannot be made a folder ({error.strerror}): name another folder"
         ) from error
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path that replaces `path` if the block succeeds, else is removed."""
+    """Yields a temporary path: the file at `path` is either written completely or not changed.
+
+    If the block succeeds, the temporary file replaces `path`; otherwise it is removed.
+    """
     path = Path(path)
     make_folder(path.parent)
-    # Random, because containers that share a folder may have the same process ids.
+    # The name is random, because containers that share a folder may have the same process ids.
     temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
     try:
         yield temporary
@@ -474,11 +498,13 @@ def sha256(*parts):
 # ---- Images and labels ---------------------------------------------------------------------------
 
 IMAGE_SIZE = 32
-# Seeds of what has to be the same in every script, whatever --seed says.
+# Seeds of random choices that must be the same in every script, so --seed does not change them.
 ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED = 11, 12, 13
+# The seed of a digit is three numbers: these two and the position of the digit.
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
-# Folders and files that systems put beside images, in lower case; hidden ones begin with a dot.
+# Names, in lower case, of folders and files that operating systems create beside images. Hidden
+# folders and files, whose names begin with a dot, are skipped as well.
 SYSTEM_NAMES = {
     "@eadir",
     "@tmp",
@@ -494,7 +520,7 @@ SYSTEM_NAMES = {
     "desktop.ini",
     "icon\r",
 }
-# Of CIFAR-10's training images, whose values were scaled to 0..1.
+# Mean and standard deviation of CIFAR-10's training images, with values scaled to 0..1.
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
 CHANNEL_STD = (0.2470, 0.2435, 0.2616)
 
@@ -503,9 +529,10 @@ CHANNEL_STD = (0.2470, 0.2435, 0.2616)
 class ImageSource:
     """What a loader returns: the labels of one split, and a function that reads its images.
 
-    labels: int64 [N]; class_names: names of all classes, at least two; read: function of indices,
-    int64 [M], that returns their images, uint8 [M, 32, 32, 3]; paths: one per image, or None where
-    images have no files of their own; channel_mean, channel_std: of red, green and blue in 0..1.
+    labels: int64 [N]. class_names: names of all classes, at least two. read: a function of indices,
+    int64 [M], that returns the images at these indices, uint8 [M, 32, 32, 3]. paths: one per image,
+    or None if images have no files of their own. channel_mean, channel_std: of red, green and blue,
+    with values scaled to 0..1.
     """
 
     labels: Tensor
@@ -520,12 +547,13 @@ class ImageSource:
 class ImageData:
     """Labelled images in memory.
 
-    images: uint8 [N, 3, 32, 32]; labels: int64 [N], those to train on; true_labels: int64 [N],
-    those of the data set, without corruption; class_names: one per class; paths: one per image,
-    empty where images have no files of their own; indices: int64 [N] on the CPU, positions among
-    the loaded images, which the tables show; numbers: int64 [N] on the CPU, positions in the whole
-    data set; channel_mean, channel_std: of red, green and blue, by which a network's input is
-    standardised; num_available: number of images in the whole data set, None if unknown.
+    images: uint8 [N, 3, 32, 32]. labels: int64 [N], the labels to train on. true_labels: int64 [N],
+    the labels of the data set, without corruption. class_names: one per class. paths: one per
+    image, empty if images have no files of their own.
+    indices: int64 [N] on the CPU, positions among the loaded images, for tables and corrections.
+    dataset_index: int64 [N] on the CPU, positions in the whole data set, for `--noisy_labels`.
+    num_available: number of images in the whole data set.
+    channel_mean, channel_std: of red, green and blue, by which images are standardised.
     """
 
     images: Tensor
@@ -534,17 +562,17 @@ class ImageData:
     class_names: list
     paths: list
     indices: Tensor
-    numbers: Tensor
+    dataset_index: Tensor
+    num_available: int
     channel_mean: tuple = CHANNEL_MEAN
     channel_std: tuple = CHANNEL_STD
-    num_available: int | None = None
 
     def __len__(self):
         return len(self.labels)
 
     @property
     def is_corrupted(self):
-        """Which labels are not the true ones, bool [N]."""
+        """Which labels differ from the true labels, bool [N]."""
         return self.labels != self.true_labels
 
     @cached_property
@@ -569,32 +597,33 @@ class ImageData:
             true_labels=self.true_labels[indices],
             paths=[self.paths[i] for i in indices.tolist()],
             indices=self.indices[indices],
-            numbers=self.numbers[indices],
+            dataset_index=self.dataset_index[indices],
         )
 
     def without(self, indices):
-        """Returns all examples but those at `indices`."""
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[indices] = False
-        return self.take(kept.nonzero().squeeze(1))
+        """Returns all examples except those at `indices`."""
+        is_kept = torch.ones(len(self), dtype=torch.bool)
+        is_kept[indices] = False
+        return self.take(is_kept.nonzero().squeeze(1))
 
     def to(self, device):
-        """Returns the same with images and labels on `device`, and its digest, which is slow."""
+        """Returns a copy with images and labels on `device`."""
         moved = replace(
             self,
             images=self.images.to(device),
             labels=self.labels.to(device),
             true_labels=self.true_labels.to(device),
         )
-        vars(moved)["digest"] = self.digest
+        vars(moved)["digest"] = self.digest  # slow to compute, and the same on every device
         return moved
 
 
 def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
-    """Loads the `train` or `test` split of a `--dataset`, or `num_examples` of it, as ImageData.
+    """Loads the `train` or `test` split of a `--dataset` as ImageData.
 
-    Images that are decoded from class folders are cached in `cache_dir`, if there is one. Raises
-    UserError where images cannot be found or read, or where there are fewer.
+    With `num_examples`, it loads that many randomly drawn images. Images that are decoded from
+    class folders are cached in `cache_dir`, unless it is None. Raises UserError if images cannot be
+    found or read, or if there are fewer than `num_examples`.
     """
     source = LOADERS[dataset](dataset_dir, split, cache_dir)
     loader = f"the loader of --dataset {dataset} ({split} images)"
@@ -612,15 +641,15 @@ def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
         class_names=list(source.class_names),
         paths=[paths[i] for i in chosen.tolist()],
         indices=torch.arange(len(chosen)),
-        numbers=chosen,
+        dataset_index=chosen,
+        num_available=total,
         channel_mean=tuple(source.channel_mean),
         channel_std=tuple(source.channel_std),
-        num_available=total,
     )
 
 
 def check_source(source, loader):
-    """Raises UserError where a loader does not return what ImageSource describes."""
+    """Raises UserError if a loader does not return what ImageSource describes."""
 
     def require(holds, what):
         if not holds:
@@ -630,22 +659,25 @@ def check_source(source, loader):
     labels, names = source.labels, list(source.class_names)
     is_vector = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1
     require(is_vector and len(labels) > 0, "labels as an int64 tensor [N], not empty")
-    are_names = len(set(names)) == len(names) >= 2 and all(isinstance(name, str) for name in names)
-    require(are_names, "at least two class_names, different strings")
+    are_strings = all(isinstance(name, str) for name in names)
+    are_different = len(set(names)) == len(names)
+    are_valid = are_strings and are_different and len(names) >= 2
+    require(are_valid, "at least two class_names, different strings")
     in_range = labels.min() >= 0 and labels.max() < len(names)
     require(in_range, f"labels from 0 to {len(names) - 1}, since it has {len(names)} class_names")
     has_paths = source.paths is None or len(source.paths) == len(labels)
     require(has_paths, f"one path for each of its {len(labels)} labels, or None")
-    has_scale = len(source.channel_mean) == 3 == len(source.channel_std)
-    require(has_scale and min(source.channel_std) > 0, "three means and three positive deviations")
+    has_three_each = len(source.channel_mean) == 3 and len(source.channel_std) == 3
+    is_standardisable = has_three_each and min(source.channel_std) > 0
+    require(is_standardisable, "three means and three positive deviations")
 
 
 def check_images(images, count, loader):
-    """Raises UserError where what a loader read is not uint8 [count, 32, 32, 3]."""
+    """Raises UserError if the images that a loader read are not uint8 [count, 32, 32, 3]."""
     expected = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
     if images.dtype != torch.uint8 or images.shape != expected:
-        found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-        raise UserError(f"{loader} must read images of uint8 {list(expected)}, but reads {found}")
+        actual = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        raise UserError(f"{loader} must read images of uint8 {list(expected)}, but reads {actual}")
 
 
 def draw_examples(total, num_examples):
@@ -661,28 +693,32 @@ def draw_examples(total, num_examples):
 
 
 def check_splits(data, test):
-    """Raises UserError where training and test images, as they were read, differ in their classes.
+    """Raises UserError if the loaded training and test images differ in their classes.
 
-    Each split is listed on its own, and a folder may have come or gone between the two.
+    Each split is listed on its own, and somebody may add or remove a folder between the two.
     """
-    if data.class_names != test.class_names:
-        different = sorted({*data.class_names} ^ {*test.class_names})
-        raise UserError(
-            f"training and test images have different classes ({', '.join(different)}): "
-            "leave the folders alone while a script reads them"
-        )
+    if data.class_names == test.class_names:
+        return
+    different = sorted(set(data.class_names).symmetric_difference(test.class_names))
+    names = ", ".join(different) if different else "the same in another order"
+    raise UserError(
+        f"training and test images have different classes ({names}): do not change class folders "
+        "while a script reads them; a loader must return the same class_names for both splits"
+    )
 
 
 def duplicate_of(data):
-    """Returns for each training image the `index` of the first identical one, a list of N.
+    """Returns for each training image the index of the first identical image, a list of N.
 
-    It is -1 for an image that equals none before it. Identical means: pixel for pixel, as decoded.
+    It is -1 if no earlier image is identical. Two images are identical if all their decoded pixels
+    are equal.
     """
-    first, found = {}, []
+    first_index = {}  # by hash
+    duplicates = []
     for index, image_hash in zip(data.indices.tolist(), hash_images(data), strict=True):
-        found.append(first.get(image_hash, -1))
-        first.setdefault(image_hash, index)
-    return found
+        duplicates.append(first_index.get(image_hash, -1))
+        first_index.setdefault(image_hash, index)
+    return duplicates
 
 
 def hash_images(data):
@@ -691,19 +727,19 @@ def hash_images(data):
 
 
 def print_duplicates(data, test):
-    """Prints how many images are certain errors, and how many leak from test to training.
+    """Prints how many training images have a copy with another label, or are also test images.
 
-    Identical images with different labels cannot all be right. An image in both splits makes test
-    accuracy too high. Prints nothing where there are none.
+    Identical images with different labels cannot all be labelled correctly. Images in both splits
+    make the test accuracy too high. A line is omitted if its number is zero.
     """
     train_hashes = hash_images(data)
-    labels = {}
+    labels_by_hash = {}
     for image_hash, label in zip(train_hashes, data.labels.tolist(), strict=True):
-        labels.setdefault(image_hash, set()).add(label)
-    conflicting = sum(len(labels[image_hash]) > 1 for image_hash in train_hashes)
+        labels_by_hash.setdefault(image_hash, set()).add(label)
+    conflicting = sum(len(labels_by_hash[image_hash]) > 1 for image_hash in train_hashes)
     if conflicting:
         print(f"{conflicting} training images have an identical copy with another label")
-    leaked = sum(image_hash in labels for image_hash in hash_images(test))
+    leaked = sum(image_hash in labels_by_hash for image_hash in hash_images(test))
     if leaked:
         print(f"{leaked} test images are training images, too: test accuracy is too high")
 
@@ -711,16 +747,16 @@ def print_duplicates(data, test):
 def load_cifar10(dataset_dir, split, cache_dir):
     """Loads CIFAR-10 through torchvision, which downloads it once and checks its files."""
     try:
-        found = open_cifar10(dataset_dir, split == "train")
+        cifar10 = open_cifar10(dataset_dir, split == "train")
     except (ImportError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
-            f"CIFAR-10 is not whole in {dataset_dir}, and torchvision cannot load it "
+            f"CIFAR-10 is not complete in {dataset_dir}, and torchvision cannot load it "
             f"({first_line(error)}): give --dataset_dir, or --dataset imagefolder or synthetic"
         ) from error
     return ImageSource(
-        labels=torch.tensor(found.targets),
-        class_names=found.classes,
-        read=lambda indices: found.data[indices.numpy()],
+        labels=torch.tensor(cifar10.targets),
+        class_names=cifar10.classes,
+        read=lambda indices: cifar10.data[indices.numpy()],
     )
 
 
@@ -731,11 +767,11 @@ def open_cifar10(dataset_dir, train):
 
     try:
         return CIFAR10(dataset_dir, train=train)
-    except RuntimeError:  # missing or damaged
+    except RuntimeError:  # files are missing or damaged
         make_folder(dataset_dir)
-    lock = FileLock(Path(dataset_dir) / ".cifar10.lock")
-    with lock, contextlib.redirect_stdout(io.StringIO()):
-        return CIFAR10(dataset_dir, train=train, download=True)
+        lock = FileLock(Path(dataset_dir) / ".cifar10.lock")
+        with lock, contextlib.redirect_stdout(io.StringIO()):
+            return CIFAR10(dataset_dir, train=train, download=True)
 
 
 def load_imagefolder(dataset_dir, split, cache_dir):
@@ -761,49 +797,50 @@ def load_imagefolder(dataset_dir, split, cache_dir):
 
 
 def refuse_inside_data(flag, folder, dataset_dir):
-    """Raises UserError where a folder to write into lies among the images of class folders.
+    """Raises UserError if a folder to write into lies among the images of class folders.
 
-    The next run would take what is written there for a class or an image.
+    The next run would read the files written there as images, or as a class.
     """
-    inside = [Path(folder).resolve(), *Path(folder).resolve().parents]
+    target = Path(folder).resolve()
     for split in ("train", "test"):
         top = Path(dataset_dir) / split
-        listed = set()
-        if top.is_dir():
-            list_files(top, listed)
-        if listed.intersection(inside):
+        if not top.is_dir():
+            continue
+        # All folders below are compared, since links may lead to folders elsewhere.
+        _, image_folders, _ = list_files(top)
+        if any(target.is_relative_to(image_folder) for image_folder in image_folders):
             raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
 
 
 def ten_largest(counts):
-    """Returns the ten largest of a Counter as text, how many others there are, and the smallest."""
+    """Returns a Counter as text: the ten largest counts, and how many others down to which one."""
     parts = [f"{name} {count}" for name, count in counts.most_common()]
     if len(parts) > 10:
-        parts[10:] = [f"and {len(parts) - 10} others down to {parts[-1]}"]
+        parts = [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"]
     return ", ".join(parts)
 
 
 def same_form(name):
-    """Returns a name in one Unicode form: Macs write an ä as two characters, others as one."""
+    """Returns a name in one Unicode form: a Mac writes an ä as two characters, others as one."""
     return unicodedata.normalize("NFC", str(name))
 
 
 def list_samples(folder, verbose):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden and system folders and files are skipped, and skipped folders are printed if `verbose`.
-    Raises UserError where there are fewer than two classes, where a class has no file or the name
-    of another, or where a folder cannot be listed.
+    Hidden and system folders and files are skipped. If `verbose`, skipped folders are printed.
+    Raises UserError if there are fewer than two classes, or if a folder cannot be listed. Also
+    raises it if a class has no file, or if two classes have the same name.
     """
     if not folder.is_dir():
         raise UserError(
             f"--dataset imagefolder: {folder} must be a folder with a folder of images per class"
         )
-    tops = next(os.walk(folder, onerror=refuse_unlisted))[1]
-    samples, class_names, walked = [], [], set()
-    skipped = {*tops} - {*visible(tops)}
-    for name in visible(tops):
-        files, skipped_here = list_files(folder / name, walked)
+    _, class_folders, _ = next(os.walk(folder, onerror=refuse_unlisted))
+    skipped = set(class_folders) - set(visible(class_folders))
+    samples, class_names, listed = [], [], set()
+    for name in visible(class_folders):
+        files, listed_here, skipped_here = list_files(folder / name, listed)
         if not files:
             raise UserError(
                 f"--dataset imagefolder: {folder / name} holds no image of its own: "
@@ -816,6 +853,7 @@ def list_samples(folder, verbose):
             )
         samples.extend((path, len(class_names)) for path in files)
         class_names.append(same_form(name))
+        listed |= listed_here
         skipped |= skipped_here
     if len(class_names) < 2:
         raise UserError(
@@ -827,35 +865,39 @@ def list_samples(folder, verbose):
     return samples, class_names
 
 
-def list_files(folder, walked):
-    """Returns the paths of all files below a folder, and the names of the folders that are skipped.
+def list_files(folder, listed_before=frozenset()):
+    """Returns all files below a folder, the folders it lists, and the names of skipped folders.
 
-    `walked`: set of the folders listed so far, without links. A folder that links lead to twice is
-    listed once; this function adds to the set.
+    Files: a list of paths. Listed folders: a set of paths without links; a folder that links lead
+    to twice, or that is in `listed_before`, is listed only once. Raises UserError if a folder
+    cannot be listed.
     """
-    paths, skipped = [], set()
-    for place, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
-        real = Path(place).resolve()
-        if real in walked:
-            folders.clear()  # tells os.walk to stop here
+    paths, listed, skipped = [], set(), set()
+    for parent, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
+        real = Path(parent).resolve()
+        if real in listed or real in listed_before:
+            folders.clear()  # os.walk then goes no deeper here
             continue
-        walked.add(real)
-        skipped |= {*folders} - {*visible(folders)}
-        folders[:] = visible(folders)  # tells os.walk what to visit, in which order
-        paths.extend(f"{place}/{file}" for file in visible(files))
-    return paths, skipped
+        listed.add(real)
+        skipped |= set(folders) - set(visible(folders))
+        folders[:] = visible(folders)  # os.walk then visits these folders, in this order
+        paths.extend(f"{parent}/{file}" for file in visible(files))
+    return paths, listed, skipped
 
 
 def visible(names):
     """Returns the sorted names of files or folders that are neither hidden nor made by a system."""
-    kept = [name for name in names if name[0] != "." and name.lower() not in SYSTEM_NAMES]
-    return sorted(kept, key=same_form)
+    visible_names = [
+        name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_NAMES
+    ]
+    return sorted(visible_names, key=same_form)
 
 
 def refuse_unlisted(error):
-    """Raises UserError for the OSError that listing a folder ended in."""
+    """Raises UserError for the OSError of a folder that cannot be listed."""
     raise UserError(
-        f"--dataset imagefolder: a folder cannot be listed ({error}): allow or remove it"
+        f"--dataset imagefolder: a folder cannot be listed ({error}): "
+        "allow reading it, or remove it"
     )
 
 
@@ -863,15 +905,15 @@ def split_samples(dataset_dir, split):
     """Returns (path, label) of every image of a split of class folders, and the class names.
 
     Without a folder `test`, a tenth of each class of `train` is held out as the test split. Raises
-    UserError where the classes of the two differ, or nothing can be held out.
+    UserError if the classes of the two splits differ, or if nothing can be held out.
     """
     verbose = split == "train" and is_main_process()
-    test_dir = dataset_dir / "test"
-    samples, class_names = list_samples(dataset_dir / "train", verbose)
-    if os.path.lexists(test_dir):  # a link to nothing is a mistake, not a folder that is not there
+    train_dir, test_dir = dataset_dir / "train", dataset_dir / "test"
+    samples, class_names = list_samples(train_dir, verbose)
+    # A link to nothing is a mistake, so it counts as a folder that is there.
+    if os.path.lexists(test_dir):
         test_samples, test_names = list_samples(test_dir, verbose)
-        require_classes(dataset_dir / "test", test_names, class_names, test_dir)
-        require_classes(dataset_dir / "train", class_names, test_names, test_dir)
+        require_same_classes(train_dir, class_names, test_dir, test_names)
         return (samples if split == "train" else test_samples), class_names
     held_out = hold_out(samples, dataset_dir)
     if verbose:
@@ -879,35 +921,42 @@ def split_samples(dataset_dir, split):
             f"There is no {test_dir}: {len(held_out)} images, a tenth of each class, "
             "are held out as the test split"
         )
-    is_test = split == "test"
-    return [sample for sample in samples if (sample in held_out) == is_test], class_names
+    if split == "test":
+        return [sample for sample in samples if sample in held_out], class_names
+    return [sample for sample in samples if sample not in held_out], class_names
 
 
-def require_classes(folder, names, expected, test_dir):
-    """Raises UserError where a folder of one split lacks classes of the other."""
-    lacking = sorted({*expected} - {*names})
-    if lacking:
-        raise UserError(
-            f"{folder} lacks the classes {', '.join(lacking)}: add them, "
-            f"or remove {test_dir}, and a tenth of train is held out as the test split"
-        )
+def require_same_classes(train_dir, train_names, test_dir, test_names):
+    """Raises UserError if a split lacks classes of the other split."""
+    for folder, names, other_names in (
+        (test_dir, test_names, train_names),
+        (train_dir, train_names, test_names),
+    ):
+        lacking = sorted(set(other_names) - set(names))
+        if lacking:
+            raise UserError(
+                f"{folder} lacks the classes {', '.join(lacking)}: add them, or remove {test_dir} "
+                "(then a tenth of train is held out as the test split)"
+            )
 
 
 def hold_out(samples, dataset_dir):
     """Returns a tenth of the (path, label) samples of each class, as a set: the test split.
 
-    The hash of a file's name decides, so that most of them stay when files come or go. Raises
-    UserError where every class has one image.
+    A hash of a file's path below `dataset_dir` decides, so most images stay in their split if files
+    are added or removed. A class with a single image has none in the test split. Raises UserError
+    if every class has a single image.
     """
 
-    def by_hash(sample):
-        return hashlib.sha256(os.fsencode(os.path.relpath(sample[0], dataset_dir))).digest()
+    def path_hash(sample):
+        path, _ = sample
+        return hashlib.sha256(os.fsencode(os.path.relpath(path, dataset_dir))).digest()
 
     held_out = set()
     for _, members in itertools.groupby(samples, key=itemgetter(1)):
-        ordered = sorted(members, key=by_hash)
+        ordered = sorted(members, key=path_hash)
         if len(ordered) > 1:
-            held_out |= set(ordered[: max(1, round(len(ordered) / 10))])
+            held_out.update(ordered[: max(1, round(len(ordered) / 10))])
     if not held_out:
         raise UserError(
             f"--dataset imagefolder: without {dataset_dir}/test, "
@@ -919,7 +968,7 @@ def hold_out(samples, dataset_dir):
 def read_images(paths, split, cache_dir):
     """Returns the images in files, uint8 [N, 32, 32, 3]; caches them in `cache_dir`, unless None.
 
-    Raises UserError, naming the file, where one cannot be read or its name is not UTF-8.
+    Raises UserError, naming the file, if an image cannot be read or its path is not UTF-8.
     """
     code = code_of("read_image", "refuse_deep_colour", "has_deep_colour", "is_deep_tile")
     listing = [code, str(IMAGE_SIZE), version("pillow"), *map(describe_file, paths)]
@@ -928,8 +977,8 @@ def read_images(paths, split, cache_dir):
         try:
             return load_file(cache)["images"].numpy()
         except SafetensorError:
-            print(f"{cache} is damaged: the images are read anew")
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            print(f"{cache} is damaged: the images are read again")
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding Python's global lock
         decoded = pool.map(read_image, paths)
         progress = tqdm(decoded, f"Reading {split} images", len(paths), leave=False)
         images = np.stack(list(progress))
@@ -940,13 +989,14 @@ def read_images(paths, split, cache_dir):
 
 
 def describe_file(path):
-    """Returns name, size, times and number (two files may trade places) of a file, as text.
+    """Returns path, size, times of change and inode of a file, as text.
 
-    Raises UserError where it is no regular file, or its name is not UTF-8.
+    The inode differs if two files of the same size and times swapped their names. Raises UserError
+    if it is no regular file, or if its path is not UTF-8.
     """
     try:
-        info = os.stat(path.encode())  # noqa: PTH116, pathlib takes seconds for as many as there are
-        if not stat.S_ISREG(info.st_mode):  # a pipe would be read without an end
+        info = os.stat(path.encode())  # noqa: PTH116, pathlib is too slow for many files
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe might never end
             raise OSError("no regular file")
     except (OSError, UnicodeError) as error:
         raise UserError(
@@ -958,7 +1008,7 @@ def describe_file(path):
 def read_image(path):
     """Returns the image in a file as RGB, uint8 [32, 32, 3], upright, transparency over white.
 
-    Raises UserError, naming the file, where it cannot be read or has more than 8 bits per channel.
+    Raises UserError, naming the file, if it cannot be read or has more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
@@ -966,12 +1016,14 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             refuse_deep_colour(image, path)
-            # Lets a large JPEG be decoded at a lower resolution.
+            # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
-            image.load()  # turns a TIFF by itself
+            image.load()  # also rotates a TIFF as its orientation tag requires
             with contextlib.suppress(Exception):
-                image.getexif()  # of a malformed EXIF block Pillow keeps what it could read
-            # Pillow would write the block anew, and fail where it is malformed.
+                # Fails if the EXIF block is malformed. Pillow then keeps the tags read so far.
+                image.getexif()
+            # exif_transpose rotates by the tags read above. It also rewrites the EXIF block, and
+            # fails if the block is malformed, so the block is removed first.
             for name in ("exif", "Raw profile type exif"):
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
@@ -981,52 +1033,62 @@ def read_image(path):
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     except UserError:
         raise
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can raise any exception
         raise UserError(
             f"{path} is not a readable image ({first_line(error)}): remove or replace it"
         ) from error
 
 
 def refuse_deep_colour(image, path):
-    """Raises UserError where an opened, not yet loaded image has more than 8 bits per channel.
+    """Raises UserError if an opened, not yet loaded image has more than 8 bits per channel.
 
-    Pillow keeps the upper 8 bits of colour without a word, which are nearly black where a camera
-    used 12 of 16 bits; and the range of grey is not known.
+    Pillow silently keeps only the upper 8 bits of colour. If a camera used 12 of 16 bits, the image
+    is then nearly black. For grey images, the range of the values is unknown.
     """
     if has_deep_colour(image, path):
         raise UserError(
-            f"{path} has more than 8 bits per channel: convert all images alike to 8 bits, such as "
-            "by ImageMagick: magick mogrify -depth 8 FILES (with -level 0,6.25% before -depth "
-            "where values end at 4095)"
+            f"{path} has more than 8 bits per channel: convert all images alike to 8 bits, for "
+            "example by ImageMagick: magick mogrify -depth 8 FILES (with -level 0,6.25% before "
+            "-depth if the largest value is 4095)"
         )
 
 
 def has_deep_colour(image, path):
-    """Returns whether the header of an image file says more than 8 bits per channel."""
+    """Returns whether the header of an image file states more than 8 bits per channel."""
     if image.mode.startswith(("I", "F")):  # integers or floating-point numbers
         return True
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (1,))) > 8  # BitsPerSample
+        bits_per_sample = 258  # a tag of TIFF
+        return max(image.tag_v2.get(bits_per_sample, (1,))) > 8
     if image.format == "JPEG2000":
-        # A start of codestream, then the marker of sizes, which has the first channel's bits less 1
-        # at byte 38; the highest bit is the sign.
-        _, _, sizes = Path(path).read_bytes().partition(b"\xff\x4f\xff\x51")
-        return sizes[38] % 128 + 1 > 8
+        # The code stream begins with two markers: its start, and the image size (SIZ) segment.
+        _, _, size_segment = Path(path).read_bytes().partition(b"\xff\x4f\xff\x51")
+        depth_offset = 38  # of the first channel: behind length, profile, 8 sizes, channel count
+        depth = size_segment[depth_offset]
+        bits = (depth & 0x7F) + 1  # the highest bit states whether values have a sign
+        return bits > 8
     return any(is_deep_tile(tile, image.format) for tile in image.tile)
 
 
 def is_deep_tile(tile, image_format):
-    """Returns whether a tile, as Pillow describes what it will decode, has more than 8 bits."""
+    """Returns whether a tile, Pillow's description of a part to decode, has more than 8 bits."""
     codec, _, _, arguments = tile
     values = arguments if isinstance(arguments, tuple) else (arguments,)
-    if codec == "SGI16" or str(values[0]).endswith((";16B", ";16L", ";16N")):
+    if codec == "SGI16":
         return True
-    # The largest value that the header of a portable pixmap allows.
-    return image_format == "PPM" and isinstance(values[-1], int) and values[-1] > 255
+    raw_mode = str(values[0])
+    if raw_mode.endswith((";16B", ";16L", ";16N")):
+        return True
+    largest = values[-1]  # of a portable pixmap: the largest value that its header allows
+    return image_format == "PPM" and isinstance(largest, int) and largest > 255
 
 
 def load_digits(dataset_dir, split, cache_dir):
-    """Draws digits in random colours, places, sizes and rotations, each one from its own seed."""
+    """Draws digits in random colours, positions, sizes and rotations, each from its own seed.
+
+    The labels of all digits are needed before any image is drawn. So each digit is drawn twice from
+    its seed: here for the label, and in draw_digit for the image.
+    """
     seeds = [(*SYNTHETIC_SEEDS[split], index) for index in range(NUM_SYNTHETIC[split])]
     return ImageSource(
         labels=torch.tensor([digit_of(np.random.default_rng(seed)) for seed in seeds]),
@@ -1035,31 +1097,32 @@ def load_digits(dataset_dir, split, cache_dir):
     )
 
 
-def digit_of(random):
-    """Returns the digit that a new random generator draws first."""
-    return int(random.integers(10))
+def digit_of(generator):
+    """Returns the digit of an image: the first number that its random generator draws."""
+    return int(generator.integers(10))
 
 
 def draw_digit(seed):
     """Returns the image of one digit, uint8 [32, 32, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
-    random = np.random.default_rng(seed)
-    digit = digit_of(random)
-    # Digit and background differ in brightness, whatever their colours; either can be brighter.
-    colours = [random.integers(0, 115, size=3), random.integers(140, 256, size=3)]
-    colour, paper = random.permutation(colours)
-    coarse = random.integers(256, size=(5, 5, 3), dtype=np.uint8)
+    generator = np.random.default_rng(seed)
+    digit = digit_of(generator)
+    # Digit and background always differ in brightness, and either of them can be the brighter one.
+    dark, bright = generator.integers(0, 115, size=3), generator.integers(140, 256, size=3)
+    colour, background_colour = generator.permutation([dark, bright])
+    coarse = generator.integers(256, size=(5, 5, 3), dtype=np.uint8)
     texture = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     texture = np.asarray(texture)
-    background = paper + (texture - 127.5) * 0.7 + random.normal(0, 15, texture.shape)
+    noise = generator.normal(0, 15, texture.shape)
+    background = background_colour + (texture - 127.5) * 0.7 + noise
 
     canvas = Image.new("L", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
     centre = (IMAGE_SIZE, IMAGE_SIZE)
-    font = ImageFont.load_default(size=int(random.integers(18, 29)))
+    font = ImageFont.load_default(size=int(generator.integers(18, 29)))
     ImageDraw.Draw(canvas).text(centre, str(digit), fill=255, font=font, anchor="mm")
-    canvas = canvas.rotate(random.uniform(-12, 12), Image.Resampling.BICUBIC)
-    left, top = (IMAGE_SIZE // 2 + random.integers(-4, 5, size=2)).tolist()
+    canvas = canvas.rotate(generator.uniform(-12, 12), Image.Resampling.BICUBIC)
+    left, top = (IMAGE_SIZE // 2 + generator.integers(-4, 5, size=2)).tolist()
     window = canvas.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
     mask = np.asarray(window)[..., None] / 255
     return (background * (1 - mask) + colour * mask).clip(0, 255).astype(np.uint8)
@@ -1075,8 +1138,8 @@ LOADERS = {"cifar10": load_cifar10, "imagefolder": load_imagefolder, "synthetic"
 def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
     """Gives exactly round(fraction * N) randomly chosen examples a label of another class.
 
-    The label is drawn uniformly: symmetric label noise. labels: int64 [N] on the CPU. Returns new
-    labels, int64 [N], and which ones were changed, bool [N].
+    The new label is drawn uniformly: symmetric label noise. labels: int64 [N] on the CPU. Returns
+    the new labels, int64 [N], and which labels were changed, bool [N].
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
@@ -1087,15 +1150,15 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
 
 
 def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
-    """Returns the ImageData to train on, of `clean`, the images as they were loaded.
+    """Returns the ImageData to train on.
 
-    Their labels are `noisy_labels`, int64 [N], or else a `fraction` of them is corrupted, as
-    `--corrupt_percentage` says. Then a `cleaning`, as `read_corrections` returns it, is applied:
-    its `new_labels` by index among the loaded images, and its `excluded` indices. The new label of
-    an image whose label was not corrupted counts as the true one.
+    clean: the images as they were loaded. Their labels are replaced by `noisy_labels`, int64 [N];
+    if that is None, a `fraction` of them is corrupted, as `--corrupt_percentage` requires. Then a
+    `cleaning`, as `read_corrections` returns it, is applied. If it changes a label that was not
+    corrupted, the new label counts as the true label.
     """
     if noisy_labels is None:
-        noisy_labels, _ = corrupt_labels(clean.labels, fraction or 0, len(clean.class_names))
+        noisy_labels, _ = corrupt_labels(clean.labels, fraction, len(clean.class_names))
     data = replace(clean, labels=noisy_labels)
     if cleaning is None:
         return data
@@ -1108,30 +1171,57 @@ def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
 
 # ---- Labels and decisions in csv files -----------------------------------------------------------
 
-LEAVE_OUT = "leave out"  # in the column new_label: the image is not trained on
-HELD_OUT = -1  # stands for every image of the test split
+LEAVE_OUT = "leave out"  # in the column new_label: excludes the image from the training
+HELD_OUT = -1  # in place of the position of a training image: an image of the test split
 
 
 class OtherImage(UserError):
-    """A row names an image that is not trained on: of the test split, or one that was not drawn."""
+    """A row names an image that is not trained on: a test image, or an image that was not drawn."""
 
 
 class NoSuchImage(UserError):
-    """A row names no image at all."""
+    """A row names an image that does not exist."""
 
 
 def read_csv(flag, path, column):
-    """Returns the rows of a csv file and the SHA-256 of its bytes, which are read once.
+    """Returns the rows of a csv file and the SHA-256 of its bytes. The file is read only once.
 
-    A row is a pair: its place, such as `<flag> <path>, line 2`, and a dictionary of its cells by
-    column name. Cells may stand between commas, semicolons, tabs, or what a first line `sep=`
-    names; blank rows are skipped. Raises UserError where the file cannot be read, lacks `column` or
-    has a column twice, and where quotes or the number of cells of a row are wrong.
+    A row is a pair: its name for messages, such as `<flag> <path>, line 2`, and a dictionary of its
+    cells by column name. The delimiter is a comma, a semicolon or a tab, or what a first line
+    `sep=` states. Blank rows are skipped. Raises UserError if the file cannot be read, if it lacks
+    `column` or has a column twice, or if the quotes or the number of cells of a row are wrong.
     """
     name = f"{flag} {path}"
+    content, lines = read_lines(name, path)
+    delimiters = ",;\t"
+    stated = stated_delimiter(lines)
+    if stated is not None:
+        delimiters = stated
+        lines = lines[1:]
+    header = lines[0][1] if lines else ""
+    delimiter, columns = find_columns(name, header, delimiters, column)
+    rows = []
+    for line_number, line in lines[1:]:
+        row_name = f"{name}, line {line_number}"
+        cells = split_cells(row_name, line, delimiter)
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{row_name}: has {len(cells)} cells, but the first line has {len(columns)}: "
+                "give every row a cell for each column, which may be empty"
+            )
+        if any(cell.strip() for cell in cells):
+            rows.append((row_name, dict(zip(columns, cells, strict=True))))
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def read_lines(name, path):
+    """Returns the bytes of a text file, and pairs of line number and text of lines with a text.
+
+    name: flag and path, for the message. Raises UserError if it is no text in UTF-8.
+    """
     try:
         content = Path(path).read_bytes()
-        text = content.decode().lstrip("\ufeff")  # some tools put the mark of UTF-8 twice
+        text = content.decode().lstrip("\ufeff")  # some tools write the byte order mark twice
         if "\0" in text:
             raise ValueError("it has a NUL")
     except (OSError, ValueError) as error:
@@ -1139,36 +1229,32 @@ def read_csv(flag, path, column):
             f"{name} cannot be read as a csv file in UTF-8 ({first_line(error)})"
         ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    separator = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', numbered[0][1], re.I) if numbered else None
-    if separator:  # a line for Excel
-        numbered = numbered[1:]
-    header = numbered[0][1] if numbered else ""
-    delimiter, columns = find_columns(name, header, separator[1] if separator else ",;\t", column)
-    rows = []
-    for number, line in numbered[1:]:
-        place = f"{name}, line {number}"
-        cells = split_cells(place, line, delimiter)
-        if len(cells) != len(columns):
-            raise UserError(
-                f"{place}: has {len(cells)} cells, but the first line has {len(columns)}: "
-                "give every row a cell for each column, an empty one where nothing is to be said"
-            )
-        if any(cell.strip() for cell in cells):
-            rows.append((place, dict(zip(columns, cells, strict=True))))
-    return rows, hashlib.sha256(content).hexdigest()
+    return content, [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def stated_delimiter(lines):
+    """Returns the delimiter that the first line states to Excel, or None if it states none.
+
+    lines: pairs of line number and text.
+    """
+    if not lines:
+        return None
+    _, first = lines[0]
+    # Such as `sep=;`, or `"sep=;",,` after a spreadsheet saved the file again.
+    match = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', first, re.IGNORECASE)
+    return match[1] if match else None
 
 
 def find_columns(name, header, delimiters, column):
-    """Returns which delimiter divides a header so that it has the `column`, and all its columns.
+    """Returns the delimiter of a csv file and the names of its columns, lower-case and stripped.
 
-    Names of columns are lower-case, without blanks around. Raises UserError where no delimiter
-    does, or where a column is there twice.
+    It is the first of the `delimiters` that splits the header so that `column` is among the names.
+    Raises UserError if no delimiter does, or if a column is there twice.
     """
     for delimiter in delimiters:
         try:
             cells = split_cells(name, header, delimiter)
-        except UserError:  # its quotes make no sense between these delimiters
+        except UserError:  # the quotes are wrong with this delimiter
             continue
         columns = [cell.strip().lower() for cell in cells]
         if column not in columns:
@@ -1180,18 +1266,19 @@ def find_columns(name, header, delimiters, column):
     raise UserError(f"{name}: its first line must name the column '{column}', but is {header!r}")
 
 
-def split_cells(place, line, delimiter):
-    """Returns the cells of a line of a csv file. Raises UserError where its quotes are wrong."""
+def split_cells(row_name, line, delimiter):
+    """Returns the cells of a line of a csv file. Raises UserError if its quotes are wrong."""
     try:
         (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
     except csv.Error as error:
         raise UserError(
-            f"{place}: a cell in quotes must end on its line, directly before {delimiter!r} "
+            f"{row_name}: a cell in quotes must end on its line, directly before {delimiter!r} "
             f"({error}): remove line breaks and stray quotes"
         ) from error
     for cell in cells:
-        if cell != cell.lstrip() and cell.lstrip().startswith('"'):
-            raise UserError(f"{place}: a blank stands before a quote: remove the blank")
+        stripped = cell.lstrip()
+        if stripped.startswith('"') and stripped != cell:
+            raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
 
@@ -1199,114 +1286,140 @@ class ExampleFinder:
     """Finds the training images that the rows of a csv file name.
 
     Images with files are named by `path`: absolute, or relative to the working directory or to
-    `--dataset_dir`. Where no such file exists, the last parts of the path decide, such as
-    `train/cat/1.png`: the data set was moved. Images without files are named by `index`.
+    `--dataset_dir`. If no such file exists, the data set may have been moved; then the last parts
+    of the path decide, such as `train/cat/1.png`. Images without files are named by `index`.
     """
 
-    def __init__(self, data, test, dataset_dir, numbers):
-        """Takes ImageData of both splits, and what `index` means for training, int64 [N]."""
-        self.data, self.dataset_dir = data, dataset_dir
-        self.numbered = {str(number): index for index, number in enumerate(numbers.tolist())}
-        self.images = [(path, index) for index, path in enumerate(data.paths) if path]
+    def __init__(self, data, test, dataset_dir, indices, num_indices):
+        """data, test: ImageData of both splits.
+
+        indices: int64 [N], the `index` of each training image. num_indices: a row may name an index
+        from 0 to num_indices - 1.
+        """
+        self.data = data
+        self.dataset_dir = dataset_dir
+        self.num_indices = num_indices
+        self.position_of = {index: position for position, index in enumerate(indices.tolist())}
+        self.images = [(path, position) for position, path in enumerate(data.paths) if path]
         self.images += [(path, HELD_OUT) for path in test.paths if path]
-        self.used = set()
-        self.matched_by_last_parts = []  # text for each such row
+        self.used = set()  # positions of images that had a row
+        self.matched_by_last_parts = []  # a text for each such row
+
+    # The following dictionaries are slow to build, so each one is built when it is first needed.
 
     @cached_property
     def by_name(self):
-        """Images by name in the real folder, so that links to folders do not matter."""
-        return unique(self.images, unlinked_folder)
+        """Positions of images by path, with links to folders resolved."""
+        return unique_positions(self.images, unlinked_folder)
 
     @cached_property
     def by_target(self):
-        """Images by the file they are, where they are links themselves."""
-        return unique(self.images, os.path.realpath)
+        """Positions of images by path, with all links resolved, since an image may be a link."""
+        return unique_positions(self.images, os.path.realpath)
 
     @cached_property
     def by_last_parts(self):
-        """Images by their path below `--dataset_dir`."""
+        """Positions of images by path relative to `--dataset_dir`."""
 
         def below(path):
             return Path(os.path.relpath(path, self.dataset_dir)).as_posix()
 
-        return unique(self.images, below)
+        return unique_positions(self.images, below)
 
-    def find(self, place, row):
-        """Returns the index of the training image that a row names.
+    def find(self, row_name, row):
+        """Returns the position in `data` of the training image that a row names.
 
-        Raises OtherImage, NoSuchImage, or UserError where it names none or one that had a row.
+        Raises OtherImage or NoSuchImage, or UserError if the row names nothing or the image had an
+        earlier row.
         """
+        path, index = row.get("path", ""), row.get("index", "").strip()
         if any(self.data.paths):
-            index = self.find_path(place, row.get("path", ""))
+            named = path
+            position = self.find_path(row_name, path)
         else:
-            index = self.find_number(place, row.get("path", ""), row.get("index", "").strip())
-        if index == HELD_OUT:
-            raise OtherImage(f"{place}: {row['path']} is held out as the test split")
-        if index in self.used:
-            raise UserError(f"{place}: image {index} has a row before this one")
-        self.used.add(index)
-        return index
+            named = index
+            position = self.find_index(row_name, path, index)
+        if position == HELD_OUT:
+            raise OtherImage(f"{row_name}: {path} is held out as the test split")
+        if position in self.used:
+            raise UserError(f"{row_name}: image {named} has a row before this one")
+        self.used.add(position)
+        return position
 
-    def find_number(self, place, path, number):
-        """Returns the index of the training image with a number, of images without files."""
-        count = len(self.data)
+    def find_index(self, row_name, path, text):
+        """Returns the position of the training image whose `index` is `text`.
+
+        path: must be empty, since the images have no files. Raises OtherImage if the image was not
+        drawn, NoSuchImage if a path is given or the index is out of range, and UserError without an
+        index.
+        """
         if path.strip():
             raise NoSuchImage(
-                f"{place}: {path} is not among the {count} training images, which have no files: "
-                "name them by index"
+                f"{row_name}: {path} is not among the {len(self.data)} training images, which "
+                "have no files: name them by index"
             )
-        if not number:
-            raise UserError(f"{place}: needs an index, a whole number from 0 on")
-        digits = number.lstrip("0") or "0"
-        if digits in self.numbered:
-            return self.numbered[digits]
-        total = self.data.num_available or count
-        problem = f"{place}: there is no training image {number:.20}, only 0 to {count - 1}"
-        if digits.isdecimal() and len(digits) <= len(str(total)) and int(digits) < total:
-            raise OtherImage(problem)
-        raise NoSuchImage(problem)
+        if not text:
+            raise UserError(f"{row_name}: needs an index, a whole number from 0 on")
+        # Such as `17` or `017`. Longer numbers are no index, and int() fails above 4,300 digits.
+        index = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+        if index in self.position_of:
+            return self.position_of[index]
+        if index is None or index >= self.num_indices:
+            raise NoSuchImage(
+                f"{row_name}: there is no training image {text:.20}, only 0 to "
+                f"{self.num_indices - 1}"
+            )
+        raise OtherImage(f"{row_name}: training image {index} was not drawn")
 
-    def find_path(self, place, path):
-        """Returns the index of the training image with a path, or HELD_OUT for a test image."""
+    def find_path(self, row_name, path):
+        """Returns the position of the training image with a path, or HELD_OUT for a test image.
+
+        Raises OtherImage for any other file, NoSuchImage if there is no such file, and UserError
+        without a path.
+        """
         if not path.strip():
             raise UserError(
-                f"{place}: needs a path; an index is another image once files come or go"
+                f"{row_name}: needs a path; an index would mean another image after files are "
+                "added or removed"
             )
-        files = [file for spelled in spellings(path) for file in self.places(spelled)]
+        files = []
+        for spelled in spellings(path):
+            files += [os.path.abspath(spelled), os.path.abspath(Path(self.dataset_dir) / spelled)]
         for file in files:
-            index = self.look_up(file)
-            if index is not None:
-                return index
-        problem = f"{place}: {path} is not among the {len(self.data)} training images"
-        if any(map(os.path.isfile, files)):
+            position = self.look_up(file)
+            if position is not None:
+                return position
+        problem = f"{row_name}: {path} is not among the {len(self.data)} training images"
+        if any(map(os.path.isfile, files)):  # unlike pathlib, false for a name that is too long
             raise OtherImage(problem)
         return self.find_last_parts(path, problem)
 
     def find_last_parts(self, path, problem):
-        """Returns the index of the image that the last parts of a path name, or HELD_OUT."""
+        """Returns the position of the image that the last parts of a path name, or HELD_OUT.
+
+        problem: the first part of the message. Raises OtherImage if they name another file below
+        `--dataset_dir`, and NoSuchImage if they name no file.
+        """
         endings = [ending for spelled in spellings(path) for ending in last_parts(spelled)]
         for ending in endings:
-            index = self.by_last_parts.get(same_form(ending))
-            if index is not None:
+            position = self.by_last_parts.get(same_form(ending))
+            if position is not None:
                 self.matched_by_last_parts.append(f"{path} as {ending}")
-                return index
-        if any(map(os.path.isfile, (f"{self.dataset_dir}/{ending}" for ending in endings))):
+                return position
+        files = [f"{self.dataset_dir}/{ending}" for ending in endings]
+        if any(map(os.path.isfile, files)):
             raise OtherImage(problem)
         raise NoSuchImage(f"{problem}, and there is no such file")
 
-    def places(self, path):
-        """Returns where the file of a path may be."""
-        return os.path.abspath(path), os.path.abspath(Path(self.dataset_dir) / path)
-
     def look_up(self, file):
-        """Returns the index of the image that a file is, HELD_OUT for a test image, or None."""
-        index = self.by_name.get(same_form(unlinked_folder(file)))
-        if index is None:
-            index = self.by_target.get(same_form(os.path.realpath(file)))
-        return index
+        """Returns the position of the image in a file, HELD_OUT for a test image, or None."""
+        position = self.by_name.get(same_form(unlinked_folder(file)))
+        if position is None:
+            position = self.by_target.get(same_form(os.path.realpath(file)))
+        return position
 
     def print_matches(self):
-        """Prints how many rows were matched by their last parts, if any, and the first of them."""
+        """Prints how many rows were matched by their last parts, and the first of these rows."""
         if self.matched_by_last_parts:
             print(
                 f"{len(self.matched_by_last_parts)} rows name files that do not exist and were "
@@ -1315,161 +1428,191 @@ class ExampleFinder:
             )
 
 
-def unique(images, spelling):
-    """Returns a dictionary from the spelling of each path, in one Unicode form, to its index.
+def unique_positions(images, spelling):
+    """Returns a dictionary from the spelling of each path, in one Unicode form, to its position.
 
-    images: pairs of a path and an index. What several images would be called by is left out.
+    images: pairs of a path and a position. spelling: function of a path. A spelling that several
+    images share is omitted, since it does not show which image is meant.
     """
-    places = {}
-    for path, index in images:
-        places.setdefault(same_form(spelling(path)), []).append(index)
-    return {place: found[0] for place, found in places.items() if len(found) == 1}
+    positions = {}
+    for path, position in images:
+        positions.setdefault(same_form(spelling(path)), []).append(position)
+    return {spelled: shared[0] for spelled, shared in positions.items() if len(shared) == 1}
 
 
 def unlinked_folder(path):
-    """Returns the absolute path of a file, in which no folder is a link."""
+    """Returns the absolute path of a file, with links to folders resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return f"{os.path.realpath(folder)}/{name}"
 
 
 def spellings(path):
-    """Returns a path as it is written, without blanks around it, and as the URL of a label tool."""
+    """Returns the ways to read a path: as written, without blanks around it, and as a URL.
+
+    Labelling tools write URLs.
+    """
+    # Such as `file:///a/b%20c.png` or `file://localhost/a/b%20c.png`, which mean `/a/b c.png`.
     decoded = unquote(re.sub("^file:(//(localhost)?)?", "", path.strip()))
     return list(dict.fromkeys((path, path.strip(), decoded)))
 
 
 def last_parts(path):
-    """Returns the endings of a path at its separators, also those of Windows, longest first."""
+    """Returns all endings of a path, longest first: of `a\\b/c` these are `a/b/c`, `b/c`, `c`."""
     parts = path.replace("\\", "/").split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def find_class(place, name, class_names, hint=""):
-    """Returns the number of a class by its name, in any Unicode form, also with blanks around.
+def find_class(row_name, name, class_names, hint=""):
+    """Returns the class index of a class name, in any Unicode form, with or without blanks around.
 
-    Raises UserError where there is no such class; its text ends in the `hint`.
+    Raises UserError if there is no such class; `hint` is the end of its text.
     """
     for spelled in (same_form(name), same_form(name.strip())):
         if spelled in class_names:
             return class_names.index(spelled)
-    raise UserError(f"{place}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
+    raise UserError(f"{row_name}: {name!r} is none of the classes {', '.join(class_names)}{hint}")
 
 
 def read_noisy_labels(path, data, test, dataset_dir):
     """Returns the labels to train on, int64 [N], and the SHA-256 of the csv file they come from.
 
-    Its columns are `label`, a class name, and `path`, or `index`: the position in the whole data
-    set. Images without a row keep their label; rows of images that are not trained on are counted.
-    Prints what differs. Raises UserError, naming the line, for an unknown class, for one image
-    twice, and for a row that names no image, and where no row is about a training image.
+    Its columns are `label`, a class name, and `path` or `index`, the position in the whole data
+    set. Images without a row keep their label. Rows of images that are not trained on are only
+    counted. Prints the number of rows and how many labels change between which classes.
+
+    Raises UserError, naming the line, for an unknown class, for a row that names no image or the
+    image of an earlier row, and if no row is about a training image.
     """
     rows, file_hash = read_csv("--noisy_labels", path, "label")
-    finder = ExampleFinder(data, test, dataset_dir, data.numbers)
-    labels, changes, others, missing = data.labels.clone(), Counter(), 0, []
-    for place, row in rows:
+    finder = ExampleFinder(data, test, dataset_dir, data.dataset_index, data.num_available)
+    labels = data.labels.clone()
+    changes = Counter()
+    num_others = 0
+    missing = []
+    for row_name, row in rows:
         try:
-            index = finder.find(place, row)
+            position = finder.find(row_name, row)
         except OtherImage:
-            others += 1
+            num_others += 1
             continue
         except NoSuchImage as error:
             missing.append(error)
             continue
-        labels[index] = find_class(place, row["label"], data.class_names)
-        if labels[index] != data.labels[index]:
-            old, new = data.class_names[data.labels[index]], data.class_names[labels[index]]
-            changes[f"{old} → {new}"] += 1
+        labels[position] = find_class(row_name, row["label"], data.class_names)
+        if labels[position] != data.labels[position]:
+            old_name = data.class_names[data.labels[position]]
+            new_name = data.class_names[labels[position]]
+            changes[f"{old_name} → {new_name}"] += 1
     if missing:
         raise UserError(f"{missing[0]} ({len(missing)} such rows in all): correct or remove them")
     if not finder.used:
         raise UserError(
-            f"--noisy_labels {path}: none of its {others} rows is about a training image"
+            f"--noisy_labels {path}: none of its {num_others} rows is about a training image"
         )
     finder.print_matches()
-    summary = ten_largest(changes) or "none differs"
-    print(f"{path}: {len(finder.used)} rows, and {others} of other images; {summary}")
+    summary = ten_largest(changes) if changes else "no label differs"
+    print(f"{path}: {len(finder.used)} rows, and {num_others} of other images; {summary}")
     return labels, file_hash
 
 
 def has_labels_of(metadata, path):
     """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
 
-    metadata: the checkpoint's; path: None without the flag. The checkpoint keeps the labels, so a
-    file that cannot be read a second time is not needed: a pipe such as that of `<(command)`, or a
-    file that is gone and is named as it was for the training. Then a line is printed.
+    metadata: of the checkpoint. path: None without the flag. The checkpoint keeps the labels, so
+    the file is not needed if it cannot be read a second time. That is so for a pipe, such as
+    `<(command)`, and for a file that was removed and that has the same name as for the training. A
+    line is printed then. Raises UserError if the file cannot be read for another reason.
     """
-    if path is None or metadata["noisy_labels"] is None:
-        return path is metadata["noisy_labels"]
+    trained_on = metadata["noisy_labels"]
+    if path is None or trained_on is None:
+        return path is None and trained_on is None
     if Path(path).is_file():
         try:
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest() == metadata["labels_sha256"]
+            content = Path(path).read_bytes()
         except OSError as error:
-            reason = error.strerror
-    elif Path(path).exists() or path == metadata["noisy_labels"]:
-        if is_main_process():
-            print(f"{path} cannot be read again: the labels are those that the checkpoint keeps")
-        return True
-    else:
-        reason = "no such file"
-    raise UserError(f"--noisy_labels {path} cannot be read ({reason}): name another file")
+            raise unreadable_labels(path, error.strerror) from error
+        return hashlib.sha256(content).hexdigest() == metadata["labels_sha256"]
+    is_pipe = Path(path).exists()
+    if not is_pipe and path != trained_on:
+        raise unreadable_labels(path, "no such file")
+    if is_main_process():
+        print(f"{path} cannot be read again: the labels in the checkpoint are used")
+    return True
+
+
+def unreadable_labels(path, reason):
+    """Returns the UserError for a `--noisy_labels` file that cannot be read."""
+    return UserError(f"--noisy_labels {path} cannot be read ({reason}): name another file")
 
 
 def read_corrections(path, data, test, dataset_dir):
-    """Returns the cleaning in a csv file with columns `path` or `index`, and `new_label`.
+    """Returns the corrections in a csv file, as a dictionary: the `cleaning` of training_examples.
 
-    A new label is a class name, or `leave out`; where the cell is empty nothing was decided, and
-    the row is ignored. The cleaning is a dictionary of `excluded`, a list of indices, and
-    `new_labels` by index. Prints what changes. Raises UserError, naming the line, for an unknown
-    image or class, one image twice, or a `label` that is not the given one.
+    Its `excluded` is a list of indices among the loaded images, and `new_labels` a dictionary from
+    such indices to class indices. The columns of the file are `path` or `index`, and `new_label`: a
+    class name, or `leave out` to exclude the image from the training. Rows with an empty
+    `new_label` are ignored. Prints what changes.
+
+    Raises UserError, naming the line, for an unknown image or class, for the image of an earlier
+    row, and if a column `label` differs from the label before any cleaning.
     """
     if LEAVE_OUT in [name.strip() for name in data.class_names]:
         raise UserError(
-            f"--corrections {path}: '{LEAVE_OUT}' leaves an image out, and a class has that name: "
+            f"--corrections {path}: '{LEAVE_OUT}' excludes an image, and a class has that name: "
             "rename the class"
         )
     rows, _ = read_csv("--corrections", path, "new_label")
-    finder = ExampleFinder(data, test, dataset_dir, data.indices)
+    finder = ExampleFinder(data, test, dataset_dir, data.indices, len(data))
     excluded, new_labels = [], {}
-    decided = [(place, row) for place, row in rows if row["new_label"].strip()]
+    decided = [(row_name, row) for row_name, row in rows if row["new_label"].strip()]
     if not decided:
         raise UserError(
             f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
         )
-    for place, row in decided:
-        index = finder.find(place, row)
-        require_given_label(place, row.get("label", ""), index, data)
+    for row_name, row in decided:
+        index = finder.find(row_name, row)
+        require_given_label(row_name, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
             excluded.append(index)
         else:
             hint = f", nor '{LEAVE_OUT}'"
-            new_labels[index] = find_class(place, row["new_label"], data.class_names, hint)
+            new_labels[index] = find_class(row_name, row["new_label"], data.class_names, hint)
     finder.print_matches()
     print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
     return {"excluded": excluded, "new_labels": new_labels}
 
 
-def require_given_label(place, name, index, data):
-    """Raises UserError where a row says another label of an image than the one before cleaning."""
-    if name.strip() and find_class(place, name, data.class_names) != data.labels[index]:
-        given = data.class_names[data.labels[index]]
+def require_given_label(row_name, name, index, data):
+    """Raises UserError if a row's `label` is not the label of its image before any cleaning.
+
+    name: the cell `label`; an empty cell is accepted.
+    """
+    if not name.strip():
+        return
+    given = data.labels[index]
+    if find_class(row_name, name, data.class_names) != given:
         raise UserError(
-            f"{place}: image {index} has the label {given} before any cleaning, not {name}: "
-            "give the data flags of that table, or remove its column label"
+            f"{row_name}: image {index} has the label {data.class_names[given]} before any "
+            f"cleaning, not {name}: give the data flags of that table, or remove its column label"
         )
 
 
 def print_cleaning(excluded, new_labels, num_ignored, data):
-    """Prints how many labels change, stay, and are left out, and how many rows are ignored."""
-    changes, kept = Counter(), 0
+    """Prints how many labels change, stay and are left out, and how many rows are ignored."""
+    changes = Counter()
+    num_kept = 0
     for index, label in new_labels.items():
         if label == data.labels[index]:
-            kept += 1
+            num_kept += 1
         else:
             changes[f"{data.class_names[data.labels[index]]} → {data.class_names[label]}"] += 1
-    parts = [ten_largest(changes)] if changes else []
-    if kept:
-        parts.append(f"kept {kept}")
-    print("Corrections: " + ", ".join([*parts, f"left out {len(excluded)}"]))
+    parts = []
+    if changes:
+        parts.append(ten_largest(changes))
+    if num_kept:
+        parts.append(f"kept {num_kept}")
+    parts.append(f"left out {len(excluded)}")
+    print(f"Corrections: {', '.join(parts)}")
     if num_ignored:
         print(
             f"Ignored {num_ignored} rows with an empty new_label, since nothing was decided there; "
@@ -2887,26 +3030,46 @@ def load_runs(args, seconds, snapshots=1):
         labels_file=args.noisy_labels,
         snapshots=snapshots,
     )
-    settings = {"dtype": dtype, "seconds": seconds, "batch_size": args.train_batch_size}
-    if args.factor_strategy == NO_INFLUENCE:
-        construct = partial(TrainedModel, **settings)
-    else:
-        construct = partial(
-            InfluenceRun,
-            strategy=args.factor_strategy,
-            seed=args.seed,
-            factor_examples=args.factor_examples,
-            **settings,
-        )
-    data_on_device = data.to(device)
-    path = Path(args.output_dir) / paths[0].stem
-    runs = [construct(model, data_on_device, path) for model in models]
-    require_different_models(runs)
-    for run in runs:
-        make_folder(run.folder)
+    runs = construct_runs(
+        models,
+        data.to(device),
+        Path(args.output_dir) / paths[0].stem,
+        strategy=args.factor_strategy,
+        seed=args.seed,
+        factor_examples=args.factor_examples,
+        dtype=dtype,
+        seconds=seconds,
+        batch_size=args.train_batch_size,
+    )
     if runs[0].fixed and is_main_process():
         print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
     return runs, metadata, data
+
+
+def construct_runs(models, data, path, *, strategy, seed, factor_examples, **settings):
+    """Returns an InfluenceRun for each model, or a TrainedModel if the strategy is "none".
+
+    The arguments, `settings` too, are those of InfluenceRun. Creates the folders of the runs.
+    """
+    if strategy == NO_INFLUENCE:
+        runs = [TrainedModel(model, data, path, **settings) for model in models]
+    else:
+        runs = [
+            InfluenceRun(
+                model,
+                data,
+                path,
+                strategy=strategy,
+                seed=seed,
+                factor_examples=factor_examples,
+                **settings,
+            )
+            for model in models
+        ]
+    require_different_models(runs)
+    for run in runs:
+        make_folder(run.folder)
+    return runs
 
 
 def require_different_models(runs):

@@ -1,8 +1,8 @@
-"""Trains a network and writes the checkpoint that the other scripts explain.
+"""Trains a network and writes the checkpoint that the other scripts use.
 
-SGD without momentum, random crops and flips, a learning rate that rises for a fifth of the steps
-and then falls to zero. `python train.py --help` lists the flags; their defaults are those for
-CIFAR-10. The same command continues a training that was interrupted.
+It uses SGD without momentum, and random crops and flips. The learning rate rises for a fifth of the
+steps and then falls to zero. `python train.py --help` lists the flags; their defaults are those of
+the published CIFAR-10 example. The same command continues a training that was interrupted.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from tqdm import tqdm
 import pipeline
 
 DIGEST_BYTES = 32  # of a SHA-256
-# Parts of the epochs after which the weights are kept beside the final ones, for --snapshots of
-# analyze.py: scores of several networks of the last half predict retraining better than one's.
+# Fractions of the epochs after which the weights are kept beside the final weights. analyze.py uses
+# them with --snapshots: scores averaged over several networks of the second half of the training
+# predict retraining better than the scores of one network.
 SNAPSHOT_FRACTIONS = (0.6, 0.8)
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
@@ -34,7 +35,8 @@ def parse_arguments():
         "--corrections",
         metavar="CSV",
         help="file with the decisions of a review: columns path or index, and new_label, which is "
-        f"a class or '{pipeline.LEAVE_OUT}' (default: none)",
+        f"a class or '{pipeline.LEAVE_OUT}'; index is the position among the training images in "
+        "use, from 0, as in the tables of results (default: none)",
     )
     parser.groups["model"].add_argument(
         "--checkpoint_dir",
@@ -81,7 +83,7 @@ def add_training_flags(group):
         type=pipeline.whole_number,
         default=1004,
         metavar="N",
-        help="seed of weights, order, crops and flips (default: %(default)s)",
+        help="seed of initial weights, batch order, crops and flips (default: %(default)s)",
     )
     group.add_argument(
         "--eval_batch_size",
@@ -95,13 +97,14 @@ def add_training_flags(group):
 # ---- Training ------------------------------------------------------------------------------------
 
 CROP_PADDING = 4
+LARGEST_MARGIN = 6e4  # float16 is finite up to 65,504
 
 
 def crop_and_flip(images, offsets, flips):
-    """Shifts each image by its own offsets over a black border, and mirrors it if its flip says so.
+    """Crops each image at its own offsets, padded with black, and flips it if its flip is true.
 
-    images: uint8 [B, 3, 32, 32]; offsets: int64 [B, 2], the crop's top and left in 0..8;
-    flips: bool [B].
+    images: uint8 [B, 3, 32, 32]. offsets: int64 [B, 2], the crop's top and left in 0..8. flips:
+    bool [B]. Returns uint8 [B, 3, 32, 32].
     """
     size = images.shape[3]
     padded = F.pad(images, [CROP_PADDING] * 4)  # (B, 3, 40, 40)
@@ -114,27 +117,36 @@ def crop_and_flip(images, offsets, flips):
 def schedule(step, total_steps):
     """Returns the fraction of the largest learning rate at a step, counted from 0.
 
-    Piecewise linear: 0 just before the first step, 1 after a fifth of the steps, 0 just after the
-    last. So no step is wasted at a rate of zero, however few there are.
+    Piecewise linear: 0 just before the first step, 1 after a fifth of the steps, and 0 just after
+    the last step. So no step has a rate of zero, even in a training of few steps.
     """
     peak = max(1, round(total_steps / 5))
     return float(np.interp(step + 1, [0, peak, total_steps + 1], [0.0, 1.0, 0.0]))
 
 
 def batch_generator(seed):
-    """Returns what draws order, crops and flips, on the CPU: the same on every device.
+    """Returns the generator of batch order, crops and flips.
 
-    Avoids the corruption seed; otherwise the first batches would hold all corrupted labels.
+    It draws on the CPU, so the batches are the same on every device.
     """
-    return torch.Generator().manual_seed(-seed if seed == pipeline.CORRUPTION_SEED else seed)
+    if seed == pipeline.CORRUPTION_SEED:
+        # The corruption and the first epoch both draw randperm(N) first, and the same seed gives
+        # the same permutation. The first batches would then hold all corrupted labels.
+        seed = -seed
+    return torch.Generator().manual_seed(seed)
+
+
+def num_batches(num_examples, batch_size):
+    """Returns the number of steps of an epoch. The last, partial batch is dropped."""
+    return num_examples // batch_size
 
 
 def epoch_batches(num_examples, batch_size, generator):
     """Draws one epoch: order and flips [steps, batch_size] and crop offsets [steps, batch_size, 2].
 
-    The last, partial batch is dropped.
+    The order consists of positions of examples, int64; flips are bool.
     """
-    steps = num_examples // batch_size
+    steps = num_batches(num_examples, batch_size)
     shape = (steps, batch_size)
     order = torch.randperm(num_examples, generator=generator)[: steps * batch_size].view(shape)
     offsets = torch.randint(2 * CROP_PADDING + 1, (*shape, 2), generator=generator)
@@ -145,7 +157,8 @@ def epoch_batches(num_examples, batch_size, generator):
 def augmented_batches(data, batch_size, generator):
     """Draws one epoch of ImageData, and yields its batches, cropped, flipped and standardised.
 
-    Each is a triple: indices, int64 [B], images, float32 [B, 3, 32, 32], and labels, int64 [B].
+    A batch is a triple: positions of examples, int64 [B], images, float32 [B, 3, 32, 32], and
+    labels, int64 [B].
     """
     drawn = epoch_batches(len(data), batch_size, generator)
     on_device = (tensor.to(data.images.device) for tensor in drawn)
@@ -155,9 +168,9 @@ def augmented_batches(data, batch_size, generator):
 
 
 def snapshot_epochs(num_train_epochs):
-    """Returns after which epochs, counted from 1, the weights are kept beside the final ones.
+    """Returns after which epochs, counted from 1, the weights are kept beside the final weights.
 
-    A training of two or three epochs keeps one such network, of one epoch none.
+    A training of two or three epochs keeps one snapshot, and a training of one epoch keeps none.
     """
     epochs = {round(fraction * num_train_epochs) for fraction in SNAPSHOT_FRACTIONS}
     return sorted(epochs - {num_train_epochs})
@@ -172,8 +185,8 @@ def copy_weights(model):
 class Training:
     """A training between two epochs: all that an epoch changes, and the dtype it computes in.
 
-    generator: draws the batches; margins: float16 [epochs, N], NaN in epochs to come; snapshots:
-    weights on the CPU by name, by epoch of `snapshot_epochs`.
+    generator: draws the batches. margins: float16 [epochs, N], NaN for epochs that are still to
+    come. snapshots: a dictionary from epochs of `snapshot_epochs` to weights on the CPU by name.
     """
 
     model: nn.Module
@@ -185,12 +198,12 @@ class Training:
     snapshots: dict = field(default_factory=dict)
 
     def generators(self):
-        """Returns all that draws random numbers: ours, and those of layers such as dropout."""
+        """Returns all random generators: that of the batches, and those that dropout layers use."""
         device = self.margins.device
-        found = [self.generator, torch.default_generator]
+        generators = [self.generator, torch.default_generator]
         if device.type == "cuda":
-            found.append(torch.cuda.default_generators[device.index])
-        return found
+            generators.append(torch.cuda.default_generators[device.index])
+        return generators
 
     def state_dict(self):
         """Returns all that an epoch changes, as tensors, numbers, lists and dictionaries."""
@@ -204,7 +217,7 @@ class Training:
         }
 
     def load_state_dict(self, state):
-        """Puts a state, with its tensors on any device, in place of the present one."""
+        """Sets the state to what `state_dict` returned. Its tensors may be on any device."""
         self.epochs_done = state["epochs_done"]
         self.snapshots = state["snapshots"]
         self.model.load_state_dict(state["weights"])
@@ -230,14 +243,15 @@ def train(
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most.
-    With `saved`, a SavedTraining, it continues from there, and saves its state after each epoch.
-    Returns the margin of each example in its training batch, float16 [epochs, N], NaN where it was
-    in none: the logit of its label minus the largest other one (Pleiss et al. 2020, section 3.1).
-    Also returns the weights on the CPU by name, in a dictionary by epoch of `snapshot_epochs`.
+    saved: a SavedTraining, from which it continues and in which it saves each epoch, or None.
+    Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
+    no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.
+    2020, section 3.1). Also returns the weights on the CPU by name, in a dictionary by epoch of
+    `snapshot_epochs`.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    steps = len(data) // train_batch_size  # of an epoch
+    steps = num_batches(len(data), train_batch_size)  # of an epoch
     total_steps = num_train_epochs * steps
     rates = [learning_rate * schedule(step, total_steps) for step in range(total_steps)]
     shape = (num_train_epochs, len(data))
@@ -263,10 +277,12 @@ def train(
 def train_epoch(training, batches, rates, progress):
     """Takes a step on each batch at its learning rate, and prints a line.
 
-    batches: as augmented_batches yields them; progress: the bar that counts steps. Raises
-    NumericalError where the loss or a weight is not finite in the end.
+    batches: as augmented_batches yields them. progress: the bar that counts steps. Raises
+    NumericalError if the loss or a weight is not finite after the epoch.
     """
-    start, epoch, num_images = time.perf_counter(), training.epochs_done, 0
+    start = time.perf_counter()
+    epoch = training.epochs_done
+    num_images = 0
     training.model.train()
     epoch_loss = torch.zeros((), device=training.margins.device)
     for rate, (chosen, images, labels) in zip(rates, batches, strict=True):
@@ -300,28 +316,32 @@ def train_step(model, optimizer, images, labels, dtype):
     optimizer.step()
     optimizer.zero_grad()
     margin = pipeline.margin(logits.detach(), labels)
-    return loss.detach(), margin.clamp(-6e4, 6e4).to(torch.float16)  # which ends at 65,504
+    return loss.detach(), margin.clamp(-LARGEST_MARGIN, LARGEST_MARGIN).to(torch.float16)
 
 
 def require_finite(model, mean_loss, epoch):
-    """Raises NumericalError where the loss of an epoch or a weight after it is not finite.
+    """Raises NumericalError if the loss of an epoch, or a weight after the epoch, is not finite.
 
-    The loss was computed before the last step, so the weights are checked, too.
+    The loss was computed before the last step, so the weights are checked as well.
     """
     weights = model.state_dict().values()
-    if not np.isfinite(mean_loss) or not all(weight.isfinite().all() for weight in weights):
+    are_finite = all(weight.isfinite().all() for weight in weights)
+    if not np.isfinite(mean_loss) or not are_finite:
         raise pipeline.NumericalError(
             f"the training diverged in epoch {epoch + 1}: lower --learning_rate"
         )
 
 
 def print_without_margin(margins):
-    """Prints how many images were in no training batch, by margins, [epochs, N], if any were."""
+    """Prints how many images were in no training batch, unless there are none.
+
+    margins: [epochs, N].
+    """
     count = margins.isnan().all(0).sum()
     if count:
         print(
-            f"{count} images were in no batch: they are ranked by their margin in the end, "
-            "since they have no aum"
+            f"{count} images were in no batch and have no aum: they are ranked by their margin "
+            "after the training"
         )
 
 
@@ -342,9 +362,10 @@ def evaluate(logits, labels):
 
 
 def print_accuracies(model, data, test, batch_size, dtype):
-    """Prints and returns accuracies, from 0 to 1, by name, on training images and on test images.
+    """Prints loss and accuracy on training images and on test images. Returns the accuracies.
 
-    data, test: ImageData. With corrupted labels there is a second accuracy on training images.
+    data, test: ImageData. Returns a dictionary of fractions from 0 to 1: `train`, `test`, and with
+    corrupted labels also `train, true labels`.
     """
     train_logits = compute_logits(model, data, batch_size, dtype)
     test_logits = compute_logits(model, test, batch_size, dtype)
@@ -363,12 +384,12 @@ def print_accuracies(model, data, test, batch_size, dtype):
 class SavedTraining:
     """The file beside a checkpoint from which the same command continues an interrupted training.
 
-    The result is that of a training without interruption, bit for bit. The file is written whole
-    or not at all, so two trainings of one checkpoint at once cannot damage each other's.
+    The result is the same as without an interruption, bit for bit. The file is written completely
+    or not at all, so two simultaneous trainings of one checkpoint cannot damage it.
     """
 
     def __init__(self, path, run):
-        """path: of the file; run: what decides the result, as describe_run returns it."""
+        """path: of the file. run: what decides the result, as describe_run returns it."""
         self.path = path
         self.run = run
         self.start = time.perf_counter()
@@ -376,11 +397,11 @@ class SavedTraining:
 
     @property
     def seconds(self):
-        """Seconds that the training took so far, the parts before interruptions included."""
+        """Seconds that the training has taken, including the parts before interruptions."""
         return self.seconds_before + time.perf_counter() - self.start
 
     def load(self, training):
-        """Puts `training` into the saved state if there is one of this run, and says so."""
+        """Sets `training` to the saved state if there is one of this run, and prints its epoch."""
         content = self.read()
         if content is None:
             return
@@ -389,23 +410,23 @@ class SavedTraining:
         print(f"continuing after epoch {training.epochs_done} of {len(training.margins)}")
 
     def read(self):
-        """Returns what `save` wrote, or None. Prints why a file that is there is not used."""
+        """Returns what `save` wrote, or None without a file. Prints why a file is not used."""
         try:
             written = self.path.read_bytes()
         except FileNotFoundError:
             return None
         digest, body = written[:DIGEST_BYTES], written[DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:  # torch.load misses some damage
-            print(f"{self.path} is damaged: the training starts anew")
+        if hashlib.sha256(body).digest() != digest:  # torch.load does not notice all damage
+            print(f"{self.path} is damaged: the training starts from the beginning")
             return None
         content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        run = content["run"]
-        names = {**self.run, **run}
-        different = [name for name in names if run.get(name) != self.run.get(name)]
+        saved_run = content["run"]
+        names = {**self.run, **saved_run}
+        different = [name for name in names if saved_run.get(name) != self.run.get(name)]
         if different:
             print(
                 f"{self.path} belongs to another training (other {', '.join(different)}): "
-                "this one starts anew, and replaces the file after its first epoch"
+                "this one starts from the beginning, and replaces the file after its first epoch"
             )
             return None
         return content
@@ -420,23 +441,22 @@ class SavedTraining:
             temporary.write_bytes(digest + body.getvalue())
 
     def delete(self):
-        """Removes the file: the training is done, or it diverged."""
+        """Removes the file, after the training is complete or has diverged."""
         self.path.unlink(missing_ok=True)
 
 
 def describe_run(settings, model, data, dtype):
     """Returns what decides the result of a training, bit for bit, by name: numbers and strings.
 
-    settings: the command line's part of it; model: before the training; data: ImageData.
+    settings: seed, model name and hyperparameters. model: before the training. data: ImageData.
     """
-    code = [train, SavedTraining, Training, pipeline.margin, pipeline.ImageData.normalize]
     return {
         **settings,
         "dtype": str(dtype),
         "device": data.images.device.type,
         "data": data.digest,
         "torch": str(torch.__version__),
-        "code": pipeline.code_digest(model, code),
+        "code": pipeline.code_digest(model, entry_points=[train]),
     }
 
 
@@ -456,36 +476,38 @@ def choose_checkpoint(args):
 
 
 def load_examples(args):
-    """Returns training and test images, ImageData on the CPU, and what the checkpoint keeps.
+    """Returns training and test images, ImageData on the CPU, and a part of the metadata.
 
-    The latter is a dictionary: the labels that were given and the hash of their file, None without
-    one; what a person decided, or None; and the number of images before any was left out.
+    The metadata is a dictionary. given_labels, labels_sha256: the labels of `--noisy_labels`, int64
+    [N], and the hash of their file, or None. cleaning: what `--corrections` decides, or None.
+    num_loaded: number of training images before any was left out.
     """
     clean = pipeline.load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
     pipeline.check_splits(clean, test)
-    given = file_hash = cleaning = None
+    given_labels = file_hash = None
     if args.noisy_labels is not None:
-        given, file_hash = pipeline.read_noisy_labels(
+        given_labels, file_hash = pipeline.read_noisy_labels(
             args.noisy_labels, clean, test, args.dataset_dir
         )
-    data = pipeline.training_examples(clean, args.corrupt_percentage, given)
+    cleaning = None
     if args.corrections is not None:
-        cleaning = pipeline.read_corrections(args.corrections, data, test, args.dataset_dir)
-        data = pipeline.training_examples(clean, args.corrupt_percentage, given, cleaning)
-    kept = {
-        "given_labels": given,
+        uncleaned = pipeline.training_examples(clean, args.corrupt_percentage, given_labels)
+        cleaning = pipeline.read_corrections(args.corrections, uncleaned, test, args.dataset_dir)
+    data = pipeline.training_examples(clean, args.corrupt_percentage, given_labels, cleaning)
+    metadata = {
+        "given_labels": given_labels,
         "labels_sha256": file_hash,
         "cleaning": cleaning,
         "num_loaded": len(clean),
     }
-    return data, test, kept
+    return data, test, metadata
 
 
 def require_full_batch(batch_size, data):
-    """Raises UserError where there are fewer training images than a batch has."""
+    """Raises UserError if there are fewer training images than a batch needs."""
     if batch_size > len(data):
         raise pipeline.UserError(
             f"--train_batch_size {batch_size}: there are only {len(data)} images"
@@ -522,7 +544,7 @@ def main():
     dtype = pipeline.configure_precision(args.precision, device)
     pipeline.print_machine(device, dtype)
     path = choose_checkpoint(args)
-    data, test, kept_labels = load_examples(args)
+    data, test, label_metadata = load_examples(args)
     require_full_batch(args.train_batch_size, data)
     pipeline.make_folder(path.parent)
     print_examples(data, test)
@@ -537,13 +559,13 @@ def main():
     try:
         margins, snapshots = train(model, data, **recipe, seed=args.seed, dtype=dtype, saved=saved)
     except pipeline.NumericalError:
-        saved.delete()  # or else the next run would continue a training that diverged
+        saved.delete()  # otherwise the next run would continue a training that diverged
         raise
     train_seconds = saved.seconds
     accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
-    metadata = vars(args) | kept_labels
-    metadata |= {
-        "corrupt_percentage": args.corrupt_percentage or 0.0,
+    metadata = {
+        **vars(args),
+        **label_metadata,
         "recipe": recipe,
         "class_names": data.class_names,
         "num_train": len(data),

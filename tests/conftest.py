@@ -1,4 +1,4 @@
-"""What the tests share: the root on the path, tiny data and networks, scripts run in-process."""
+"""Helpers of all tests: tiny data, tiny networks, and functions that run the scripts."""
 
 import contextlib
 import csv
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Beside another process, more threads than one would wait for each other.
+    # Several test processes with several threads each would slow each other down.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 import numpy as np
@@ -29,17 +29,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-# Before site-packages, where kronfluence installs a package named `tests`.
+# kronfluence installs a package named `tests` in site-packages, so the root must come first.
 sys.path.insert(0, str(ROOT))
 sys.path.insert(1, str(ROOT / "tests" / "studies"))
 
 import pipeline
 
-# Drawing and evaluating 500 takes longer than most of what is tested.
+# The default of 500 test digits takes longer than most tests.
 pipeline.NUM_SYNTHETIC["test"] = 50
 
 TRAIN, ANALYZE, DETECT = SCRIPTS = ("train.py", "analyze.py", "detect_mislabeled_dataset.py")
-# What every end-to-end test trains on: 60 digits, 6 of them mislabeled.
+# Training data of the end-to-end tests: 60 digits, 6 of them with corrupted labels.
 SYNTHETIC = (
     "--dataset",
     "synthetic",
@@ -53,7 +53,7 @@ SYNTHETIC = (
 
 
 def run(folder, name, *flags):
-    """Runs a script's `main` in this process, in a folder. Returns status, output and error."""
+    """Runs `main` of a script in this process and in a folder. Returns status, output and error."""
     status, out, err = 0, io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", [name, *map(str, flags)])
     with (
@@ -71,14 +71,14 @@ def run(folder, name, *flags):
 
 
 def succeed(folder, name, *flags):
-    """Runs a script, which must succeed. Returns what it printed."""
+    """Runs a script, which must succeed. Returns its output."""
     finished = run(folder, name, *flags)
     assert finished.status == 0, finished.err
     return finished.out
 
 
 def refused(folder, name, *flags):
-    """Runs a script, which must refuse: status 2 and one sentence. Returns the sentence."""
+    """Runs a script, which must end with status 2 and one sentence. Returns the sentence."""
     finished = run(folder, name, *flags)
     assert finished.status == 2, finished.err
     assert finished.err.startswith(f"{name}: error: ") and finished.err.count("\n") == 1
@@ -86,14 +86,14 @@ def refused(folder, name, *flags):
 
 
 def printed_commands(output):
-    """The commands in what a script printed, as lists of words without `python`."""
+    """The commands in the output of a script, as lists of words without `python`."""
     return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  python ")]
 
 
 def influence_run(
     folder, data, strategy="ekfac", *, model, dtype=torch.float32, seed=3, batch_size=4, **settings
 ):
-    """An InfluenceRun as the scripts make it, with batches that leave a partial last one."""
+    """An InfluenceRun with the settings of the scripts, but a batch size of 4."""
     return pipeline.InfluenceRun(
         model,
         data,
@@ -110,8 +110,9 @@ def influence_run(
 def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32, 32)):
     """A strided and a padded convolution, batch-norm, max-pooling, and a linear layer, float64.
 
-    In eval mode. Running statistics are those of `images`, or of random ones of some size,
-    disturbed; the last weights are large enough for predictions of all degrees of confidence.
+    It is in eval mode. Its running statistics come from `images`, or from random images of `size`,
+    and are then changed at random. The last weights are enlarged, so that some predictions are
+    confident and others are not.
     """
     torch.manual_seed(seed)
     layers = OrderedDict(
@@ -138,45 +139,58 @@ def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32,
 
 
 def minus_margin(logits, label):
-    """Minus the log-odds of the label, from the definition."""
+    """Minus the log-odds of the label, by definition."""
     return -torch.logit(logits.softmax(0).gather(0, label[None])[0])
 
 
 def relative_error(result, expected):
-    """Norm of the difference over that of the expectation; both must have one dtype and shape."""
+    """The norm of the difference, divided by the norm of `expected`.
+
+    Both tensors must have the same dtype and shape.
+    """
     assert result.dtype == expected.dtype and result.shape == expected.shape
     return ((result - expected).norm() / expected.norm()).item()
 
 
 def digits(count, split="train"):
-    """The first labelled digits of a split, or for the training images some of them."""
+    """The first test digits, or a random sample of the training digits."""
     data = pipeline.load_data("synthetic", "", split, count if split == "train" else None)
     return data.take(torch.arange(count))
 
 
 def image_data(images, labels, class_names, paths=None):
-    """ImageData with right labels."""
-    places = torch.arange(len(labels))
+    """ImageData whose labels are the true labels."""
+    indices = torch.arange(len(labels))
     return pipeline.ImageData(
-        images, labels, labels, class_names, paths or [""] * len(labels), places, places
+        images=images,
+        labels=labels,
+        true_labels=labels,
+        class_names=class_names,
+        paths=paths or [""] * len(labels),
+        indices=indices,
+        dataset_index=indices,
+        num_available=len(labels),
     )
 
 
 def read_table(path):
-    """The header and the rows, as dictionaries, of a csv file."""
+    """The header of a csv file, and its rows as dictionaries."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         return reader.fieldnames, list(reader)
 
 
 def result_folder(folder, name="model"):
-    """The one folder of results below influence_results whose name begins with `name`."""
+    """The only folder in influence_results whose name begins with `name`."""
     (found,) = (folder / "influence_results").glob(f"{name}*")
     return found
 
 
 def results(folder):
-    """What must be the same in every run, by path: no hidden or unfinished files, no times."""
+    """By path, the contents of files that must be the same in every run.
+
+    Hidden and unfinished files are skipped, and so are times.
+    """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
     return {
         str(path.relative_to(folder)): content(path)
@@ -186,7 +200,7 @@ def results(folder):
 
 
 def content(path):
-    """What of a file must be the same in every run."""
+    """The part of a file that must be the same in every run."""
     if path.suffix == ".safetensors":
         return {name: pipeline.sha256(tensor) for name, tensor in load_file(path).items()}
     if path.suffix == ".pth":
@@ -214,11 +228,11 @@ def content(path):
 
 @pytest.fixture(scope="module")
 def small_parts():
-    """What is computed in parts, is so on tiny data too."""
+    """Limits so small that even tiny data is computed in several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "QUERY_CHUNK", 2)
         patch.setattr(pipeline, "CACHED_ELEMENTS", 400)  # a few gradients of a tiny convolution
-        # kronfluence collects garbage around every stage, which takes most of a tiny run's time.
+        # kronfluence collects garbage around every stage. Frozen objects make this fast.
         gc.freeze()
         yield
         gc.unfreeze()
@@ -226,7 +240,7 @@ def small_parts():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with a checkpoint of one epoch on SYNTHETIC, and what train.py printed."""
+    """A folder with a checkpoint of one epoch on SYNTHETIC, and the output of train.py."""
     folder = tmp_path_factory.mktemp("trained")
     return folder, succeed(
         folder, TRAIN, *SYNTHETIC, "--train_batch_size", 20, "--num_train_epochs", 1
@@ -235,7 +249,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory):
-    """Class folders: 3 classes with 5 training and 2 test images each, plain, of odd sizes."""
+    """Class folders: 3 classes with 5 training and 2 test images each, of several sizes."""
     root = tmp_path_factory.mktemp("class_folders")
     for split, count in (("train", 5), ("test", 2)):
         for label, name in enumerate(("cat", "grey owl", "äpfel")):
@@ -250,13 +264,13 @@ def class_folders(tmp_path_factory):
 
 @pytest.fixture
 def folders(class_folders, tmp_path):
-    """A copy of the class folders, to be spoiled."""
+    """A copy of the class folders that a test may change."""
     return Path(shutil.copytree(class_folders, tmp_path / "my images"))
 
 
 @pytest.fixture(scope="session")
 def cifar_archive(tmp_path_factory):
-    """CIFAR-10's official layout with 4 images per batch file, and checksums for torchvision."""
+    """Four images per file in the official layout of CIFAR-10, and checksums for torchvision."""
     root = tmp_path_factory.mktemp("cifar")
     folder = root / "cifar-10-batches-py"
     folder.mkdir()

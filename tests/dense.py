@@ -2,7 +2,7 @@
 
 Nothing here comes from kronfluence or from the trackers of pipeline.py. A layer's weight [O, I] is
 flattened row by row, with a bias as its last column. So A and S, the covariances of input patches
-and of output gradients, stand for the curvature block kron(S, A), [O*I, O*I].
+and of output gradients, represent the curvature block kron(S, A), [O*I, O*I].
 """
 
 import math
@@ -21,8 +21,8 @@ import pipeline
 SEED, NUM_TRAIN, NUM_QUERY, NUM_CLASSES = 3, 50, 7, 4
 # Partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, and 3 = 2 + 1 in chunks of two queries.
 BATCH_SIZE, QUERY_BATCH_SIZE = 8, 4
-SIZE = (7, 9)  # of the images, so that height and width cannot be swapped unseen
-# 1e-14 to 1e-13 is found; anything that passed through float32 would be off by 1e-8 or more.
+SIZE = (7, 9)  # of the images; a test fails if height and width are swapped
+# Errors are 1e-14 to 1e-13. One step in float32 would give an error above 1e-8.
 TOLERANCE = 1e-9
 
 
@@ -32,7 +32,7 @@ def as_float64(images):
 
 
 class Float64Data(pipeline.ImageData):
-    """Images whose network computes in float64."""
+    """Images for a network that computes in float64."""
 
     def normalize(self, images):
         return as_float64(images)
@@ -46,7 +46,7 @@ class Float32Data(pipeline.ImageData):
 
 
 def random_data(count, seed, shape=(3, *SIZE), num_classes=NUM_CLASSES, kind=Float64Data):
-    """Returns `count` images of noise with random labels."""
+    """Returns `count` images of random pixels with random labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (count,), generator=generator)
@@ -68,7 +68,7 @@ def make_run(folder, model, data, strategy):
 
 
 def fitted_factor(run, name):
-    """Returns a factor that `run` has fitted, by layer, as it lies on the disk."""
+    """Returns a factor that `run` has fitted, by layer, as its file contains it."""
     return load_file(run.fit_factors() / f"{name}.safetensors")
 
 
@@ -88,9 +88,9 @@ def joined_weight(layer, weight, bias):
 
 
 def layer_derivatives(transform, model, images, labels, output):
-    """Returns torch.func's `transform` of `output(logits, label)` by each layer's weights.
+    """Returns derivatives of `output(logits, label)` with respect to each layer's weights.
 
-    By layer and per example, [N, ..., O*I].
+    transform: the derivative, a function of torch.func. Returns [N, ..., O*I] by layer.
     """
     layers = named_layers(model)
     rest = {name: value.detach() for name, value in model.named_parameters()}
@@ -114,9 +114,9 @@ def per_sample_gradients(model, data, loss):
 
 
 def pseudo_labels(model, images):
-    """Repeats the rule of ClassificationTask.
+    """Returns the pseudo-labels that ClassificationTask draws.
 
-    That is the first class whose cumulative probability reaches the uniform number.
+    A pseudo-label is the first class whose cumulative probability reaches the uniform number.
     """
     uniforms = torch.rand(len(images), generator=torch.Generator().manual_seed(SEED)).double()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def pseudo_labels(model, images):
 def patches(layer, inputs):
     """Returns the input patches of all images, positions and groups, [N*T, I], by torch's unfold.
 
-    With a bias, they have a column of ones.
+    If the layer has a bias, a column of ones is added.
     """
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -143,9 +143,10 @@ def patches(layer, inputs):
 
 
 def covariances(model, images, labels):
-    """Returns A [I, I] and S [O, O] of each layer, and the numbers of rows they are means over.
+    """Returns A [I, I] and S [O, O] of each layer, and the numbers of rows of both means.
 
-    Means are over examples and positions, as kronfluence defines them, of A also over groups.
+    Both are means over examples and positions, as kronfluence defines them. A is also a mean over
+    groups.
     """
     inputs, gradients = {}, {}
 
@@ -174,9 +175,9 @@ def covariances(model, images, labels):
 
 
 def dense_layers(model, data, queries):
-    """Returns by layer: A, S, and per-sample gradients [N, O*I] of the losses and the margin.
+    """Returns A, S, and the per-sample gradients [N, O*I] of two losses and the margin, by layer.
 
-    Losses are those against the labels (`train`) and against the pseudo-labels (`pseudo`).
+    The losses use the labels (`train`) or the pseudo-labels (`pseudo`).
     """
     images = data.normalize(data.images)
     labels = pseudo_labels(model, images)
@@ -198,7 +199,7 @@ def dense_layers(model, data, queries):
 
 
 def dense_curvature(strategy, layer):
-    """Returns the matrix [O*I, O*I] that a strategy stands for, without damping."""
+    """Returns the curvature matrix [O*I, O*I] of a strategy, without damping."""
     if strategy == "identity":
         return torch.eye(layer.train.shape[1], dtype=torch.float64)
     if strategy == "diagonal":

@@ -1,6 +1,6 @@
 """Mistakes of the user: exit status 2, one sentence, no traceback, and no file written.
 
-The scripts run in this process, through their `main`, since a process per case takes minutes.
+The scripts run in this process, because a process for each case would take minutes.
 """
 
 import importlib
@@ -22,7 +22,7 @@ import pipeline
 
 @pytest.fixture
 def fails(tmp_path):
-    """Runs a script, which must refuse and write nothing into its folder; returns the sentence."""
+    """Runs a script, which must refuse and write nothing. Returns the sentence."""
 
     def call(name, *flags):
         before = sorted(tmp_path.rglob("*"))
@@ -34,7 +34,7 @@ def fails(tmp_path):
 
 
 VALUES = {
-    TRAIN: [  # which stands for the flags that all scripts share
+    TRAIN: [  # one script for the flags that all scripts share
         ("--dataset", "mnist"),
         ("--corrupt_percentage", "1"),
         ("--corrupt_percentage", "-0.1"),
@@ -46,7 +46,7 @@ VALUES = {
         ("--device", "tpu"),
         ("--device", "cuda"),
         ("--seed", "-1"),
-        ("--seed", str(2**32)),  # torch would draw as by 0
+        ("--seed", str(2**32)),  # torch would treat it as seed 0
         ("--corrupt", "0.1"),  # no abbreviations
         ("--eval_batch_size", "many"),
         ("--learning_rate", "0"),
@@ -54,7 +54,7 @@ VALUES = {
         ("--weight_decay", "-0.1"),
         ("--num_train_epochs", "0"),
     ],
-    DETECT: [  # which stands for the flags that it shares with analyze.py
+    DETECT: [  # one script for the flags that it shares with analyze.py
         ("--factor_strategy", "newton"),
         ("--damping_factor", "-1"),
         ("--damping_factor", "nan"),
@@ -83,18 +83,19 @@ def test_a_bad_value_is_named_with_its_flag(fails, monkeypatch, name, flag, valu
     assert flag in fails(name, flag, value)
 
 
-ON_CPU = "WORLD_SIZE is 2, but a run on the CPU takes one process only"
-PROCESSES = {  # script, number of GPUs, LOCAL_RANK of this process, and what the sentence must say
+ON_CPU = "WORLD_SIZE is 2, but a run on the CPU uses one process only"
+PROCESSES = {  # script, number of GPUs, LOCAL_RANK of this process, and part of the sentence
     "training on the CPU": (TRAIN, 0, "1", ON_CPU),
     "detection on the CPU": (DETECT, 0, "1", ON_CPU),
-    "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script takes one process only"),
+    "training on GPUs": (TRAIN, 2, "1", "WORLD_SIZE is 2, but this script uses one process only"),
     "more than GPUs": (DETECT, 1, "1", "start them with torchrun"),
     "not by torchrun": (DETECT, 2, "", "start them with torchrun"),
+    "not by torchrun, with more GPUs than processes": (DETECT, 8, "", "start them with torchrun"),
 }
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
-def test_processes_that_cannot_share_the_work(fails, monkeypatch, processes):
+def test_a_wrong_number_of_processes_is_refused(fails, monkeypatch, processes):
     name, gpus, local_rank, words = PROCESSES[processes]
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
@@ -127,7 +128,7 @@ def a_name_in_latin_1(root):
     (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / os.fsdecode(b"\xe4.png"))
 
 
-SPOILED = {  # what is done to the folders, and what must be named
+SPOILED = {  # change of the folders, and what the sentence must name
     "a single class": (one_class, "at least 2 class folders"),
     "a class without images": (lambda root: (root / "train" / "zebra").mkdir(), "zebra"),
     "a truncated image": (a_truncated_image, "cat/1.png"),
@@ -182,7 +183,7 @@ def test_a_spoiled_image_folder_is_named(fails, folders, how, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
-    """One inside a class, or one of classes; a hidden one is skipped like all that is hidden."""
+    """The folder is inside a class, or contains classes. Hidden folders are skipped."""
     scandir, closed = os.scandir, ["2019"]
 
     def scan(path):
@@ -200,7 +201,7 @@ def test_a_folder_that_cannot_be_listed_is_named(fails, folders, monkeypatch):
     assert "a folder cannot be listed" in fails(*flags)
 
 
-INSIDE = {  # a flag, a folder that lies among the images, and where the data set is
+INSIDE = {  # flag, folder among the images, and folder of the data set
     "beside the classes": ("--output_dir", "my images/train/results", "my images"),
     "in a class": ("--output_dir", "my images/train/cat/a/b", "my images"),
     "all training images": ("--output_dir", "my images/train", "my images"),
@@ -227,13 +228,13 @@ def test_a_folder_to_write_into_among_the_images_is_refused(fails, folders, tmp_
     assert f"{flag} {folder} lies among the images of {dataset_dir}/t" in sentence
 
 
-def test_results_beside_train_and_test_are_not_among_the_images(folders):
+def test_results_may_be_written_beside_train_and_test(folders):
     for name in ("results", "train results", "."):
         pipeline.refuse_inside_data("--output_dir", folders / name, folders)
 
 
 def test_classes_that_change_while_they_are_read_are_named(folders, monkeypatch):
-    """A class that comes after training images were listed would shift the numbers of others."""
+    """A class that is added after the training images were listed would shift class indices."""
     read_images = pipeline.read_images
 
     def read(paths, split, cache_dir):
@@ -252,7 +253,7 @@ def test_classes_that_change_while_they_are_read_are_named(folders, monkeypatch)
 
 # ---- Values that do not fit the data, folders that are none --------------------------------------
 
-MISTAKES = {  # script, flags, and what the sentence must say; there is a checkpoint on SYNTHETIC
+MISTAKES = {  # script, flags, part of the sentence; the folder has a checkpoint on SYNTHETIC
     "batch above the images": (TRAIN, ["--train_batch_size", 61], "--train_batch_size"),
     "more images than there are": (
         TRAIN,
@@ -311,25 +312,25 @@ def test_a_mistake_is_named(fails, trained, tmp_path, mistake):
     assert words in fails(name, *SYNTHETIC, *flags)
 
 
-def test_a_damaged_cifar10_archive(fails, cifar_archive, tmp_path, monkeypatch):
-    """The tiny archive lacks the checksums of the real one, and there is no network to fetch it."""
+def test_a_damaged_cifar10_archive_is_refused(fails, cifar_archive, tmp_path, monkeypatch):
+    """The checksums of the tiny archive are wrong, and the real archive cannot be downloaded."""
 
     def no_network(self):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", no_network)
     shutil.copytree(cifar_archive[0], tmp_path / "data")
-    (tmp_path / "data" / ".cifar10.lock").touch()  # what a download leaves
+    (tmp_path / "data" / ".cifar10.lock").touch()  # a download leaves this file
     message = fails(TRAIN, "--dataset_dir", "data")
-    assert "CIFAR-10 is not whole in data" in message and "or synthetic" in message
+    assert "CIFAR-10 is not complete in data" in message and "or synthetic" in message
 
 
 # ---- Python without docstrings, or without sources -----------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_flags_in_groups_also_without_docstrings(tmp_path, monkeypatch, name):
-    """As by `python -OO`."""
+def test_help_shows_flags_in_groups_even_without_docstrings(tmp_path, monkeypatch, name):
+    """`python -OO` removes docstrings."""
     monkeypatch.setattr(importlib.import_module(name.removesuffix(".py")), "__doc__", None)
     out = succeed(tmp_path, name, "--help")
     titles = [line for line in out.splitlines() if re.fullmatch(r"\w+:", line)]
@@ -344,13 +345,13 @@ def test_compiled_code_without_sources_is_refused(fails, tmp_path, monkeypatch):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout == "None\n", found.stderr
     monkeypatch.setattr(pipeline, "SOURCE", None)
-    assert "the .py files are needed beside it" in fails(TRAIN, *SYNTHETIC)
+    assert "add the .py files beside it" in fails(TRAIN, *SYNTHETIC)
 
 
 # ---- What looks like a mistake and is none -------------------------------------------------------
 
 
-def test_names_that_the_console_has_no_letters_for_are_printed_as_codes(monkeypatch):
+def test_letters_that_the_console_cannot_print_are_printed_as_codes(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", console)
     pipeline.run(lambda: print("wrote äpfel/写真.png"))

@@ -1,4 +1,4 @@
-"""Decisions about training images: how train.py reads them, and what becomes of them."""
+"""Corrections of training images: how train.py reads and applies them."""
 
 import json
 import re
@@ -23,7 +23,7 @@ NAMES = ["cat", "grey owl", "äpfel"]
 
 
 def cleaning(excluded, new_labels):
-    """What was decided, as training_examples takes it."""
+    """Decisions in the form that training_examples expects."""
     return {"excluded": excluded, "new_labels": new_labels}
 
 
@@ -52,14 +52,14 @@ def written(tmp_path):
 
 
 def read(path, data, test=None, dataset_dir="images"):
-    """What train.py makes of a file."""
+    """The decisions that train.py reads from a file."""
     return pipeline.read_corrections(
         path, data, data.take(torch.arange(0)) if test is None else test, dataset_dir
     )
 
 
 def without_files(data):
-    """The same images as CIFAR-10 has them, called by index."""
+    """The same images without paths, as in CIFAR-10: csv files name them by index."""
     return replace(data, paths=[""] * len(data))
 
 
@@ -76,12 +76,12 @@ def test_corrections_by_path_and_by_index(written, data, capsys):
     assert read(path, without_files(data)) == cleaning([4], {0: 2, 1: 1})
     assert capsys.readouterr().out.splitlines() == [
         "Corrections: äpfel → cat 2, left out 1",
-        "Corrections: cat → äpfel 1, kept 1, left out 1",  # 1 was a grey owl before
+        "Corrections: cat → äpfel 1, kept 1, left out 1",  # image 1 was a grey owl before
     ]
 
 
-def test_an_empty_new_label_is_ignored_and_said_to_be(written, data, capsys):
-    """As in a ranking to which a column was added, or where pandas lost the class None."""
+def test_rows_with_an_empty_new_label_are_ignored_and_counted(written, data, capsys):
+    """Users add such a column to a ranking; pandas writes the class None as an empty cell."""
     lines = ["index,new_label", "0,", "1, ", "2,cat", "3,leave out", "77,"]
     assert read(written(*lines), without_files(data)) == cleaning([3], {2: 0})
     ignored = "Ignored 3 rows with an empty new_label, since nothing was decided there; "
@@ -96,14 +96,14 @@ def test_a_class_called_leave_out_is_refused(written, data):
 
 
 @pytest.mark.parametrize("name", ["None", "NA", "null", "nan"])
-def test_classes_may_have_the_words_that_pandas_takes_for_nothing(written, data, name):
+def test_classes_may_have_names_that_pandas_reads_as_missing_values(written, data, name):
     named = replace(without_files(data), class_names=["cat", name, "äpfel"])
     path = written("index,label,new_label", f"0,cat,{name}", f"1,{name},cat")
     assert read(path, named) == cleaning([], {0: 1, 1: 0})
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])
-def test_corrections_as_spreadsheets_write_them(written, data, delimiter):
+def test_corrections_are_read_in_the_formats_of_spreadsheets(written, data, delimiter):
     lines = [
         " Path , NEW_LABEL ,Note",
         'images/1 ü.png,cat,"a, b; c"',
@@ -114,7 +114,7 @@ def test_corrections_as_spreadsheets_write_them(written, data, delimiter):
     assert read(path, data) == cleaning([], {1: 0, 3: 1})
 
 
-SPREADSHEETS = {  # the first bytes, what stands between cells, and how lines end
+SPREADSHEETS = {  # first bytes, separator, and line end
     "a line for Excel": ("sep=;\r\n", ";", "\r\n"),
     "a line for Excel, another separator": ("sep=|\n", "|", "\n"),
     "a line for Excel in quotes": ('\ufeff"sep=\t"\r\n', "\t", "\r\n"),
@@ -126,7 +126,7 @@ SPREADSHEETS = {  # the first bytes, what stands between cells, and how lines en
 
 
 @pytest.mark.parametrize("kind", SPREADSHEETS)
-def test_first_lines_and_line_ends_of_any_system(written, data, kind):
+def test_first_lines_and_line_ends_of_any_system_are_read(written, data, kind):
     above, delimiter, end = SPREADSHEETS[kind]
     rows = [" Index ", "NEW_LABEL", ""], ["0", '"grey owl"', ""], ["2", "cat", '"a, b; c|d"']
     path = written()
@@ -134,12 +134,12 @@ def test_first_lines_and_line_ends_of_any_system(written, data, kind):
     assert read(path, without_files(data)) == cleaning([], {0: 1, 2: 0})
 
 
-def test_a_semicolon_divides_a_header_that_has_more_commas(written, data):
+def test_a_semicolon_separates_a_header_that_contains_more_commas(written, data):
     path = written('index;"seen by a, b, c, d";new_label', "0;;äpfel")
     assert read(path, without_files(data)) == cleaning([], {0: 2})
 
 
-BAD_FILES = {  # lines of a csv file, and what the sentence must say
+BAD_FILES = {  # lines of a csv file, and part of the sentence
     "a quote that stays open": (
         ["path,note,new_label", 'images/0 ü.png,"blurry,cat', "images/1 ü.png,,äpfel"],
         "line 2: a cell in quotes must end on its line",
@@ -179,7 +179,7 @@ def test_a_quote_inside_a_cell_is_text(written, data):
     assert read(path, without_files(data)) == cleaning([], {0: 0, 1: 2})
 
 
-def test_names_and_paths_in_either_unicode_form(written, data):
+def test_names_and_paths_are_read_in_either_unicode_form(written, data):
     apart = unicodedata.normalize("NFD", "images/0 ü.png,äpfel")
     path = written("path,new_label", apart, "images/1 ü.png,äpfel")
     assert read(path, data) == cleaning([], {0: 2, 1: 2})
@@ -191,15 +191,15 @@ def test_the_name_of_a_class_may_begin_with_a_space(written, data):
     assert read(path, named) == cleaning([], {0: 0, 1: 1})
 
 
-def test_numbers_are_names_of_classes(written, data):
-    """As in folders called 1 to 3: the name 1 is the first class, not the second."""
+def test_digits_in_a_label_are_class_names_not_class_indices(written, data):
+    """Folders are named 1 to 3: the label 1 is the first class, not the class with index 1."""
     named = replace(without_files(data), class_names=["1", "2", "3"])
     assert read(written("index,label,new_label", "0,1,2"), named) == cleaning([], {0: 1})
 
 
 @pytest.fixture
 def photos(folders):
-    """ImageData for training and test of class folders, and where these are."""
+    """ImageData of both splits of class folders, and the folder of the data set."""
     return [
         *(pipeline.load_data("imagefolder", folders, split) for split in ("train", "test")),
         folders,
@@ -224,10 +224,10 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_a_row_finds_its_image_by_the_file_meant(
+def test_a_row_names_its_image_by_the_path_of_an_existing_file(
     written, photos, tmp_path, monkeypatch, capsys, spelling
 ):
-    """Only where no such file exists do the last parts of the path decide, and that is printed."""
+    """The last parts of the path decide only if no such file exists. This is printed."""
     data, _, folders = photos
     (tmp_path / "link").symlink_to(folders)
     (tmp_path / "work").mkdir()
@@ -242,8 +242,8 @@ def test_a_row_finds_its_image_by_the_file_meant(
     assert ("last parts" in capsys.readouterr().out) != exists
 
 
-def test_a_name_that_looks_encoded_is_first_taken_as_it_is(written, folders):
-    """Of two files, one is called what the other's name is encoded to."""
+def test_a_name_that_looks_encoded_is_first_read_without_decoding(written, folders):
+    """The name of one file is the encoded name of the other file."""
     for name, colour in (("a b.png", 1), ("a%20b.png", 2)):
         Image.new("RGB", (8, 8), (colour, 0, 0)).save(folders / "train" / "cat" / name)
     data, test = (pipeline.load_data("imagefolder", folders, split) for split in ("train", "test"))
@@ -253,7 +253,7 @@ def test_a_name_that_looks_encoded_is_first_taken_as_it_is(written, folders):
 
 
 def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos, capsys):
-    """They may be those of another data set, whose folder is gone."""
+    """The rows may belong to another data set whose folder no longer exists."""
     rows = ["/gone/train/cat/0.png,äpfel", "train/cat/1.png,äpfel", "/gone/train/cat/2.png,äpfel"]
     read(written("path,new_label", *rows), *photos)
     line = (
@@ -265,7 +265,7 @@ def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos,
     assert "last parts" not in capsys.readouterr().out
 
 
-def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written, photos, tmp_path):
+def test_an_existing_image_of_another_data_set_is_no_training_image(written, photos, tmp_path):
     """Its last parts are those of a training image, but its file exists."""
     other = Path(shutil.copytree(photos[2], tmp_path / "other"))
     with pytest.raises(pipeline.UserError, match=r"line 2: .* among the 15 training images$"):
@@ -273,7 +273,7 @@ def test_an_image_of_another_data_set_that_is_there_is_no_training_image(written
 
 
 def test_two_links_to_one_file_are_two_images(written, photos, tmp_path):
-    """They are so behind a link to the data set, too; the file itself might mean either."""
+    """This holds also if the data set itself is a link. The target alone is ambiguous."""
     _, _, folders = photos
     store = tmp_path / "store.png"
     Image.new("RGB", (8, 8)).save(store)
@@ -298,12 +298,12 @@ def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
     )
 
 
-def test_an_image_held_out_is_said_to_be_that(written, photos):
+def test_the_sentence_says_that_an_image_is_in_the_test_split(written, photos):
     with pytest.raises(pipeline.UserError, match=r"line 2: .*png is held out as the test split"):
         read(written("path,new_label", f"{photos[1].paths[0]},cat"), *photos)
 
 
-MISTAKES = {  # lines of the file, and what the sentence must say
+MISTAKES = {  # lines of the file, and part of the sentence
     "index": (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
     "index below a line for Excel": (
         ["sep=;", "index;new_label", "6;cat"],
@@ -360,23 +360,23 @@ def test_a_mistake_in_corrections_is_named_with_its_line(written, data, mistake)
     ("row", "message"),
     [
         ("images/7.png,1", "line 2: images/7.png is not among"),
-        (",1", "line 2: needs a path; an index is another"),
+        (",1", "line 2: needs a path; an index would mean another"),
     ],
 )
-def test_images_that_have_files_are_called_by_their_paths(written, data, row, message):
+def test_images_with_files_must_be_named_by_path(written, data, row, message):
     with pytest.raises(pipeline.UserError, match=re.escape(message)):
         read(written("path,index,new_label", f"{row},cat"), data)
 
 
 @pytest.mark.parametrize("path", ["missing.csv", ".", "", "latin-1.csv"])
-def test_a_file_that_cannot_be_read(data, path, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_read_is_refused(data, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latin-1.csv").write_text("path,new_label\nimages/1 ü.png,cat", encoding="latin-1")
     with pytest.raises(pipeline.UserError, match="cannot be read as a csv file in UTF-8"):
         read(path, data)
 
 
-def test_examples_after_cleaning(data):
+def test_corrections_change_labels_and_exclude_images(data):
     corrupted = pipeline.training_examples(data, 1 / 2)
     wrong = corrupted.is_corrupted.nonzero().squeeze(1).tolist()
     right = next(i for i in range(6) if i not in wrong)
@@ -396,7 +396,10 @@ def test_examples_after_cleaning(data):
 
 @pytest.fixture(scope="module")
 def loop(trained, tmp_path_factory):
-    """A folder after: train, detect, train without suspects, detect again; what each printed."""
+    """A folder after training, detection, training without suspects, and a second detection.
+
+    Also the output of each.
+    """
     folder = tmp_path_factory.mktemp("loop")
     shutil.copytree(trained[0], folder, dirs_exist_ok=True)
     detect, _ = printed_commands(trained[1])
@@ -412,7 +415,7 @@ def loop(trained, tmp_path_factory):
 
 
 def ranked(folder):
-    """The rows of the one ranking in the results of a model."""
+    """The rows of the only ranking in the results of a model."""
     return read_table(folder / "suspects_identity.csv")[1]
 
 
@@ -432,7 +435,7 @@ def test_the_suspects_are_left_out_and_the_cleaned_model_has_its_own_name_and_re
     assert metadata["cleaning"]["excluded"] == [int(row["index"]) for row in ranked(before)[:6]]
 
 
-def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_path):
+def test_a_ranking_with_a_column_of_the_user_is_not_replaced(loop, trained, tmp_path):
     shutil.copytree(loop[0], tmp_path, dirs_exist_ok=True)
     (ranking,) = tmp_path.glob("influence_results/model_corrupt_0.1-*/suspects_identity.csv")
     columns, *rows = ranking.read_text(encoding="utf-8").splitlines()
@@ -442,7 +445,7 @@ def test_a_ranking_that_a_person_added_to_is_not_replaced(loop, trained, tmp_pat
     before = ranking.read_bytes()
     command, _ = printed_commands(trained[1])
     sentence = refused(tmp_path, *command, "--factor_strategy", "identity", "--method", "loss")
-    assert "suspects_identity.csv has other columns" in sentence
+    assert "suspects_identity.csv would be replaced, but it has columns that you added" in sentence
     assert ranking.read_bytes() == before
 
 
@@ -472,12 +475,12 @@ def test_corrections_follow_the_printed_command(loop):
     assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
     assert all(row["train"] != str(wrong[5]) for row in rows)
     test = pipeline.load_data("synthetic", "", "test")
-    for row in rows:  # the labels are the corrected ones, which are the true ones
+    for row in rows:  # the corrected labels are the true labels
         assert row["query_label"] == str(test.labels[int(row["query"])].item())
         assert row["train_label"] == str(clean.labels[int(row["train"])].item())
 
 
-def test_the_printed_commands_train_as_before(monkeypatch, capsys):
+def test_the_printed_commands_train_each_model_as_before(monkeypatch, capsys):
     flags = ["--dataset", "synthetic", "--precision", "bf16", "--checkpoint_dir", "a", "b"]
     monkeypatch.setattr("sys.argv", [DETECT, *flags])
     recipe = {
@@ -488,11 +491,14 @@ def test_the_printed_commands_train_as_before(monkeypatch, capsys):
     }
     trained = {"seed": 5, "precision": "fp32", "device": "auto"}
     args = detect.parse_arguments()
-    detect.print_next_steps(args, trained | {"recipe": recipe}, Path("s.csv"))
-    (command,) = printed_commands(capsys.readouterr().out)
-    monkeypatch.setattr("sys.argv", command)
-    expected = trained | recipe | {"checkpoint_dir": "a", "corrections": "corrections.csv"}
-    assert expected.items() <= vars(train.parse_arguments()).items()
+    metadata = [trained | {"recipe": recipe}, trained | {"recipe": recipe, "seed": 6}]
+    detect.print_next_steps(args, metadata, Path("s.csv"))
+    commands = printed_commands(capsys.readouterr().out)
+    for command, folder, seed in zip(commands, "ab", (5, 6), strict=True):
+        monkeypatch.setattr("sys.argv", command)
+        expected = trained | recipe | {"seed": seed, "checkpoint_dir": folder}
+        expected["corrections"] = "corrections.csv"
+        assert expected.items() <= vars(train.parse_arguments()).items()
 
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
@@ -506,19 +512,19 @@ def test_a_command_is_quoted_for_the_shell(monkeypatch):
     assert shlex.split(text) == ["python", "x.py", *words]
 
 
-# ---- Pictures of few images, many classes and long names -----------------------------------------
+# ---- Figures of few images, many classes and long names ------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 6, 250])
-def test_figures_of_any_number_of_images(tmp_path, data, count):
+def test_figures_show_any_number_of_images(tmp_path, data, count):
     data = replace(data, class_names=["$x_1$ and more than sixteen letters", "grey owl", "äpfel"])
     many = data.take(torch.arange(count) % 6)
     scores = torch.linspace(1, 0, count)
     found = detect.Detection(
         data=many,
-        caption="loss",
+        method="loss",
+        strategy="ekfac",
         scores={"loss": scores.numpy()},
-        suspicion=scores.numpy(),
         order=torch.arange(count).numpy(),
         logits=torch.eye(3)[many.labels],
         explanations={},
@@ -530,8 +536,8 @@ def test_figures_of_any_number_of_images(tmp_path, data, count):
         Image.open(tmp_path / name).load()
 
 
-def test_a_contact_sheet_shows_each_image_in_its_place(tmp_path):
-    """Twelve images, ten a row, are twelve patches of their colours, in order, in two rows."""
+def test_a_contact_sheet_shows_the_images_in_their_order(tmp_path):
+    """Twelve images of one grey each are drawn in two rows, ten in the first."""
     images = torch.linspace(20, 240, 12).to(torch.uint8).view(12, 1, 1, 1).expand(12, 3, 32, 32)
     pipeline.draw_contact_sheet(tmp_path / "s.png", images, [""] * 12, ["black"] * 12, 10, "")
     pixels = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes()))
@@ -541,8 +547,8 @@ def test_a_contact_sheet_shows_each_image_in_its_place(tmp_path):
     assert places == sorted(places)
 
 
-def test_no_harmful_image_is_called_helpful(tmp_path, data):
-    """Of the first query's six images two are helpful and three harmful; the second's all harm."""
+def test_no_harmful_image_is_listed_as_helpful(tmp_path, data):
+    """Two images help the first query, three harm it. All six harm the second query."""
     scores = torch.tensor([[0.5, -2.0, 0.0, -1.0, 3.0, -0.1], [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]])
     analyze.write_top_influences(tmp_path / "i.csv", scores, data.take(torch.tensor([0, 1])), data)
     _, rows = read_table(tmp_path / "i.csv")

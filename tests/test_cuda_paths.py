@@ -1,11 +1,11 @@
-"""What runs on a GPU, on fake CUDA tensors: they have devices, dtypes and shapes, and no values.
+"""Code for GPUs with fake CUDA tensors, which have devices, dtypes and shapes, but no values.
 
-So a tensor on the wrong device or of the wrong dtype shows on any machine. Not traced here, since
-it needs values or a real GPU:
+A wrong device or dtype is found on any machine. Some code needs values or a real GPU, and is not
+traced here:
 
-- autograd's backward pass: its engine wants a CUDA context. Gradients are zeros here;
+- autograd's backward pass: its engine needs a CUDA context. Gradients are zeros here;
 - `.item()`, `.tolist()`, `nonzero` and `.numpy()`: the end of an epoch in train.train, the checks
-  of find_tracked_layers, fingerprints, ImageData.take, and what becomes of scores;
+  of find_tracked_layers, fingerprints, ImageData.take, and the use of scores;
 - files: InfluenceRun's factors and scores, which kronfluence writes and reads;
 - memory formats: a fake network cannot be moved to channels last.
 """
@@ -45,9 +45,9 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_)
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what CUDA refuses, and fake tensors let pass.
+    """Refuses two operations that CUDA refuses, but fake tensors accept.
 
-    Those are products of two dtypes, and tensors on the CPU that are indexed by one on the GPU.
+    They are products of two dtypes, and indexing a tensor on the CPU by a tensor on the GPU.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -65,7 +65,7 @@ class Strict(TorchDispatchMode):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Tensors are fake in the test; autocast believes that there is a GPU with bfloat16."""
+    """All tensors of the test are fake, and autocast finds a GPU with bfloat16."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     with FakeTensorMode(allow_non_fake_inputs=True), Strict():
@@ -79,7 +79,7 @@ def fake_network(name):
 
 
 def record_dtypes(model):
-    """Returns a set that gets the dtypes in which the network computes features."""
+    """Returns a set; each call of the network adds the dtype of its features."""
     dtypes = set()
     model.features.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
     return dtypes
@@ -95,16 +95,17 @@ def fake_data(count=BATCH):
         class_names=[str(label) for label in range(CLASSES)],
         paths=[""] * count,
         indices=torch.arange(count),
-        numbers=torch.arange(count),
+        dataset_index=torch.arange(count),
+        num_available=count,
     )
 
 
 def assert_is(tensor, dtype, *shape, device=CUDA):
-    """A tensor has this dtype, shape and device."""
+    """Checks the dtype, shape and device of a tensor."""
     assert (tensor.dtype, tuple(tensor.shape), tensor.device) == (dtype, shape, device)
 
 
-MISTAKES = {  # of a tensor on the GPU, float32 or bfloat16 [2, 2], with another one
+MISTAKES = {  # operations of a GPU tensor, float32 or bfloat16 [2, 2], with another tensor
     "a product with the CPU": (lambda a: a @ torch.zeros(2, 2, dtype=a.dtype), "devices"),
     "a sum with the CPU": (lambda a: a + torch.zeros(2, 2, dtype=a.dtype), "devices"),
     "a product of two dtypes": (lambda a: a @ torch.zeros(2, 2, device=CUDA).double(), "dtypes"),
@@ -123,7 +124,7 @@ MISTAKES = {  # of a tensor on the GPU, float32 or bfloat16 [2, 2], with another
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mistakes_of_device_and_dtype_are_found_without_a_gpu(fake_cuda, dtype, mistake):
-    """What the tests below rely on."""
+    """The other tests of this file rely on it."""
     make, words = MISTAKES[mistake]
     with pytest.raises(Exception, match=words):
         make(torch.zeros(2, 2, dtype=dtype, device=CUDA))
@@ -134,7 +135,7 @@ def test_mistakes_of_device_and_dtype_are_found_without_a_gpu(fake_cuda, dtype, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pipeline.MODELS)
-def test_a_training_step(fake_cuda, monkeypatch, name, dtype):
+def test_a_training_step_runs_on_the_gpu(fake_cuda, monkeypatch, name, dtype):
     model, data = fake_network(name), fake_data()
     computed_in = record_dtypes(model)
 
@@ -163,7 +164,7 @@ def test_a_training_step(fake_cuda, monkeypatch, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pipeline.MODELS)
-def test_evaluation(fake_cuda, name, dtype):
+def test_evaluation_runs_on_the_gpu(fake_cuda, name, dtype):
     model = fake_network(name)
     computed_in = record_dtypes(model)
     logits = train.compute_logits(model, fake_data(), 4, dtype)
@@ -177,8 +178,8 @@ def test_evaluation(fake_cuda, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_signals_of_several_models_come_back_to_the_cpu(fake_cuda, monkeypatch, dtype):
-    """Features, k-NN vote, loss and margins. Arrays are tensors here, which still have a device."""
+def test_signals_and_logits_are_returned_on_the_cpu(fake_cuda, monkeypatch, dtype):
+    """`.numpy()` returns the tensor itself here, so that its device can be checked."""
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
     data = fake_data(BATCH)
     metadata = {"margins": torch.zeros(3, BATCH, dtype=torch.float16), "accuracy": {"test": 0.5}}
@@ -212,7 +213,7 @@ def test_features_are_float32_and_stay_on_the_gpu(fake_cuda, dtype):
 
 
 def test_the_queries_of_explanations_are_moved_to_the_gpu(fake_cuda, monkeypatch):
-    """Up to the pairwise scores, which come from a file."""
+    """The test ends before the pairwise scores, which kronfluence reads from a file."""
 
     class Asked(Exception):
         pass
@@ -241,7 +242,7 @@ def test_the_queries_of_explanations_are_moved_to_the_gpu(fake_cuda, monkeypatch
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_task_and_the_data_set_of_kronfluence(fake_cuda, dtype, sample):
+def test_the_task_and_the_data_set_of_kronfluence_stay_on_the_gpu(fake_cuda, dtype, sample):
     data_set = pipeline.InfluenceDataset(fake_data(), seed=3)
     images, labels, uniforms = batch = data_set.__getitems__([4, 0, 2])
     assert_is(images, torch.float32, 3, 3, 32, 32)
@@ -253,7 +254,7 @@ def test_the_task_and_the_data_set_of_kronfluence(fake_cuda, dtype, sample):
         assert_is(task.compute_measurement(batch, fake_network("resnet18")), torch.float32)
 
 
-# A layer, its input and the gradient of its output, as kronfluence's modules see them.
+# A layer, the shape of its input, and the shape of the gradient of its output.
 LAYERS = {
     "convolution": (
         lambda: nn.Conv2d(4, 6, kernel_size=3, stride=2, padding=1, bias=False),
@@ -286,7 +287,7 @@ class Layer:
         self.storage = self.module.storage
 
     def add_factors(self, strategy):
-        """Gives the layer what kronfluence would have read from files, on the CPU in float32."""
+        """Gives the layer the factors that kronfluence reads from files: on the CPU, in float32."""
         if strategy == "identity":
             return
         sizes = {"ACTIVATION": self.inputs, "GRADIENT": self.outputs}
@@ -297,7 +298,7 @@ class Layer:
         self.storage[constants.LAMBDA_MATRIX_NAME] = torch.ones(self.outputs, self.inputs)
 
     def train_on_batch(self, mode, activation_dtype):
-        """Lets the tracker of a mode see a batch, as in a forward and a backward pass."""
+        """Runs the tracker of a mode on a batch, as in a forward and a backward pass."""
         tracker = self.module._trackers[mode]
         tracker.register_hooks()
         (hook,) = self.module._forward_hooks.values()
@@ -320,7 +321,7 @@ def each_layer():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_covariances_are_float32_on_the_gpu(fake_cuda, monkeypatch, kind, dtype, strategy):
-    """Also where their products take bfloat16, as those of EKFAC do."""
+    """They are float32 even if the products use bfloat16, as in EKFAC."""
     rows_of, multiply = [], pipeline.symmetric_product
     monkeypatch.setattr(
         pipeline, "symmetric_product", lambda rows: rows_of.append(rows.dtype) or multiply(rows)
@@ -339,7 +340,7 @@ def test_covariances_are_float32_on_the_gpu(fake_cuda, monkeypatch, kind, dtype,
 def test_lambda_is_float32_on_the_gpu(fake_cuda, kind, dtype, strategy):
     layer = Layer(kind, dtype, strategy)
     layer.add_factors(strategy)
-    layer.storage[constants.LAMBDA_MATRIX_NAME] = None  # it is to be fitted
+    layer.storage[constants.LAMBDA_MATRIX_NAME] = None  # not fitted yet
     for _ in range(2):
         layer.train_on_batch(ModuleMode.LAMBDA, torch.float32)
     found = layer.storage[constants.LAMBDA_MATRIX_NAME]
@@ -350,14 +351,14 @@ def test_lambda_is_float32_on_the_gpu(fake_cuda, kind, dtype, strategy):
 def test_self_influence_is_float32_on_the_gpu(fake_cuda, kind, dtype, strategy):
     layer = Layer(kind, dtype, strategy)
     layer.add_factors(strategy)
-    for _ in range(2):  # the second batch finds the factors moved
+    for _ in range(2):  # at the second batch the factors are already on the GPU
         layer.train_on_batch(ModuleMode.SELF_SCORE, dtype)
         assert_is(layer.storage[constants.SELF_SCORE_VECTOR_NAME], torch.float32, BATCH)
 
 
 @each_layer()
 def test_pairwise_influence_is_float32_on_the_gpu(fake_cuda, kind, dtype, strategy):
-    """Of two batches of queries, whose gradients are held in the compute dtype."""
+    """There are two batches of queries. Their gradients are held in the dtype of the run."""
     layer = Layer(kind, dtype, strategy)
     layer.add_factors(strategy)
     tracker = layer.module._trackers[ModuleMode.PRECONDITION_GRADIENT]
@@ -389,8 +390,8 @@ def test_truncated_pairwise_scores_are_float32_on_the_gpu(fake_cuda, kind, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_symmetric_product_is_float32_whatever_its_rows_are(fake_cuda, dtype):
-    """Also of more than one block of columns."""
+def test_a_symmetric_product_is_float32_for_rows_of_any_dtype(fake_cuda, dtype):
+    """This holds also for several blocks of columns."""
     columns = pipeline.SYMMETRIC_BLOCKS["cuda"] + 1
     rows = torch.zeros(3, columns, dtype=dtype, device=CUDA)
     assert_is(pipeline.symmetric_product(rows), torch.float32, columns, columns)
@@ -420,7 +421,7 @@ def test_the_memory_of_a_cpu_does_not_limit_the_queries_held_on_a_gpu(fake_cuda)
 def test_the_batch_size_and_device_of_a_run_follow_its_images(
     fake_cuda, monkeypatch, tmp_path, on_gpu, batch_size
 ):
-    """Hashes and the checked pass through the network need values, and are left out."""
+    """Hashes and the check of the layers need values, so they are replaced."""
     asked = {}
     monkeypatch.setattr(pipeline, "sha256", lambda *_: "0" * 64)
     monkeypatch.setattr(pipeline.ImageData, "digest", "")
@@ -454,7 +455,7 @@ def functions_that_ask_for_the_device(path):
 
 
 def test_every_function_that_reads_is_cuda_is_tested_here():
-    """Whoever adds one adds a test of its branches. `input_dtype` is told by the hooks."""
+    """A new function of this kind needs a test here. Hooks test `input_dtype`."""
     names = set()
     for path in ("pipeline.py", "train.py", "analyze.py", "detect_mislabeled_dataset.py"):
         names |= functions_that_ask_for_the_device(path)
@@ -474,8 +475,8 @@ def test_every_function_that_reads_is_cuda_is_tested_here():
         ("bf16", (7, 5), torch.bfloat16, "tf32"),
     ],
 )
-def test_precision_on_a_gpu(monkeypatch, precision, capability, dtype, rounding):
-    """TF32 is used only beside bfloat16."""
+def test_precision_follows_the_gpu(monkeypatch, precision, capability, dtype, rounding):
+    """TF32 is used only together with bfloat16."""
     with backend_settings() as settings:
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
         assert pipeline.configure_precision(precision, CUDA) == dtype
@@ -484,7 +485,7 @@ def test_precision_on_a_gpu(monkeypatch, precision, capability, dtype, rounding)
 
 @contextlib.contextmanager
 def backend_settings():
-    """Yields what reads the settings that configure_precision makes, and restores them."""
+    """Yields a function that reads the settings of configure_precision. Restores the settings."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
     def read():
@@ -499,7 +500,7 @@ def backend_settings():
         matmul.allow_bf16_reduced_precision_reduction = before[2]
 
 
-def test_the_record_of_a_run_on_a_gpu(monkeypatch, capsys):
+def test_a_record_names_the_gpu_and_its_memory(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 12345)
     found = pipeline.environment(CUDA)

@@ -30,7 +30,7 @@ import train
 
 @pytest.fixture
 def tiny_cifar(cifar_archive, monkeypatch):
-    """The tiny archive, with its own checksums in torchvision's class."""
+    """The tiny archive; its checksums replace those in torchvision's class."""
     root, checksums = cifar_archive
     batches = [[f"data_batch_{i}", checksums[f"data_batch_{i}"]] for i in range(1, 6)]
     monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", batches)
@@ -42,7 +42,7 @@ def tiny_cifar(cifar_archive, monkeypatch):
     return root
 
 
-def test_cifar10_has_the_archives_pixels_in_order(tiny_cifar):
+def test_cifar10_keeps_the_pixels_and_the_order_of_the_archive(tiny_cifar):
     data = pipeline.load_data("cifar10", tiny_cifar, "train")
     first = pickle.loads((tiny_cifar / "cifar-10-batches-py" / "data_batch_1").read_bytes())
     assert data.images.shape == (20, 3, 32, 32) and data.images.dtype == torch.uint8
@@ -51,7 +51,7 @@ def test_cifar10_has_the_archives_pixels_in_order(tiny_cifar):
     assert data.class_names[3] == "class 3" and data.paths == [""] * 20
 
 
-def test_one_downloads_cifar10_and_the_others_wait(tmp_path, tiny_cifar, monkeypatch):
+def test_one_process_downloads_cifar10_and_the_others_wait(tmp_path, tiny_cifar, monkeypatch):
     downloads = []
 
     def download(self):
@@ -97,7 +97,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_images_of_any_mode_come_out_in_their_colours(tmp_path, mode):
+def test_images_of_any_mode_keep_their_colours(tmp_path, mode):
     image, colour = MODES[mode]
     image.save(tmp_path / "image.png")
     (read,) = pipeline.read_images([f"{tmp_path}/image.png"], "train", None)
@@ -119,10 +119,10 @@ def png(colour_type, channels, bits):
 
 
 def tiff(order, channels, bits, planes=False):
-    """The bytes of a TIFF file of 8 x 8 pixels, by byte order, `<` or `>`; colours as planes."""
+    """The bytes of a TIFF file of 8 x 8 pixels with one plane per colour; byte order `<` or `>`."""
     strips = channels if planes else 1
     size = 8 * 8 * channels * bits // 8
-    values = 8 + 2 + 12 * 9 + 4  # where what is longer than 4 bytes stands: bits, strips, sizes
+    values = 8 + 2 + 12 * 9 + 4  # values longer than 4 bytes: bits, strips, sizes
     starts = values + 2 * channels
     pixels = starts + 8 * strips
     tags = [
@@ -148,23 +148,23 @@ def tiff(order, channels, bits, planes=False):
 
 
 def netpbm(kind, largest, channels):
-    """The bytes of a portable pixmap of 8 x 8 pixels whose values end at `largest`."""
+    """The bytes of a portable pixmap of 8 x 8 pixels with values from 0 to `largest`."""
     width = 2 if largest > 255 else 1
     return f"{kind} 8 8 {largest}\n".encode() + bytes([0, 9][-width:]) * (64 * channels)
 
 
 def saved(image, kind, **settings):
-    """The bytes of a file that Pillow writes."""
+    """The bytes of an image file that Pillow writes."""
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()
 
 
 def deep_jpeg2000():
-    """The bytes of a JPEG 2000 file of colours whose first channel is said to have 16 bits."""
+    """The bytes of a JPEG 2000 colour image whose header gives its first channel 16 bits."""
     content = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG2000"))
-    first_channel = content.index(b"\xff\x4f\xff\x51") + 42  # start, and the marker of sizes
-    assert content[first_channel] == 7  # bits less 1
+    first_channel = content.index(b"\xff\x4f\xff\x51") + 42  # start marker and size marker
+    assert content[first_channel] == 7  # number of bits minus 1
     content[first_channel] = 15
     return bytes(content)
 
@@ -213,7 +213,7 @@ SHALLOW = {  # files of 8 bits and less per channel
 
 @pytest.mark.parametrize("name", DEEP)
 def test_more_than_8_bits_are_refused_in_a_sentence_that_names_the_file(tmp_path, name):
-    """Pillow would cut colour to its upper byte: values up to 4,095 would become 0 to 15."""
+    """Pillow would keep only the upper byte: values up to 4,095 would become 0 to 15."""
     path = tmp_path / name
     path.write_bytes(DEEP[name])
     sentence = f"{name} has more than 8 bits per channel: convert all images alike to 8 bits"
@@ -228,7 +228,7 @@ def test_8_bits_and_less_are_read(tmp_path, name):
 
 
 def tag(number, kind, value):
-    """An entry of EXIF: a short integer (kind 3) or text (kind 2)."""
+    """An EXIF entry: a short integer (kind 3) or text (kind 2)."""
     return struct.pack("<HHI4s", number, kind, 1 if kind == 3 else len(value), value)
 
 
@@ -237,11 +237,11 @@ def tag(number, kind, value):
     [b"", tag(0x128, 2, b"2\0")],
     ids=["alone", "beside a unit as text, which Pillow cannot write again"],
 )
-def test_a_photograph_taken_with_a_turned_camera_stands_upright(tmp_path, beside):
+def test_a_photograph_of_a_rotated_camera_is_turned_upright(tmp_path, beside):
     upright = np.zeros((64, 64, 3), np.uint8)
     upright[:32] = 255  # the sky
-    image = Image.fromarray(np.rot90(upright))  # as the sensor saw it
-    tags = tag(0x112, 3, b"\6") + beside  # orientation: to be turned by 90 degrees clockwise
+    image = Image.fromarray(np.rot90(upright))  # as the sensor recorded it
+    tags = tag(0x112, 3, b"\6") + beside  # orientation: rotate by 90 degrees clockwise
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags) // 12) + tags + bytes(4)
     image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     read = pipeline.read_image(tmp_path / "photo.jpg")
@@ -255,7 +255,7 @@ def test_an_image_with_a_malformed_exif_block_is_read(tmp_path):
     assert (pipeline.read_image(tmp_path / "photo.png") == (9, 99, 199)).all()
 
 
-def test_a_large_jpeg_is_scaled_as_its_full_resolution_would_be(tmp_path):
+def test_a_large_jpeg_is_scaled_like_its_full_resolution(tmp_path):
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize(
         (1000, 800), 3
@@ -284,7 +284,7 @@ def test_hidden_and_system_folders_are_skipped_and_classes_are_counted(
     assert classes == f"3 classes in {folders}: cat 5, grey owl 5, äpfel 5"
 
 
-def test_of_many_classes_the_ten_largest_are_named():
+def test_the_ten_largest_of_many_classes_are_printed():
     largest = [f"c{i} {i}" for i in range(13, 3, -1)]
     found = pipeline.ten_largest(Counter({f"c{i}": i for i in range(1, 14)}))
     assert found == ", ".join([*largest, "and 3 others down to c1 1"])
@@ -302,7 +302,7 @@ def test_class_folders_in_two_unicode_forms_are_one_class(folders):
         pipeline.load_data("imagefolder", folders, "train")
 
 
-def test_links_in_a_circle_end(class_folders, folders):
+def test_links_in_a_circle_are_followed_only_once(class_folders, folders):
     for name in ("up", "again"):
         (folders / "train" / "cat" / name).symlink_to(folders / "train" / "cat")
     (folders / "train" / "cat" / "beside").symlink_to(class_folders / "train" / "cat")
@@ -322,7 +322,7 @@ def test_folders_inside_a_class_belong_to_it(folders):
 
 @pytest.fixture
 def without_test(tmp_path):
-    """Training images only: 30 of one class, 7 of another, 1 of a third."""
+    """A folder without test/: three classes with 30, 7 and 1 training images."""
     for name, count in (("many", 30), ("some", 7), ("one", 1)):
         (tmp_path / "train" / name).mkdir(parents=True)
         for index in range(count):
@@ -330,7 +330,7 @@ def without_test(tmp_path):
     return tmp_path
 
 
-def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without_test, capsys):
+def test_a_tenth_of_each_class_is_held_out_if_there_is_no_test_folder(without_test, capsys):
     train = pipeline.load_data("imagefolder", without_test, "train")
     sentence = "4 images, a tenth of each class, are held out as the test split"
     assert sentence in capsys.readouterr().out
@@ -341,8 +341,8 @@ def test_a_tenth_of_each_class_is_held_out_where_there_is_no_test_folder(without
     assert len({*train.paths, *test.paths}) == 38
 
 
-def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
-    """A tenth of 31 files is 3, as of 30; at most the new one replaces another of its class."""
+def test_an_added_file_changes_at_most_one_held_out_image(without_test):
+    """A tenth of 31 files is 3, as of 30. Only the new file can replace another of its class."""
     before = pipeline.load_data("imagefolder", without_test, "test")
     Image.new("RGB", (8, 8)).save(without_test / "train" / "many" / "a new one.png")
     after = pipeline.load_data("imagefolder", without_test, "test")
@@ -355,9 +355,9 @@ def test_another_file_leaves_the_held_out_images_as_they_are(without_test):
 
 @pytest.fixture
 def cached(folders, tmp_path, monkeypatch):
-    """A function that loads a copy of the class folders and returns how many images it decodes.
+    """A function, a copy of the class folders, and the folder of the cache.
 
-    Also the copy, and the cache.
+    The function loads the copy and returns the number of images that it decodes.
     """
     decoded = []
     read_image = pipeline.read_image
@@ -376,15 +376,15 @@ def cached(folders, tmp_path, monkeypatch):
     return load, folders, tmp_path / "cache"
 
 
-def test_images_are_decoded_once_and_nothing_is_written_among_them(cached):
+def test_images_are_decoded_once_and_no_file_is_written_beside_them(cached):
     load, folders, cache = cached
     before = sorted(folders.rglob("*"))
     assert [load(), load(), load(7), load(7)] == [15, 0, 7, 0]
     assert sorted(folders.rglob("*")) == before and len(list(cache.rglob("*.safetensors"))) == 2
 
 
-def trade_places(folders, name):
-    """Swaps what is called `name` in two classes: files of one size and time of change."""
+def swap_files(folders, name):
+    """Swaps the files called `name` of two classes; they have the same size and time."""
     one, other = (folders / "train" / label / name for label in ("cat", "grey owl"))
     one.rename(folders / "aside")
     other.rename(one)
@@ -392,12 +392,12 @@ def trade_places(folders, name):
 
 
 def code_with(monkeypatch, old, new):
-    """Edits the text of pipeline.py, as it was imported."""
+    """Replaces a part of the imported text of pipeline.py."""
     assert pipeline.SOURCE.count(old) == 1
     monkeypatch.setattr(pipeline, "SOURCE", pipeline.SOURCE.replace(old, new))
 
 
-def test_cached_images_depend_on_the_code_that_reads_them_and_on_no_comment(cached, monkeypatch):
+def test_cached_images_depend_on_the_code_that_reads_them_but_not_on_comments(cached, monkeypatch):
     load, _, _ = cached
     assert [load(), load()] == [15, 0]
     resize = '            return np.asarray(image.convert("RGB")'
@@ -409,7 +409,7 @@ def test_cached_images_depend_on_the_code_that_reads_them_and_on_no_comment(cach
 
 
 def test_code_is_read_once_at_import(cached, monkeypatch):
-    """Whatever is written to the file meanwhile, the hash is that of the code which runs."""
+    """The hash is that of the running code, even if the file changes meanwhile."""
     load, _, _ = cached
     assert load() == 15
     monkeypatch.setattr("inspect.getsource", lambda _: "another text")
@@ -419,7 +419,7 @@ def test_code_is_read_once_at_import(cached, monkeypatch):
 
 
 def test_code_is_read_before_the_imports_that_take_seconds(tmp_path):
-    """In place of numpy, the first of them, stands a program that says what was read before."""
+    """A fake numpy, the first import, prints the files that were read before."""
     shutil.copy(pipeline.__file__, tmp_path)
     program = "import pipeline, sys; print(hash(pipeline.SOURCE)); sys.exit()"
     (tmp_path / "numpy.py").write_text(program.replace("hash", "len"))
@@ -438,8 +438,8 @@ CHANGES = {
     "another name": lambda folders, cache: (folders / FIRST).rename(
         folders / "train" / "cat" / "9.png"
     ),
-    "two images that trade places": lambda folders, cache: trade_places(folders, "plain/0.bmp"),
-    "two folders that trade places": lambda folders, cache: trade_places(folders, "plain"),
+    "two images that trade places": lambda folders, cache: swap_files(folders, "plain/0.bmp"),
+    "two folders that trade places": lambda folders, cache: swap_files(folders, "plain"),
     "a truncated copy": lambda folders, cache: os.truncate(
         next(cache.rglob("*.safetensors")), 1000
     ),
@@ -447,7 +447,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
+def test_an_outdated_or_damaged_cache_is_written_again(cached, change):
     load, folders, cache = cached
     for name, colour in (("cat", 10), ("grey owl", 200)):
         (folders / "train" / name / "plain").mkdir()
@@ -460,10 +460,8 @@ def test_an_outdated_or_damaged_cache_is_written_anew(cached, change):
     assert [load(), load()] == [25, 0]
 
 
-def test_without_torchvision_cifar10_ends_in_a_sentence_and_the_others_still_work(
-    class_folders, monkeypatch
-):
-    # Their import fails, as beside a torch of another build.
+def test_only_cifar10_needs_torchvision_and_says_so_in_a_sentence(class_folders, monkeypatch):
+    # The import of torchvision fails if torch is another build.
     for name in ("torchvision", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(pipeline.UserError, match="torchvision cannot load it"):
@@ -485,7 +483,7 @@ def test_synthetic_digits_are_fixed_balanced_and_different():
 
 
 def stripes(dataset_dir, split, cache_dir, **changed):
-    """A loader of 12 plain images, of brightness 0 to 11, in three classes."""
+    """A loader of 12 uniform images with brightness 0 to 11, in three classes."""
     images = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2)
     source = {
         "labels": torch.arange(12) % 3,
@@ -495,7 +493,7 @@ def stripes(dataset_dir, split, cache_dir, **changed):
     return pipeline.ImageSource(**source | changed)
 
 
-def test_a_loader_of_ones_own_is_one_entry_in_the_table(monkeypatch):
+def test_a_loader_of_a_user_is_one_entry_in_loaders(monkeypatch):
     def load(*place):
         scale = {"channel_mean": (0.5, 0.5, 0.5), "channel_std": (0.1, 0.2, 0.4)}
         return stripes(*place, paths=[f"{i}.png" for i in range(12)], **scale)
@@ -503,16 +501,16 @@ def test_a_loader_of_ones_own_is_one_entry_in_the_table(monkeypatch):
     monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
     data = pipeline.load_data("stripes", "", "train", 5)
     assert data.images.shape == (5, 3, 32, 32) and data.num_available == 12
-    assert torch.equal(data.numbers, pipeline.draw_examples(12, 5))
-    assert data.images[:, 1, 3, 4].tolist() == data.numbers.tolist()
-    assert data.labels.tolist() == [number % 3 for number in data.numbers.tolist()]
-    assert data.paths == [f"{number}.png" for number in data.numbers.tolist()]
+    assert torch.equal(data.dataset_index, pipeline.draw_examples(12, 5))
+    assert data.images[:, 1, 3, 4].tolist() == data.dataset_index.tolist()
+    assert data.labels.tolist() == [number % 3 for number in data.dataset_index.tolist()]
+    assert data.paths == [f"{number}.png" for number in data.dataset_index.tolist()]
     found = data.normalize(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
     assert torch.allclose(found, torch.tensor([5.0, 2.5, 1.25]))
     assert data.digest != replace(data, channel_mean=(0.0, 0.5, 0.5)).digest
 
 
-WRONG_LOADERS = {  # what a loader returns, and what the sentence must say
+WRONG_LOADERS = {  # result of a loader, and part of the sentence
     "a tuple": (lambda *place: (1, 2), "labels, class_names and read"),
     "labels of another kind": ({"labels": torch.zeros(12)}, "labels as an int64 tensor [N]"),
     "a list of labels": ({"labels": [0] * 12}, "labels as an int64 tensor [N]"),
@@ -542,7 +540,7 @@ WRONG_LOADERS = {  # what a loader returns, and what the sentence must say
 
 
 @pytest.mark.parametrize("wrong", WRONG_LOADERS)
-def test_what_a_loader_returns_is_checked_with_a_sentence_for_its_author(monkeypatch, wrong):
+def test_a_wrong_result_of_a_loader_is_refused_in_a_sentence(monkeypatch, wrong):
     returned, words = WRONG_LOADERS[wrong]
     load = returned if callable(returned) else lambda *place: stripes(*place, **returned)
     monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
@@ -551,11 +549,21 @@ def test_what_a_loader_returns_is_checked_with_a_sentence_for_its_author(monkeyp
     assert str(raised.value).startswith("the loader of --dataset stripes (train images) must ")
 
 
+def test_classes_in_another_order_are_named_as_the_difference_of_two_splits():
+    data, test = digits(2), digits(2, "test")
+    pipeline.check_splits(data, test)
+    test = replace(test, class_names=test.class_names[::-1])
+    with pytest.raises(
+        pipeline.UserError, match=r"\(the same in another order\): .* a loader must"
+    ):
+        pipeline.check_splits(data, test)
+
+
 # ---- Duplicates ----------------------------------------------------------------------------------
 
 
 def test_duplicates_are_found_by_their_pixels(capsys):
-    """Images 1, 4 and 5 are the same, under two labels; 2 and 3 are, under one; 0 is in test."""
+    """Images 1, 4 and 5 are equal and have two labels. Images 2 and 3 have one. 0 is in test."""
     data = digits(6)
     images = data.images[[0, 1, 2, 2, 1, 1]]
     data = replace(data, images=images, labels=torch.tensor([3, 7, 5, 5, 7, 8]))
@@ -577,11 +585,11 @@ def test_duplicates_are_found_by_their_pixels(capsys):
 @pytest.mark.parametrize(
     ("fraction", "count"), [(0, 0), (0.1, 100), (0.1234, 123), (0.5, 500), (0.999, 999)]
 )
-def test_corruption_changes_exactly_the_fraction_and_always_the_label(fraction, count):
+def test_corruption_changes_exactly_the_given_fraction_of_labels(fraction, count):
     labels = torch.arange(1000) % 10
     corrupted, is_corrupted = pipeline.corrupt_labels(labels, fraction, 10, seed=5)
     assert is_corrupted.sum() == count and torch.equal(corrupted != labels, is_corrupted)
-    assert torch.equal(labels, torch.arange(1000) % 10)  # the argument is left alone
+    assert torch.equal(labels, torch.arange(1000) % 10)  # the argument does not change
     assert not fraction or not torch.equal(
         corrupted, pipeline.corrupt_labels(labels, fraction, 10, seed=6)[0]
     )
@@ -610,10 +618,10 @@ def test_true_labels_stay_with_their_images():
 # ---- Batches -------------------------------------------------------------------------------------
 
 
-def test_crops_and_flips_equal_slicing_by_hand():
+def test_crops_and_flips_equal_slices_of_the_padded_image():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (81, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    offsets = torch.cartesian_prod(torch.arange(9), torch.arange(9))  # every crop there is
+    offsets = torch.cartesian_prod(torch.arange(9), torch.arange(9))  # all 81 crops
     flips = torch.rand(81, generator=generator) < 0.5
     result = train.crop_and_flip(images, offsets, flips)
     for image, (top, left), flip, crop in zip(images, offsets.tolist(), flips, result, strict=True):

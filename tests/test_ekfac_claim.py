@@ -1,4 +1,4 @@
-"""The claim of EKFAC: of the four strategies it is the closest to the exact Gauss-Newton matrix.
+"""The claim of EKFAC: no other strategy is as close to the exact Gauss-Newton matrix.
 
 Mean relative Frobenius errors over 10 random networks; `-rP` shows them:
 
@@ -7,9 +7,9 @@ Mean relative Frobenius errors over 10 random networks; `-rP` shows them:
     padded  0.621  0.960      0.662      0.866      3.448
     linear  0.011  0.015      0.015      0.818      4.874
 
-KFAC is kronfluence's, kron(S, A) of means over the T positions. Grosse & Martens (2016, section 3)
-sum A over the positions, which makes T * kron(S, A): without the T, kronfluence's KFAC loses to the
-diagonal in convolutions.
+KFAC is that of kronfluence: kron(S, A), with means over the T positions. Grosse & Martens (2016,
+section 3) sum A over the positions, so their block is T * kron(S, A). Without the T, the diagonal
+is closer than kronfluence's KFAC in convolutions.
 """
 
 from dataclasses import replace
@@ -42,10 +42,10 @@ pytestmark = [
 
 
 class ExpectedLabelsTask(pipeline.ClassificationTask):
-    """Every image comes once with every label, weighted in place of a drawn label.
+    """The data has every image once with every label. Weights replace the drawn labels.
 
-    The mean over num_classes labels must be the expectation over p(label), and factors are squares
-    of gradients: hence the square root of num_classes * p.
+    The mean over num_classes labels must be the expectation over p(label). Factors are squares of
+    gradients, so the weight of a loss is the square root of num_classes * p.
     """
 
     def compute_train_loss(self, batch, model, sample=False):
@@ -59,7 +59,7 @@ class ExpectedLabelsTask(pipeline.ClassificationTask):
 def gauss_newton(model, images):
     """Returns by layer the mean of J^T (diag(p) - p p^T) J over images, dense [O*I, O*I].
 
-    That is the block of the Gauss-Newton matrix, which here is the Fisher matrix.
+    This is the block of the Gauss-Newton matrix, which equals the Fisher matrix here.
     """
     labels = torch.zeros(len(images), dtype=torch.int64)
     jacobians = layer_derivatives(jacrev, model, images, labels, lambda logits, label: logits)
@@ -74,7 +74,7 @@ def gauss_newton(model, images):
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory):
-    """What `compare` finds of factors fitted with expected labels, by (network, layer)."""
+    """The results of `compare` by (network, layer), for factors with expected labels."""
     folder, found = tmp_path_factory.mktemp("claim"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "ClassificationTask", ExpectedLabelsTask)
@@ -90,9 +90,9 @@ def comparisons(tmp_path_factory):
 
 
 def compare(run, layer, exact):
-    """Returns a layer's exact block, and the eigenbasis and the eigenvalues that `run` has fitted.
+    """Returns a layer's exact block, the fitted eigenbasis and eigenvalues, and relative errors.
 
-    Also the relative errors of the strategies' matrices, by strategy.
+    The errors are those of the matrix of each strategy, by strategy.
     """
 
     def factor(name):
@@ -106,7 +106,7 @@ def compare(run, layer, exact):
         "ekfac": basis @ eigenvalues.diag() @ basis.T,
         "kfac": kfac,
         "kfac times positions": POSITIONS[layer] * kfac,
-        # By definition; test_exact_scores.py holds what the strategy fits to it.
+        # By definition. test_exact_scores.py compares it with what the strategy fits.
         "diagonal": exact.diag().diag(),
         "identity": torch.eye(len(exact), dtype=torch.float64),
     }
@@ -130,11 +130,11 @@ def test_ekfac_eigenvalues_are_the_diagonal_of_the_rotated_gauss_newton_block(co
 
 @pytest.mark.parametrize("layer", POSITIONS)
 def test_on_average_ekfac_is_closest_then_kfac_then_diagonal_then_identity(comparisons, layer):
-    """The mean over networks, with the T in the KFAC of convolutions (T is 1 in the linear layer).
+    """KFAC includes the factor T here (T is 1 in the linear layer).
 
-    A known limit of the strategy `kfac` is that it lacks this T, and acts as if its damping were T
-    times as large. EKFAC is free of it, since it fits the eigenvalues. Should the last line fail,
-    kronfluence has put the T in.
+    The strategy `kfac` lacks this T, a known limit: it acts as if its damping were T times as
+    large. EKFAC does not need T, because it fits the eigenvalues. If the last line fails,
+    kronfluence has added the T.
     """
     means = mean_errors(comparisons, layer)
     assert means["ekfac"] < means["kfac times positions"] < means["diagonal"] < means["identity"]

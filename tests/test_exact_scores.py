@@ -29,14 +29,14 @@ DAMPINGS = pytest.mark.parametrize("damping", [1e-3, 1e-8, "heuristic"], ids="da
 
 pytestmark = [
     pytest.mark.usefixtures("small_parts"),
-    # kronfluence's; float64 needs no scaler
+    # of kronfluence; float64 needs no scaler
     pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning"),
 ]
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """The network with its data, and what `dense_layers` finds for them."""
+    """The network, its data, and the results of `dense_layers`."""
     model = tiny_network(1, NUM_CLASSES, size=SIZE)
     data, queries = random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
     layers = dense_layers(model, data, queries)
@@ -45,7 +45,7 @@ def exact():
 
 @pytest.fixture(scope="module")
 def fitted(exact, tmp_path_factory):
-    """One InfluenceRun per strategy, factors fitted."""
+    """One InfluenceRun per strategy, with fitted factors."""
     folder = tmp_path_factory.mktemp("fitted")
     runs = {name: make_run(folder, exact.model, exact.data, name) for name in pipeline.STRATEGIES}
     for run in runs.values():
@@ -54,7 +54,7 @@ def fitted(exact, tmp_path_factory):
 
 
 def test_pseudo_labels_cover_all_classes_and_no_channel_is_dead(exact):
-    """The network and its data exercise every case."""
+    """Otherwise the tests of this file would not check every case."""
     labels = pseudo_labels(exact.model, exact.data.normalize(exact.data.images))
     assert set(labels.tolist()) == set(range(NUM_CLASSES))
     assert 0 < (labels == exact.data.labels).sum() < NUM_TRAIN
@@ -113,7 +113,7 @@ def test_self_influence_equals_the_dense_computation(exact, fitted, strategy, da
 def test_unmodified_kronfluence_agrees_with_the_dense_computation(
     tmp_path, monkeypatch, exact, strategy
 ):
-    """A second opinion on the reference: kronfluence's own trackers, with all dtypes float64."""
+    """This checks the reference itself. kronfluence's own trackers run in float64."""
     monkeypatch.setattr(pipeline, "install_trackers", lambda *_: None)
     in_factors = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
     in_scores = ("per_sample_gradient", "score")

@@ -1,7 +1,7 @@
-"""What goes wrong during a run: kills, full disks, two runs at once, little memory, Ctrl-C.
+"""Faults during a run: kills, full disks, two runs at once, little memory, Ctrl-C.
 
-And what several processes give together. What depends on how processes start and end runs the
-scripts themselves, on 24 images with diagonal curvature.
+Several processes of one run are tested too. These tests start the scripts as processes, on 24
+images with diagonal curvature.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ COMMANDS = {
 }
 CHECKPOINT = Path("checkpoints/model_corrupt_0.1.pth")
 STATE = CHECKPOINT.with_suffix(".unfinished")
-# One thread: the results do not depend on the machine, and a fork has no pool of threads to miss.
+# One thread: results do not depend on the machine, and a fork needs no pool of threads.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -53,12 +53,12 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def started(folder, *command, environment=()):
-    """Starts `python <command>` in a folder, and kills it at the end of the block if it runs."""
+    """Starts `python <command>` in a folder. Kills it at the end of the block if it still runs."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1", **dict(environment)},
-        # What runs in the background would ignore Ctrl-C.
+        # A shell lets background processes ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -92,7 +92,7 @@ def reference(tmp_path_factory):
 
 
 def copy_checkpoint(source, folder):
-    """Puts the checkpoint of one folder into another."""
+    """Copies the checkpoint of one folder into another folder."""
     (folder / CHECKPOINT).parent.mkdir()
     shutil.copy(source / CHECKPOINT, folder / CHECKPOINT)
 
@@ -103,8 +103,8 @@ def copy_checkpoint(source, folder):
 def kill_before_each_renaming(name, *flags):
     """Runs a script twice in each of the folders 1, 2, ...
 
-    In folder n the first run is killed before its n-th renaming. The last folder is that of the
-    first run that ended before it could be killed. Prints the exit statuses.
+    In folder n the first run is killed before its n-th renaming. In the last folder the first run
+    ends before that. Prints the exit statuses.
     """
     number, killed = 0, True
     while killed:
@@ -138,7 +138,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
         return rename
 
     Path.rename, Path.replace = watched(Path.rename), watched(Path.replace)
-    pipeline.NUM_SYNTHETIC["test"] = 500  # as in the reference
+    pipeline.NUM_SYNTHETIC["test"] = 500  # as in the fixture `reference`
     sys.argv, status = [name, *flags], 0
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -152,7 +152,7 @@ def fork_and_run(kill_at, name, flags, folder=None):
 def test_a_killed_run_started_again_gives_the_uninterrupted_result(
     reference, tmp_path, name, renamings
 ):
-    """It is killed before each renaming by which a result appears; what is there then is whole."""
+    """It is killed before each renaming that publishes a result. Published results are complete."""
     (tmp_path / "start").mkdir()
     copy_checkpoint(reference[TRAIN], tmp_path / "start")
     with started(tmp_path, __file__, "kill", name, *COMMANDS[name]) as process:
@@ -171,8 +171,8 @@ def test_a_killed_run_started_again_gives_the_uninterrupted_result(
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path, name):
-    """No file can grow beyond what the smallest result needs."""
+def test_a_full_disk_ends_in_one_sentence_and_damages_no_result(reference, tmp_path, name):
+    """A limit on the size of files is below the size of the smallest result."""
     copy_checkpoint(reference[TRAIN], tmp_path)
     before = results(tmp_path)
     limit = (
@@ -194,7 +194,7 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(reference, tmp_path,
     ]
 
 
-def test_two_processes_of_one_pid_may_write_one_file_at_once(tmp_path):
+def test_two_processes_with_the_same_pid_may_write_a_file_at_once(tmp_path):
     with (
         pipeline.atomic_path(tmp_path / "file") as first,
         pipeline.atomic_path(tmp_path / "file") as second,
@@ -238,13 +238,13 @@ def test_a_full_gpu_ends_the_run_in_one_sentence(capsys, sign):
     assert stop.value.code == 1 and "error: out of memory: free some" in capsys.readouterr().err
 
 
-def test_without_memory_on_a_cpu_the_run_ends_in_one_sentence(capsys):
+def test_a_cpu_without_free_memory_ends_the_run_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         pipeline.run(lambda: torch.empty(2**60))
     assert stop.value.code == 1 and "error: out of memory: free some" in capsys.readouterr().err
 
 
-def test_a_fault_of_the_program_is_not_taken_for_one_of_memory():
+def test_an_error_of_the_program_is_not_reported_as_lack_of_memory():
     with pytest.raises(RuntimeError, match="shape"):
         pipeline.run(lambda: torch.empty(2).view(3))
 
@@ -333,9 +333,9 @@ def test_torchrun_with_one_process_gives_the_same_result(reference, tmp_path):
 
 
 def run_as_if_on_gpus(name, *flags):
-    """Runs a script under torchrun on the CPU as it runs on several GPUs: gloo in place of NCCL.
+    """Runs a script under torchrun on the CPU as on several GPUs, with gloo instead of NCCL.
 
-    kronfluence adds up factors and gathers queries only where CUDA is there, so it is told so.
+    kronfluence sums factors and gathers queries only if CUDA is available, so that is faked.
     """
     from kronfluence.computer import computer
     from kronfluence.module.tracker import factor, precondition
@@ -357,7 +357,7 @@ def run_as_if_on_gpus(name, *flags):
     State._shared_state.update(num_processes=2, process_index=rank, local_process_index=rank)
     computer.DDP, factor.torch, precondition.torch = DataParallel, TorchWithCuda(), TorchWithCuda()
     torch.Tensor.cuda, torch.cuda.synchronize = lambda tensor: tensor, lambda: None
-    # gloo wants the parts one after the other, and not stacked.
+    # gloo needs the parts concatenated, not stacked.
     gather = torch.distributed.all_gather_into_tensor
     torch.distributed.all_gather_into_tensor = lambda output_tensor, input_tensor: gather(
         output_tensor.flatten(0, 1), input_tensor
@@ -391,7 +391,7 @@ def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
         " CPU threads, ",
         "[Gloo]",
         "peer ranks",
-    )  # the last two are of torch 2.9
+    )  # torch 2.9 prints the last two
     said = [
         [line for line in out.splitlines() if not any(other in line for other in others)]
         for out in (alone, together.stdout)

@@ -24,7 +24,7 @@ SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 def network():
     """A tiny network in float32, for digits.
 
-    Other pseudo-labels change its rankings as much as those of ResNet-9.
+    Its rankings depend on the pseudo-labels as much as the rankings of ResNet-9.
     """
     examples = digits(20)
     images = examples.normalize(examples.images)
@@ -33,7 +33,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def data():
-    """Ten labelled digits."""
+    """Ten labelled digits for training."""
     return digits(NUM_TRAIN)
 
 
@@ -63,17 +63,17 @@ def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
     run = make_run("identity", model=model)
     pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
     self_influence, path = run.self_influence(1e-8)
-    assert run.self_influence("heuristic")[1] == path  # there is nothing to damp
+    assert run.self_influence("heuristic")[1] == path  # `identity` has nothing to damp
     products = sum(query_gradients[layer] @ train.T for layer, train in train_gradients.items())
     assert relative_error(pairwise, products) < 1e-4
     squares = sum(train.square().sum(1) for train in train_gradients.values())
     assert relative_error(self_influence, squares) < 1e-4
 
 
-def test_kfac_takes_eigenvalues_that_rounding_left_below_zero_as_zero(make_run, data):
-    """Factors of three images do not span the gradients of ten.
+def test_kfac_sets_negative_eigenvalues_to_zero(make_run, data):
+    """Factors of three images have many eigenvalues that are zero.
 
-    The sign of the eigenvalues that they leave out is that of a rounding error.
+    Rounding makes some of them negative.
     """
     torch.manual_seed(0)
     layers = nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 10, bias=False)
@@ -103,7 +103,7 @@ def test_bfloat16_scores_are_float32_and_close(make_run, queries, strategy):
 
 
 def test_float32_and_bfloat16_give_the_ranking_of_float64(queries):
-    """On a tiny network what tests/studies/precision.py holds a trained ResNet-9 to."""
+    """tests/studies/precision.py makes the same comparison for a trained ResNet-9."""
     examples = pipeline.training_examples(digits(400), 0.1)
     table = precision.precision_table(network, examples, queries)
     assert precision.broken_promises(table) == []
@@ -114,7 +114,7 @@ def test_float32_and_bfloat16_give_the_ranking_of_float64(queries):
     [(1, 1, 0), (3, 1, 1), (5, 2, 2), ((4, 3), (2, 1), (1, 0)), ((2, 3), (3, 2), (0, 2))],
     ids=str,
 )
-def test_patches_and_their_covariance_are_those_of_torchs_unfold(
+def test_patches_and_their_covariance_equal_those_of_unfold(
     monkeypatch, kernel_size, stride, padding
 ):
     monkeypatch.setitem(pipeline.SYMMETRIC_BLOCKS, "cpu", 4)
@@ -129,7 +129,7 @@ def test_patches_and_their_covariance_are_those_of_torchs_unfold(
 def test_factors_of_fewer_images_are_those_of_a_random_subset(
     make_run, data, tmp_path, monkeypatch
 ):
-    """Of five of ten images: as fitted on these five, with their own pseudo-labels."""
+    """Factors of five random images equal those fitted on a data set of these five."""
 
     def factors(run):
         paths = run.fit_factors().glob("*.safetensors")
@@ -147,17 +147,17 @@ def test_factors_of_fewer_images_are_those_of_a_random_subset(
     for name, tensor in found.items():
         if "num" not in name[0]:
             assert not torch.allclose(tensor, everything[name]), name
-        if "eigen" not in name[0]:  # of which the signs are free
+        if "eigen" not in name[0]:  # the signs of eigenvectors are arbitrary
             assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-6), name
 
 
 # ---- The cache -----------------------------------------------------------------------------------
 
 
-def test_factors_and_scores_depend_on_all_that_they_are_made_of(
+def test_the_hashes_of_factors_and_scores_depend_on_all_their_inputs(
     make_run, data, queries, monkeypatch
 ):
-    """Beside what test_stale.py changes; other code of the report changes nothing."""
+    """test_stale.py changes further inputs. The code of the report does not change the hashes."""
     base, changed_weight, pixel = make_run(), network(), data.images.clone()
     changed_weight.linear.weight.data[0, 0] += 1e-3
     pixel[0, 0, 0, 0] ^= 1
@@ -235,9 +235,7 @@ def test_held_gradients_of_truncated_queries_have_the_counted_size(make_run, que
     assert set(sizes) == {(4, 8, 7), (4, 40, 19), (4, 10, 11)}
 
 
-def test_torchs_compiler_is_reset_neither_by_kronfluence_nor_left_without_a_reset(
-    make_run, monkeypatch
-):
+def test_kronfluence_does_not_reset_the_compiler_and_reset_works_afterwards(make_run, monkeypatch):
     def reset():
         raise AssertionError("the compiler was reset, which imports it")
 
@@ -273,8 +271,8 @@ def test_factors_of_all_examples_or_more_are_those_of_the_training_images(make_r
     ],
 )
 @pytest.mark.parametrize("missing_bytes", ["one", "half"])
-def test_a_truncated_file_is_named_and_computed_anew(make_run, capsys, name, missing_bytes):
-    first = make_run().self_influence(1e-3)[0].clone()  # which would otherwise lie in the file
+def test_a_truncated_file_is_named_and_computed_again(make_run, capsys, name, missing_bytes):
+    first = make_run().self_influence(1e-3)[0].clone()  # a copy: the tensor is mapped to the file
     (path,) = make_run().folder.glob(name)
     size = path.stat().st_size
     os.truncate(path, size - 1 if missing_bytes == "one" else size // 2)
@@ -284,7 +282,7 @@ def test_a_truncated_file_is_named_and_computed_anew(make_run, capsys, name, mis
     assert torch.equal(first, again) and f"{path} is damaged" in out and out.count("Reusing") == 1
 
 
-def test_what_others_put_beside_scores_stays(make_run, capsys):
+def test_other_files_beside_scores_are_kept(make_run, capsys):
     folder = make_run().self_influence(1e-3)[1].parent
     (folder / ".ipynb_checkpoints").mkdir()
     for name in (".DS_Store", "notes.txt"):
@@ -297,7 +295,7 @@ def test_what_others_put_beside_scores_stays(make_run, capsys):
     ("strategy", "phase", "left"),
     [("ekfac", "covariance", 0), ("diagonal", "lambda", 0), ("identity", "scores", 1)],
 )
-def test_a_nan_is_an_error_that_names_its_phase_and_leaves_what_was_whole(
+def test_a_nan_is_an_error_that_names_its_phase_and_keeps_complete_results(
     make_run, strategy, phase, left
 ):
     model = network()
@@ -309,8 +307,8 @@ def test_a_nan_is_an_error_that_names_its_phase_and_leaves_what_was_whole(
     assert folders == list(run.folder.glob("factors_identity-float32-*")) and len(folders) == left
 
 
-def test_without_memory_for_the_batch_it_is_halved(make_run, queries, monkeypatch, capsys):
-    """A CPU says that it is a full GPU: the scores come from smaller batches."""
+def test_the_batch_is_halved_if_it_does_not_fit_into_memory(make_run, queries, monkeypatch, capsys):
+    """The CPU raises the error of a full GPU. Scores of smaller batches are the same."""
     expected = make_run().pairwise_influence(queries, 3, 1e-3)[0]
     whole = pipeline.InfluenceDataset.__getitems__
 

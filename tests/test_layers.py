@@ -1,6 +1,6 @@
-"""Your own network: for each kind of layer, scores are exact, or refused before they are computed.
+"""Networks of a user: scores of each kind of layer are exact, or refused before any computation.
 
-Each network is a stem, the layer in question, and a head. Its scores are compared with per-sample
+Each network has a stem, the tested layer, and a head. Its scores are compared with per-sample
 gradients by torch.func; `-rP` shows the errors.
 """
 
@@ -41,7 +41,7 @@ from torch import nn
 import pipeline
 
 NUM_TRAIN = 18
-CHANNELS = 4  # of the images that the layer in question gets
+CHANNELS = 4  # in the input of the tested layer
 
 pytestmark = [
     pytest.mark.usefixtures("small_parts"),
@@ -53,7 +53,7 @@ pytestmark = [
 
 
 class Tokens(nn.Module):
-    """Calls a module on the pixels of images as tokens, [B, T, C]."""
+    """Calls a module on images whose pixels are tokens, [B, T, C]."""
 
     def __init__(self, module):
         super().__init__()
@@ -121,7 +121,7 @@ def narrow_resnet18():
 
 
 def around(middle):
-    """Returns a network with `middle` between a stem and a head on its mean over positions."""
+    """Returns a network of a stem, `middle`, a mean over positions, and a head."""
     stem = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS), nn.ReLU()
     with torch.no_grad():
         width = middle(torch.zeros(1, CHANNELS, *SIZE)).shape[1]
@@ -130,7 +130,7 @@ def around(middle):
 
 
 def conv(*sizes, **settings):
-    """Returns a convolution of the images that the layer in question gets."""
+    """Returns a convolution for the input of the tested layer."""
     return nn.Conv2d(CHANNELS, *sizes, **settings)
 
 
@@ -164,7 +164,7 @@ EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
 
 
 def make_network(name, dtype=torch.float64):
-    """Returns a network of NETWORKS in eval mode, its batch-norm statistics as if trained."""
+    """Returns a network of NETWORKS in eval mode, with batch-norm statistics of its data."""
     torch.manual_seed(5)
     model = NETWORKS[name]()
     for norm in model.modules():
@@ -181,7 +181,7 @@ def make_network(name, dtype=torch.float64):
 
 @EVERY_NETWORK
 def test_identity_scores_are_products_of_per_sample_gradients(tmp_path, name):
-    """In float32, as the scripts compute."""
+    """Like the scripts, this computes in float32."""
     model = make_network(name, torch.float32)
     data = random_data(NUM_TRAIN, 1, kind=Float32Data)
     queries = random_data(NUM_QUERY, 2, kind=Float32Data)
@@ -209,7 +209,7 @@ def test_other_strategies_equal_the_dense_computation(tmp_path, strategy, name):
 
 
 def check_against_dense(folder, name, strategy):
-    """Holds the scores of a network and a strategy to the dense reference, in float64."""
+    """Compares the scores of a network and a strategy with the dense reference, in float64."""
     model = make_network(name)
     data, queries = random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
     layers = dense_layers(model, data, queries)
@@ -319,7 +319,7 @@ class WeightUsedDirectly(nn.Module):
 
 
 class RowsAsImages(nn.Module):
-    """Splits images into rows, which stand in the first dimension, as windows of attention do."""
+    """Makes rows of images the first dimension, as window attention does with windows."""
 
     def __init__(self):
         super().__init__()
@@ -331,7 +331,7 @@ class RowsAsImages(nn.Module):
 
 
 class ImagesMixed(nn.Module):
-    """Takes the other images of the batch into account: a gradient is not that of one image."""
+    """Mixes the images of a batch, so that a gradient depends on several images."""
 
     def forward(self, x):
         return x - x.mean(0)
@@ -386,7 +386,7 @@ def test_the_scripts_refuse_a_network_before_they_write_anything(tmp_path, monke
 
 
 class Unused(nn.Module):
-    """Layers that are not called, whose output is thrown away, or that are not differentiated."""
+    """Layers that are not called, not differentiated, or whose output is not used."""
 
     def __init__(self):
         super().__init__()
@@ -401,14 +401,14 @@ class Unused(nn.Module):
         return x * self.scale + shift[:, :, None, None]
 
 
-def test_parameters_that_no_tracked_layer_holds_are_named_as_fixed(tmp_path):
+def test_parameters_outside_tracked_layers_are_named_as_fixed(tmp_path):
     middle = nn.Sequential(Tokens(Attention()), nn.BatchNorm2d(CHANNELS), Unused())
     run = influence_run(tmp_path, random_data(5, 1, kind=Float32Data), model=around(middle).eval())
     kinds = "2 BatchNorm2d, 1 LayerNorm, 2 Linear, 1 Conv2d"
     assert run.fixed == f"{kinds}, 3.0.module.position, 3.2.scale"
 
 
-def test_a_layer_that_takes_no_part_is_left_out_and_the_others_stay_exact(tmp_path):
+def test_unused_layers_are_not_tracked_and_the_other_layers_stay_exact(tmp_path):
     torch.manual_seed(0)
     model = around(nn.Sequential(Unused(), conv(5, 3))).eval()
     data = random_data(NUM_TRAIN, 1, kind=Float32Data)
@@ -421,7 +421,7 @@ def test_a_layer_that_takes_no_part_is_left_out_and_the_others_stay_exact(tmp_pa
             assert relative_error(found, expected) < 1e-5
 
 
-def test_the_scripts_name_what_they_take_as_fixed(trained, tmp_path):
+def test_the_scripts_name_the_parameters_that_they_treat_as_fixed(trained, tmp_path):
     folder = shutil.copytree(trained[0], tmp_path / "trained")
     identity = ("--factor_strategy", "identity", "--num_query_examples", "2")
     lines = succeed(folder, ANALYZE, *SYNTHETIC, *identity).splitlines()

@@ -1,14 +1,16 @@
-"""What a score says about retraining without an image: leave-one-out against EKFAC's scores.
+"""EKFAC scores predict what retraining without an image changes (leave-one-out).
 
-Softmax regression with labels by a noisy teacher, one linear layer. The damping is the L2 strength,
-so the damped matrix that EKFAC approximates is the Hessian. Removing image n from the mean loss
-moves the weights by about H^-1 grad L_n / N, the margin of a query by -score / N, and the image's
-own loss by self-influence / N. The models without an image are trained; `-rP` shows the agreement.
+The model is softmax regression, one linear layer; a random teacher draws the labels. The damping is
+the L2 strength, so the damped matrix that EKFAC approximates is the Hessian. Removing image n from
+the mean loss moves the weights by about H^-1 grad L_n / N. It moves the margin of a query by
+-score / N, and the image's own loss by self-influence / N. The tests train all models without one
+image; `-rP` shows the agreement.
 
-L2 is 0.2 because EKFAC has two errors of its own here: the Kronecker eigenbasis, and one
-pseudo-label per image with only 40 images. Over 12 draws of data each for 2, 3 and 4 classes, its
-correlation with the real changes was 0.945 to 0.995 at L2 = 0.1, and 0.969 to 0.999 at 0.2 (slope
-0.98 to 1.26; of self-influence 0.892 to 0.998, slope 1.09 to 1.37), whence the bounds below.
+EKFAC has two errors here: the Kronecker eigenbasis, and one pseudo-label per image with only 40
+images. Therefore L2 is 0.2. The bounds below come from 12 draws of data each for 2, 3 and 4
+classes. The correlation with the real changes was 0.945 to 0.995 at L2 = 0.1, and 0.969 to 0.999 at
+0.2, with slopes of 0.98 to 1.26. For self-influence it was 0.892 to 0.998, with slopes of 1.09 to
+1.37.
 """
 
 from collections import OrderedDict
@@ -34,7 +36,7 @@ pytestmark = [
 def objective(weight, kept, inputs, labels):
     """Returns the L2-regularised loss of softmax regression, a mean over all images.
 
-    weight: [C, I]; kept: [N], 1 for the images that are trained on and 0 for the others;
+    weight: [C, I]; kept: [N], 1 for images in the training and 0 for other images;
     inputs: [N, I].
     """
     losses = F.cross_entropy(inputs @ weight.T, labels, reduction="none")
@@ -71,7 +73,7 @@ def flat_inputs(data):
 
 
 def noisy_teachers_data(num_classes):
-    """Returns images of 2 x 2 pixels with labels drawn by a random linear teacher, and queries."""
+    """Returns images of 2 x 2 pixels, with labels drawn by a random teacher, and queries."""
     data = random_data(NUM_REMOVED, 20 + num_classes, (3, 2, 2), num_classes)
     queries = random_data(NUM_ASKED, 30 + num_classes, (3, 2, 2), num_classes)
     generator = torch.Generator().manual_seed(num_classes)
@@ -82,7 +84,7 @@ def noisy_teachers_data(num_classes):
 
 
 def linear_model(weight):
-    """Returns the network of a weight [C, I] whose last column is the bias."""
+    """Returns the network with the weight [C, I], whose last column is the bias."""
     linear = nn.Linear(NUM_PIXELS, len(weight))
     model = nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=linear)).double()
     with torch.no_grad():
@@ -93,10 +95,10 @@ def linear_model(weight):
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda count: f"{count} classes")
 def regression(request, tmp_path_factory):
-    """A converged softmax regression, and what removing each image and retraining does.
+    """A converged softmax regression, and the changes after retraining without each image.
 
-    change: [num_query, N], margins of the queries without image n, less those with it;
-    own_loss_change: [N], the same of image n's own loss.
+    change: [num_query, N], margin of each query without image n, minus the margin with it;
+    own_loss_change: [N], loss of image n without image n, minus the loss with it.
     """
     num_classes = request.param
     data, queries = noisy_teachers_data(num_classes)
@@ -129,7 +131,7 @@ def margins(weights, inputs, labels):
 def agreement(title, predicted, actual):
     """Prints and returns Pearson's correlation, the slope, and the fraction of equal signs.
 
-    The slope is that of `actual` over `predicted`.
+    The slope belongs to `actual` as a function of `predicted`.
     """
     correlation = torch.corrcoef(torch.stack([predicted.flatten(), actual.flatten()]))[0, 1].item()
     slope = ((predicted * actual).sum() / predicted.square().sum()).item()
@@ -139,10 +141,10 @@ def agreement(title, predicted, actual):
 
 
 def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(regression):
-    """A positive score is a helpful image: without it the margin falls, by about score / N.
+    """A positive score means a helpful image: without it, the margin falls by about score / N.
 
-    An image takes its own curvature with it, which a first-order score leaves out: most slopes lie
-    above 1. Dot products of gradients, without the curvature, predict less.
+    Removing an image also removes its curvature, which a first-order score neglects. So most slopes
+    are above 1. Dot products of gradients, without the curvature, predict less.
     """
     found = {}
     for strategy in ("ekfac", "identity"):
@@ -157,9 +159,9 @@ def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(r
 
 
 def test_self_influence_predicts_the_loss_of_an_image_that_was_not_trained_on(regression):
-    """Without an image its own loss rises, and by more than predicted.
+    """Without an image, its own loss rises more than predicted.
 
-    Its own curvature matters most to itself.
+    The neglected curvature of an image matters most for its own loss.
     """
     run = make_run(regression.folder, regression.model, regression.data, "ekfac")
     scores, _ = run.self_influence(L2)

@@ -1,4 +1,4 @@
-"""Labels that people gave, in a csv file in place of those that --corrupt_percentage draws."""
+"""Noisy labels from a csv file instead of --corrupt_percentage."""
 
 import csv
 import os
@@ -28,22 +28,22 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", 1)
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """A folder with labels.csv, of all digits but the first one drawn, and a training on it."""
+    """A folder with labels.csv, which omits the first drawn digit, and a model trained on it."""
     folder = tmp_path_factory.mktemp("noisy")
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
     given = dict.fromkeys(range(5000), 0) | dict(
-        zip(data.numbers.tolist(), labels.tolist(), strict=True)
+        zip(data.dataset_index.tolist(), labels.tolist(), strict=True)
     )
     if labels[0] == data.labels[0]:
-        del given[data.numbers[0].item()]
+        del given[data.dataset_index[0].item()]
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("index", "label"), *given.items()])
     return folder, succeed(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", "labels.csv")
 
 
-def test_labels_from_a_file_are_those_that_corruption_gives(trained, noisy):
-    """From the training to the ranking; what the data set says counts as the truth."""
+def test_labels_from_a_file_give_the_results_of_the_same_corruption(trained, noisy):
+    """Training and ranking are equal. The labels of the data set are the true labels."""
     (corrupted, _), (given, output) = trained, noisy
     models = (
         corrupted / "checkpoints" / "model_corrupt_0.1.pth",
@@ -96,13 +96,13 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
     data, path = digits(5), tmp_path / "labels.csv"
     path.write_text(lines)
     numbered = data.take(torch.arange(5))
-    numbered.numbers[:] = torch.arange(5)
+    numbered.dataset_index[:] = torch.arange(5)
     with pytest.raises(pipeline.UserError, match=message):
         pipeline.read_noisy_labels(path, numbered, digits(0, "test"), "")
 
 
-def test_files_call_images_by_path(class_folders, tmp_path, capsys):
-    """Rows of test images are counted as others, and images without a row keep their label."""
+def test_a_file_names_images_by_path(class_folders, tmp_path, capsys):
+    """Rows of test images are only counted. Images without a row keep their label."""
     place = "imagefolder", class_folders
     data, test = (pipeline.load_data(*place, split) for split in ("train", "test"))
     path = tmp_path / "labels.csv"
@@ -119,7 +119,7 @@ def test_files_call_images_by_path(class_folders, tmp_path, capsys):
     assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out
 
 
-MISSING = {  # what a row names, and whether that is an image, which is only counted
+MISSING = {  # name in a row, and whether it names an image, whose row is only counted
     "of the test split": ("test/cat/0.png", True),
     "not drawn": ("{not_drawn}", True),
     "not drawn, of a data set that was moved": ("/gone/{not_drawn}", True),
@@ -153,8 +153,10 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
 def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
     path = tmp_path / "labels.csv"
     data = digits(5)
-    path.write_text(f"index,label\n{data.numbers[0]},1\n5000,3\n")
-    with pytest.raises(pipeline.UserError, match=r"line 3: there is no training image 5000, only"):
+    path.write_text(f"index,label\n{data.dataset_index[0]},1\n5000,3\n")
+    with pytest.raises(
+        pipeline.UserError, match="line 3: there is no training image 5000, only 0 to 4999"
+    ):
         pipeline.read_noisy_labels(path, data, digits(0, "test"), "")
 
 
@@ -162,7 +164,7 @@ def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
 
 
 def test_labels_from_a_command_are_read_once_and_kept_by_the_checkpoint(noisy, tmp_path):
-    """As by `--noisy_labels <(cat labels.csv)`; the printed command finds the pipe empty."""
+    """An example is `--noisy_labels <(cat labels.csv)`. The printed command needs no file."""
     reader, writer = os.pipe()
     os.write(writer, (noisy[0] / "labels.csv").read_bytes())  # less than a pipe holds
     os.close(writer)
@@ -170,16 +172,14 @@ def test_labels_from_a_command_are_read_once_and_kept_by_the_checkpoint(noisy, t
     output = succeed(tmp_path, TRAIN, *DATA, *RECIPE, "--noisy_labels", name)
     again = succeed(tmp_path, *printed_commands(output)[0], "--factor_strategy", "identity")
     os.close(reader)
-    assert f"{name} cannot be read again: the labels are those that the checkpoint keeps" in again
+    assert f"{name} cannot be read again: the labels in the checkpoint are used" in again
     models = [folder / "checkpoints" / "model_noisy.pth" for folder in (noisy[0], tmp_path)]
     (_, expected), (_, found) = map(pipeline.load_checkpoint, models)
     assert torch.equal(found["given_labels"], expected["given_labels"])
     assert found["labels_sha256"] == expected["labels_sha256"]
 
 
-def test_a_file_that_is_gone_is_not_needed_under_its_name_and_refused_under_another(
-    noisy, tmp_path
-):
+def test_a_deleted_file_is_not_needed_but_another_missing_file_is_refused(noisy, tmp_path):
     shutil.copytree(noisy[0] / "checkpoints", tmp_path / "checkpoints")
     flags = (DETECT, *DATA, "--factor_strategy", "identity", "--noisy_labels")
     assert "labels.csv cannot be read again" in succeed(tmp_path, *flags, "labels.csv")

@@ -1,4 +1,4 @@
-"""Every script end to end, as a user runs it: files, fields, messages, exit status."""
+"""Runs every script as a user does: files, fields, messages, exit status."""
 
 import json
 import os
@@ -29,23 +29,27 @@ import detect_mislabeled_dataset as detect
 import pipeline
 
 SECONDS = {"load", "covariance", "eigendecomposition", "lambda", "scores", "report", "total"}
-NUM_TRAIN, NUM_CORRUPTED = 60, 6
+NUM_TRAIN = 60
+NUM_CORRUPTED = 6
+# Fields of both json files, before and after those of one script.
+FIRST_FIELDS = ("flags", "num_train")
+LAST_FIELDS = (
+    "seconds",
+    "peak_memory_bytes",
+    "device",
+    "device_name",
+    "cpu_threads",
+    "versions",
+)
 
 
 def check_record(record, **flags):
-    """The fields that both json files have."""
+    """Checks the fields that both json files have."""
     assert set(record["seconds"]) == SECONDS
     assert record["seconds"]["total"] >= record["seconds"]["scores"] > 0
     assert record["num_train"] == NUM_TRAIN and record["peak_memory_bytes"] > 1e8
     assert record["device"] == "cpu" and record["versions"]["torch"] == str(torch.__version__)
     assert flags.items() <= record["flags"].items()
-
-
-def documented(name):
-    """The columns or fields in the README's table of a result file, in order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text[text.index(f"\n`{name}`") :].split("\n\n")[1].splitlines()
-    return [word for row in table[2:] for word in re.findall(r"`(\w+)`", row.split("|")[1])]
 
 
 # ---- train.py ------------------------------------------------------------------------------------
@@ -69,7 +73,7 @@ def test_train_prints_epochs_and_results_and_writes_the_checkpoint(trained):
 
 
 def test_imagefolder_end_to_end(folders, tmp_path):
-    """Names of files and folders have spaces and umlauts."""
+    """Names of files and folders contain spaces and umlauts."""
     flags = (
         "--dataset",
         "imagefolder",
@@ -83,7 +87,7 @@ def test_imagefolder_end_to_end(folders, tmp_path):
     succeed(tmp_path, TRAIN, *flags, "--train_batch_size", 5, "--num_train_epochs", 1)
     assert (tmp_path / "ein Ordner/model.pth").is_file()
     out = succeed(tmp_path, DETECT, *flags, "--factor_strategy", "identity")
-    assert "no truth to compare with" in out
+    assert "No label is known to be wrong, so there is no recall" in out
     _, rows = read_table(result_folder(tmp_path) / "suspects_identity.csv")
     assert len(rows) == 15
     assert "3 classes in" in out and "cat 5, grey owl 5, äpfel 5" in out
@@ -109,7 +113,7 @@ def detected(trained, tmp_path_factory):
 
 
 def printed_paths(folder, output):
-    """The files that a script says it wrote, and the files of scores that it names."""
+    """The printed paths of written files, and those of score files, as two lists."""
     lines = output.splitlines()
     return [
         [folder / line.removeprefix(word) for line in lines if line.startswith(word)]
@@ -136,8 +140,8 @@ def test_a_detection_prints_recall_and_the_paths_of_its_files(detected):
     assert all(path.is_file() for path in [*written, scores])
 
 
-def test_without_influence_the_other_rankings_are_the_same(detected, trained, tmp_path):
-    """No stage of influence is computed, and nothing of it stands in tables and json files."""
+def test_a_detection_without_influence_writes_the_same_other_rankings(detected, trained, tmp_path):
+    """No influence is computed, and tables and json files contain no result of influence."""
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     output = succeed(tmp_path, DETECT, *SYNTHETIC, "--factor_strategy", "none")
     written, scores = printed_paths(tmp_path, output)
@@ -167,9 +171,9 @@ def test_without_influence_the_other_rankings_are_the_same(detected, trained, tm
     assert not any(line.startswith("self_influence") for line in output.splitlines())
 
 
-def test_the_table_of_suspects_has_the_saved_scores_and_the_labels_trained_on(detected):
+def test_the_table_of_suspects_has_the_saved_scores_and_the_corrupted_labels(detected):
     header, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
-    assert header == documented("suspects_<strategy>.csv")
+    assert header == [*detect.FIRST_COLUMNS, *detect.RANKINGS, *detect.LAST_COLUMNS]
     assert [int(row["rank"]) for row in rows] == list(range(1, NUM_TRAIN + 1))
     scores = [float(row["aum_vote"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
@@ -191,7 +195,7 @@ def test_the_table_of_suspects_has_the_saved_scores_and_the_labels_trained_on(de
         assert (row["predicted_label"] == row["label"]) == (float(row["margin"]) < 0)
 
 
-def test_the_json_file_has_the_recall_of_the_rankings_in_the_table(detected):
+def test_the_json_file_has_the_recall_of_each_ranking_in_the_table(detected):
     record = json.loads((result_folder(detected[0]) / "detection_ekfac.json").read_text())
     defaults = {"factor_examples": 1000, "num_review": 500, "explain": 0}
     check_record(
@@ -201,11 +205,8 @@ def test_the_json_file_has_the_recall_of_the_rankings_in_the_table(detected):
         damping_factor="heuristic",
         **defaults,
     )
-    fields = documented("detection_<strategy>.json")
-    assert (
-        list(record) == [name for name in fields if name != "num_query"]
-        and record["num_corrupted"] == NUM_CORRUPTED
-    )
+    assert list(record) == [*FIRST_FIELDS, "num_corrupted", "rankings", *LAST_FIELDS]
+    assert record["num_corrupted"] == NUM_CORRUPTED
     _, rows = read_table(result_folder(detected[0]) / "suspects_ekfac.csv")
     rows.sort(key=lambda row: int(row["index"]))
     is_corrupted = np.array([row["is_corrupted"] == "1" for row in rows])
@@ -232,26 +233,29 @@ def test_figures_do_not_depend_on_the_style_of_the_users_matplotlib(tmp_path):
     assert figures[0] == figures[1]
 
 
-# matplotlib reads MPLBACKEND once, when it is imported: so each of these is a process of its own.
-# matplotlib refuses the first name where that package is missing, and the second one always.
+# matplotlib reads MPLBACKEND when it is imported, so each name needs a new process. matplotlib
+# refuses the first name if that package is missing, and it always refuses the second name.
 DRAW = {
     "module://matplotlib_inline.backend_inline": (
         "pipeline.draw_contact_sheet(PATH, digits(3).images, 'abc', 'rgb', 10, 't')"
     ),
-    "no_such_backend": "detect.plot_curves(PATH, RESULTS, 'aum', 0.5, 'ekfac')",
+    "no_such_backend": "detect.plot_curves(PATH, DETECTION, RESULTS)",
 }
 
 
 @pytest.mark.parametrize("backend", DRAW)
-def test_figures_do_not_need_the_backend_that_a_notebook_names(tmp_path, backend):
-    """Notebooks name theirs in MPLBACKEND for the processes that they start."""
+def test_figures_are_drawn_whatever_backend_the_environment_names(tmp_path, backend):
+    """Notebooks set MPLBACKEND for the processes that they start."""
     code = f"""
-import os, pathlib
+import os, pathlib, types
 import numpy as np
+import torch
 import conftest
 import detect_mislabeled_dataset as detect, pipeline
 from conftest import digits
 PATH = pathlib.Path({str(tmp_path / "figure.png")!r})
+DATA = types.SimpleNamespace(is_corrupted=torch.tensor([True, False]))
+DETECTION = types.SimpleNamespace(data=DATA, method="aum", strategy="ekfac")
 RESULTS = {{"aum": detect.evaluate_ranking(np.array([2.0, 1.0]), np.array([True, False]))}}
 {DRAW[backend]}
 print(os.environ["MPLBACKEND"])
@@ -261,11 +265,11 @@ print(os.environ["MPLBACKEND"])
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"{backend}\n", "the user's variable must be as it was"
+    assert finished.stdout == f"{backend}\n", "the variable of the user must not change"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_record_is_there_before_figures_are_drawn_and_has_their_seconds_in_the_end(tmp_path):
+def test_a_record_is_written_before_figures_and_again_with_their_seconds(tmp_path):
     path, seconds = tmp_path / "record.json", {"load": 1.5}
 
     def recorded():
@@ -306,7 +310,7 @@ def test_a_record_with_a_nan_is_refused_and_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("script", "files"), [(DETECT, ("suspects", "detection")), (ANALYZE, ("top_infl", "pairwise"))]
 )
-def test_a_figure_that_fails_costs_nothing_else(trained, tmp_path, monkeypatch, script, files):
+def test_other_files_are_written_if_a_figure_fails(trained, tmp_path, monkeypatch, script, files):
     def draw(*_, **__):
         raise OSError("no font")
 
@@ -334,18 +338,15 @@ def test_analyze_reuses_the_factors_of_detect_and_writes_its_files(detected):
     assert f"scores in {path.relative_to(folder)}\n" in out
 
     header, rows = read_table(results / "top_influences_ekfac.csv")
-    assert header == [*analyze.COLUMNS] == documented("top_influences_<strategy>.csv")
-    assert set(documented("detection_<strategy>.json")) - set(record) == {
-        "num_corrupted",
-        "rankings",
-    }
+    assert header == [*analyze.COLUMNS]
+    assert list(record) == [*FIRST_FIELDS, "num_query", *LAST_FIELDS]
     check_top_influences(rows, scores, digits(7, "test"))
 
 
 def check_top_influences(rows, scores, queries):
-    """A table's rows are the ten highest positive and ten lowest negative scores of each query.
+    """Checks that each query has its ten highest positive and ten lowest negative scores.
 
-    They begin with those of the mean over all queries, which has no path and no label.
+    The first query is the mean over all queries. It has no path and no label.
     """
     assert rows[0]["query"] == "mean"
     assert list(dict.fromkeys(row["query"] for row in rows))[1:] == [
@@ -372,7 +373,7 @@ def check_top_influences(rows, scores, queries):
                 assert score == pytest.approx(expected[index].item(), rel=1e-5)
 
 
-def test_with_query_indices_the_mean_is_that_of_the_group(detected):
+def test_with_query_indices_the_mean_is_over_these_queries(detected):
     folder, _ = detected
     flags = ("--factor_strategy", "identity", "--query_indices", "9,3-4")
     out = succeed(folder, ANALYZE, *SYNTHETIC, *flags)
@@ -382,7 +383,7 @@ def test_with_query_indices_the_mean_is_that_of_the_group(detected):
     check_top_influences(rows, scores, digits(10, "test").take(torch.tensor([9, 3, 4])))
 
 
-def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
+def test_no_image_is_listed_with_a_direction_that_its_score_contradicts():
     """Scores of two queries on three images; the mean over the queries is (2, -1, 1)."""
     scores = torch.tensor([[1.0, -2.0, 3.0], [3.0, 0.0, -1.0]])
     rows = list(analyze.top_rows([analyze.MEAN_QUERY], scores.mean(0, keepdim=True), "abc"))
@@ -391,7 +392,7 @@ def test_an_image_is_not_listed_on_the_side_that_its_score_contradicts():
 
 
 def test_the_figure_of_influences_begins_with_the_mean(monkeypatch, tmp_path):
-    """Its first row has no image, the mean's two highest scores, and its two lowest."""
+    """The first row has no query image. It shows the two highest and two lowest mean scores."""
     drawn = []
     monkeypatch.setattr(pipeline, "draw_contact_sheet", lambda path, **cells: drawn.append(cells))
     monkeypatch.setattr(analyze, "NUM_PICTURED", 2)

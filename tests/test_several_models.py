@@ -1,4 +1,4 @@
-"""Means over several models, and models that do not belong together."""
+"""Means over several models, and models that must not be averaged."""
 
 import shutil
 
@@ -28,7 +28,7 @@ DETECTION = (DETECT, *DATA, "--factor_strategy", "diagonal")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model and another seed's."""
+    """A folder with two models, trained with two seeds."""
     root = tmp_path_factory.mktemp("retraining")
     succeed(root, *TRAINING)
     succeed(root, *TRAINING, "--seed", 7, "--checkpoint_dir", "other")
@@ -83,8 +83,9 @@ def test_snapshots_give_the_mean_of_the_scores_of_each_network(folder):
 
 
 def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
-    assert "--snapshots 3: checkpoints/model_corrupt_0.1.pth holds only 2 of them" in refused(
-        folder, *ANALYSIS, "--snapshots", 3
+    assert (
+        "--snapshots 3: checkpoints/model_corrupt_0.1.pth keeps 2 networks of its training"
+        in refused(folder, *ANALYSIS, "--snapshots", 3)
     )
     single = earlier_checkpoint(folder, "checkpoints", 1)
     path = folder / single / "model_corrupt_0.1.pth"
@@ -92,13 +93,15 @@ def test_more_snapshots_than_a_training_keeps_are_refused(folder, tmp_path):
     del metadata["snapshots"]  # as an earlier train.py left it
     pipeline.save_checkpoint(path, model, metadata)
     output = ("--output_dir", tmp_path, "--checkpoint_dir", single)
-    assert "holds only 1 of them" in refused(folder, *ANALYSIS, *output, "--snapshots", 2)
+    assert "keeps 1 networks of its training" in refused(
+        folder, *ANALYSIS, *output, "--snapshots", 2
+    )
     assert not list(tmp_path.glob("model*"))
     succeed(folder, *ANALYSIS, *output)
 
 
 def test_a_detection_takes_the_mean_over_several_models(folder):
-    """Of each image the scores of every ranking, except aum_vote, which standardises means."""
+    """This holds for every ranking except aum_vote, which standardises the means."""
     tables = []
     for dirs in (("checkpoints", "other"), ("checkpoints",), ("other",)):
         out = succeed(folder, *DETECTION, "--checkpoint_dir", *dirs)
@@ -112,7 +115,7 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
         assert single[0] != single[1]
 
 
-def test_models_of_another_recipe_are_refused(folder, tmp_path):
+def test_models_with_other_hyperparameters_are_refused(folder, tmp_path):
     succeed(folder, *TRAINING, "--learning_rate", 0.06, "--checkpoint_dir", tmp_path)
     assert "differ in their hyperparameters" in refused(
         folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", tmp_path
@@ -120,7 +123,7 @@ def test_models_of_another_recipe_are_refused(folder, tmp_path):
 
 
 def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
-    """Neither in the same folder by another name, nor in a copy."""
+    """The second checkpoint is the same folder under another name, or a copy."""
     shutil.copytree(folder / "checkpoints", tmp_path / "copy")
     for other in (folder / "checkpoints", tmp_path / "copy"):
         assert "the same model" in refused(

@@ -1,6 +1,6 @@
-"""Nothing stale: whatever is changed between two runs, the second gives what a clean folder gives.
+"""No stale results: after any change, a second run gives the results of a clean folder.
 
-The scripts run in this process, through their `main`, on 40 digits with diagonal curvature.
+The scripts run in this process, on 40 digits with diagonal curvature.
 """
 
 import pickle
@@ -39,7 +39,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture
 def used(pretrained, tmp_path):
-    """A copy of `pretrained`: the folder of somebody who has run everything once."""
+    """A copy of `pretrained`, in which every script has run once."""
     shutil.copytree(pretrained, tmp_path / "used")
     return tmp_path / "used"
 
@@ -61,7 +61,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_a_change_analyze_gives_what_a_clean_folder_gives(used, tmp_path, change):
+def test_after_a_change_analyze_gives_the_results_of_a_clean_folder(used, tmp_path, change):
     retrain, flags = CHANGES[change]
     clean = tmp_path / "clean"
     shutil.copytree(used, clean, ignore=shutil.ignore_patterns("influence_results"))
@@ -82,7 +82,7 @@ def test_after_a_change_analyze_gives_what_a_clean_folder_gives(used, tmp_path, 
     ],
     ids=["other damping", "other queries", "other batch size"],
 )
-def test_what_can_be_reused_is_reused_and_says_so(used, flags, reused):
+def test_valid_results_are_reused_and_the_output_says_so(used, flags, reused):
     out = succeed(used, ANALYZE, *DATA, *QUERIES, *flags)
     lines = [line for line in out.splitlines() if line.startswith("Reusing ")]
     assert [line.split("/")[-1].split("_")[0] for line in lines] == reused
@@ -91,7 +91,7 @@ def test_what_can_be_reused_is_reused_and_says_so(used, flags, reused):
 # ---- Foreign checkpoints -------------------------------------------------------------------------
 
 
-FOREIGN = {  # what lies in place of the checkpoint: other weights and metadata, or other bytes
+FOREIGN = {  # content of the wrong checkpoint: other weights and metadata, or other bytes
     "another network": (torch.nn.Linear(3, 3), {}),
     "another number of classes": (
         pipeline.construct_model("resnet9", 3),
@@ -106,7 +106,7 @@ FOREIGN = {  # what lies in place of the checkpoint: other weights and metadata,
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_foreign_checkpoint_is_refused_in_one_sentence(used, what):
+def test_a_checkpoint_of_another_program_is_refused_in_one_sentence(used, what):
     path = used / "checkpoints" / "model.pth"
     if callable(FOREIGN[what]):
         path.write_bytes(FOREIGN[what](path.read_bytes()))

@@ -1,4 +1,4 @@
-"""The studies on forty digits: what they train on, what they write, and that they continue."""
+"""The studies on forty digits: their data, their files, and continuing after a stop."""
 
 import json
 from collections import OrderedDict
@@ -20,7 +20,7 @@ FLAGS += ["--seeds", "1", "--corruption_seeds", "1"]
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a study in a folder of its own. Returns what it printed and the rows of its results."""
+    """Runs a study in a new folder. Returns its output and the rows of its results."""
 
     def call(name, *flags):
         argv = ["study.py", name, "--folder", str(tmp_path), *FLAGS, *flags]
@@ -39,7 +39,7 @@ def store(tmp_path):
 
 
 class FakeTrainer:
-    """Its network is the set of images that it was trained on; its logits are those of a test."""
+    """Its network is the set of its training images; a test defines the logits."""
 
     def __init__(self, clean, logits):
         self.clean = self.test = clean
@@ -52,7 +52,7 @@ class FakeTrainer:
 
 
 def numbers(count):
-    """Images that are their own number, with labels of ten classes in turn."""
+    """Images whose pixels are their index, with the labels of ten classes in turn."""
     names = [str(digit) for digit in range(10)]
     return image_data(torch.arange(count), torch.arange(count) % 10, names)
 
@@ -72,8 +72,8 @@ def test_asymmetric_noise_gives_each_class_the_label_of_its_partner():
     assert flips <= set(study.PARTNERS.items()) and len(flips) > 5
 
 
-def test_asymmetric_noise_takes_the_next_class_where_none_looks_alike():
-    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # there is no dog
+def test_asymmetric_noise_takes_the_next_class_if_no_class_is_similar():
+    assert study.partner_of(0, ["cat", "ink", "owl"]) == 1  # the classes contain no dog
     assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
 
 
@@ -85,7 +85,7 @@ def test_the_file_of_asymmetric_labels_has_those_labels(run, tmp_path):
     clean = pipeline.load_data("synthetic", "", "train", 40)
     expected = study.corrupt(clean, "asymmetric", 0.2).labels.tolist()
     assert [int(line.split(",")[2]) for line in lines[1:]] == expected
-    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.numbers.tolist()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.dataset_index.tolist()
 
 
 # ---- Detection and cleaning ----------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_a_stopped_detection_continues(run, tmp_path):
     assert f"| aum | {recalls} | {found['auroc']:.3f} |" in output
     assert f"symmetric noise, test accuracy {100 * rows[0]['accuracy']:.1f} %" in output
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"study": "detec')  # the study was stopped while writing this
+        file.write('{"study": "detec')  # the study stopped while it wrote this line
     assert run("detection", *flags)[1] == rows
 
 
@@ -122,11 +122,11 @@ def test_cleaning_starts_from_the_detection(run, monkeypatch, tmp_path):
     line = f"| left out | aum | 20 % | {accuracy:.2f} % | {accuracy - start:.2f} | 1 |"
     assert line in output
     results = tmp_path / "results.jsonl"
-    results.write_text(2 * results.read_text())  # as two studies at the same time leave it
+    results.write_text(2 * results.read_text())  # two studies at the same time write each row twice
     assert line in run("cleaning")[0]
 
 
-def test_each_fold_is_ranked_by_a_network_that_never_saw_it():
+def test_each_fold_is_ranked_by_a_network_trained_without_it():
     """The fake network knows the true label of every other image."""
     judged = []
 
@@ -162,8 +162,8 @@ def test_the_linear_datamodeling_score_by_hand():
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
-def test_a_half_depends_on_its_number_alone():
-    """Two halves of 2,000 share 500 give or take 11, a half and 200 images 100 give or take 7."""
+def test_a_half_depends_only_on_its_number():
+    """Two halves of 2,000 share 500 ± 11 images; a half and 200 images share 100 ± 7."""
     first, other, again = (set(study.half_of(2000, number).tolist()) for number in (0, 1, 0))
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(2000, dtype=torch.int64), 0.1, 10)
     corrupted = set(is_corrupted.nonzero().flatten().tolist())
@@ -172,7 +172,7 @@ def test_a_half_depends_on_its_number_alone():
 
 
 def test_each_half_is_trained_again_with_another_seed(store):
-    """The fake logits make the margin of a query the number of images that were trained on."""
+    """With the fake logits, the margin of a query is the number of training images."""
 
     def logits(seen, queries):
         assert len(seen) == 4
@@ -192,7 +192,7 @@ def test_each_half_is_trained_again_with_another_seed(store):
 
 
 def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
-    """The margins' ranks agree fully for the first query, and by a half for the other."""
+    """The correlation of ranks is 1 for the first query, and 0.5 for the second."""
     margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
     seen = []
 
@@ -212,8 +212,8 @@ def test_margins_of_two_trainings_are_averaged(store, monkeypatch):
     assert found["score_seconds"] == 2
 
 
-def test_predictions_of_halves_and_of_a_mean_of_networks(run, monkeypatch, tmp_path):
-    """A network is scored once, for all the means that it is part of."""
+def test_halves_and_means_of_networks_predict_margins(run, monkeypatch, tmp_path):
+    """Each network is scored once, even if several means contain it."""
     rows = [(1, "all"), (2, "all"), (1, "halves")]
     predictions = [study.Prediction("identity", 1e-8, *row) for row in rows]
     monkeypatch.setattr(study, "PREDICTIONS", predictions)
@@ -284,8 +284,8 @@ def test_shared_helpful_images_by_hand(monkeypatch):
     assert study.shared_helpful(scores, others) == (1 + 2) / 2
 
 
-def test_a_scored_half_is_not_among_the_predicted_ones(store, monkeypatch):
-    """Halves 0 to 2 are predicted, so that the fourth one, number 3, is scored."""
+def test_a_scored_half_is_not_predicted(store, monkeypatch):
+    """Halves 0 to 2 are predicted, so half 3 is scored."""
     scored = []
 
     def trained_model(trainer, store, data, seed, back):
@@ -300,7 +300,7 @@ def test_a_scored_half_is_not_among_the_predicted_ones(store, monkeypatch):
     assert scored == [(3, study.half_of(8, 3).tolist())]
 
 
-def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
+def test_scores_with_the_factors_of_all_images_agree_fully(run, monkeypatch):
     monkeypatch.setattr(study, "FACTOR_EXAMPLES", (50, 20))
     output, (full, other, half) = run("factors", "--halves", "2")
     assert full["pairwise_spearman"] == full["self_spearman"] == pytest.approx(1)
@@ -310,7 +310,7 @@ def test_factors_of_all_images_agree_with_themselves(run, monkeypatch):
     assert f"| 20 | {half['pairwise_spearman']:.4f} | {half['self_spearman']:.5f} |" in output
 
 
-def test_mistakes_end_in_one_sentence(run, capsys):
+def test_mistakes_of_the_user_end_in_one_sentence(run, capsys):
     with pytest.raises(pipeline.UserError, match="--train_batch_size 41: there are only 40 images"):
         run("detection", "--train_batch_size", "41")
     with pytest.raises(pipeline.UserError, match="--halves: 1 networks have no order to predict"):

@@ -1,4 +1,4 @@
-"""What the linter does not check: the length of functions, and the syntax of the page's script."""
+"""Checks that the linter lacks: the length of functions, the syntax of the page's script."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")])
 
 
 def functions(source):
-    """Yields the name and the number of lines of each function, decorators not counted."""
+    """Yields the name and the number of lines of each function, without decorators."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.name, node.end_lineno - node.lineno + 1
@@ -32,7 +32,7 @@ def test_lines_of_nested_functions_count_for_the_outer_one():
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_script_of_the_page_is_javascript(tmp_path):
-    """`node --check` reads it without running it; the page has no placeholder in the script."""
+    """`node --check` does not run the script. The script contains no placeholder."""
     source = (ROOT / "detect_mislabeled_dataset.py").read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
     path = tmp_path / "page.js"

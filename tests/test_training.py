@@ -14,7 +14,7 @@ import train
 
 
 def test_resnet9_parameter_count():
-    """2,274,880: eight convolutions, their batch-norms, and the linear layer, added up by hand."""
+    """The sum of eight convolutions, their batch-norms, and the linear layer is 2,274,880."""
     convolutions = (
         3 * 64 * 9
         + 64 * 128 * 25
@@ -46,7 +46,7 @@ def test_logits_stay_float32_under_autocast():
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
+def test_the_default_schedule_peaks_after_a_fifth_and_ends_near_zero():
     total = 25 * 97
     rates = [train.schedule(step, total) for step in range(total)]
     assert max(range(total), key=rates.__getitem__) + 1 == 5 * 97 and max(rates) == 1
@@ -55,7 +55,7 @@ def test_schedule_of_the_recipe_peaks_after_a_fifth_and_ends_near_zero():
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 12])
-def test_schedule_never_wastes_a_step(total):
+def test_no_step_of_a_schedule_has_the_learning_rate_zero(total):
     rates = [train.schedule(step, total) for step in range(total)]
     assert max(rates) == 1 and min(rates) > 0
     assert rates == sorted(rates[: rates.index(1) + 1]) + sorted(
@@ -63,7 +63,7 @@ def test_schedule_never_wastes_a_step(total):
     )
 
 
-def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
+def test_an_epoch_uses_each_example_once_and_drops_the_partial_batch():
     order, offsets, flips = train.epoch_batches(100, 30, torch.Generator().manual_seed(0))
     assert order.shape == flips.shape == (3, 30) and offsets.shape == (3, 30, 2)
     assert len(order.unique()) == 90
@@ -72,7 +72,7 @@ def test_an_epoch_visits_each_example_once_and_drops_the_partial_batch():
 
 
 @pytest.mark.parametrize("seed", [pipeline.CORRUPTION_SEED, 1004])
-def test_the_first_epoch_does_not_begin_with_the_wrong_labels(seed):
+def test_the_first_epoch_does_not_begin_with_the_corrupted_labels(seed):
     _, is_corrupted = pipeline.corrupt_labels(torch.zeros(1000, dtype=torch.int64), 0.1, 10)
     order, _, _ = train.epoch_batches(1000, 100, train.batch_generator(seed))
     assert 0 < is_corrupted[order[0]].sum() < 30
@@ -122,7 +122,7 @@ def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_s
 
 
 class GrowingLogits(nn.Module):
-    """Gives every image the logits (step, 0, 0); the first batch has step 1, the second step 2."""
+    """Gives every image the logits (step, 0, 0). The step is 1 in the first batch."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ class GrowingLogits(nn.Module):
 
 
 def test_margins_are_kept_by_epoch():
-    """Two epochs of two batches: an example sees step 1 or 2, then 3 or 4; margins by hand."""
+    """In two epochs of two batches, an example is in step 1 or 2, and in step 3 or 4."""
     data = digits(4)
     data = replace(data, labels=torch.tensor([0, 1, 0, 2]))
     generator = torch.Generator().manual_seed(5)
@@ -214,7 +214,7 @@ def test_an_image_in_no_batch_has_no_margin(capsys):
     [(1.0, 20), (1e20, 40)],
     ids=["loss", "weights of the last step"],
 )
-def test_divergence_stops_the_training(weight_decay, batch_size):
+def test_a_diverging_training_stops_with_a_sentence(weight_decay, batch_size):
     diverging = {
         "learning_rate": 1e30,
         "weight_decay": weight_decay,
@@ -251,7 +251,7 @@ class WritesAFile:
         return open, ("executed", "w")
 
 
-def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, monkeypatch):
+def test_a_checkpoint_that_contains_code_is_refused_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": {}, "metadata": WritesAFile()}, "model.pth")
     with pytest.raises(pipeline.UserError, match="not a complete checkpoint"):
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not(tmp_path, 
 # ---- Where it computes ---------------------------------------------------------------------------
 
 
-def test_a_gpu_that_cannot_be_used_is_explained(monkeypatch, capsys):
+def test_a_sentence_explains_why_a_gpu_cannot_be_used(monkeypatch, capsys):
     def init():
         raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nUpdate it")
 

@@ -31,7 +31,7 @@ PROMISED_RECALL = 0.005  # largest difference of the recall at 10 %
 
 def spearman(a, b):
     """Returns the rank correlation of two arrays [N]; equal values share their mean rank."""
-    return float(np.corrcoef(detect.ranks(a), detect.ranks(b))[0, 1])
+    return float(np.corrcoef(detect.mean_ranks(a), detect.mean_ranks(b))[0, 1])
 
 
 class Float64Data(pipeline.ImageData):

@@ -242,7 +242,7 @@ def asymmetric(trainer, store, args):
     data = corrupt(clean, *NOISES[1])
     names = [clean.class_names[label] for label in data.labels]
     path = store.folder / "labels.csv"
-    rows = zip(clean.numbers.tolist(), clean.paths, names, strict=True)
+    rows = zip(clean.dataset_index.tolist(), clean.paths, names, strict=True)
     pipeline.write_table(path, ("index", "path", "label"), rows)
     print(f"wrote {path}")
 
@@ -300,7 +300,7 @@ def detection_scores(trainer, store, run):
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
             measured, _, _ = detect.measure(influence_run, metadata, 1e-8)
             heuristic, _ = influence_run.self_influence("heuristic")
-        scores = detect.rank([measured])
+        scores = detect.suspicion_by_ranking([measured])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
 
