@@ -2014,7 +2014,7 @@ def earlier_models(path, model, snapshots, count):
     """
     if count > len(snapshots):
         raise UserError(
-            f"--snapshots {count + 1}: {path} holds only {len(snapshots) + 1} of them: "
+            f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
             "give at most this number, or train again for four epochs or more"
         )
     epochs = sorted(snapshots)[len(snapshots) - count :]
