@@ -1790,13 +1790,13 @@ def margin(logits, labels):
 
 # ---- The code that scores depend on --------------------------------------------------------------
 #
-# Factors and scores are cached by a hash of the model, the data, the settings and the code. The
-# code of pipeline.py counts from the section "Networks" to the section "Results". Of the network's
-# own classes, and of its function in MODELS, the whole file counts: so a changed helper function or
-# constant changes the hash, too.
+# Factors and scores are cached by a hash of the model, the data, the settings and the code. In
+# pipeline.py, the sections from "Networks" up to "Results" are hashed. The files of the network's
+# classes and of its function in MODELS are hashed completely, because helper functions and
+# constants in them decide scores, too. Comments, layout and docstrings are not hashed.
 #
-# A file may be edited during a run. The code that was imported runs on, so the files are read at
-# the start of the run.
+# A file may be edited during a run, while the imported code runs on. So the files are read at the
+# start of the run.
 
 SOURCES = {}  # the texts of Python files, by the name of the module
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
@@ -1817,7 +1817,7 @@ def read_own_sources():
 def is_of_library(module_name):
     """Returns whether a module belongs to torch, torchvision or Python.
 
-    Their code does not count: the version of torch is hashed, and torchvision's follows from it.
+    Their files are not hashed. The version of torch is, and torchvision's follows from it.
     """
     package = module_name.partition(".")[0]
     return package in {"torch", "torchvision", *sys.stdlib_module_names}
@@ -1826,8 +1826,8 @@ def is_of_library(module_name):
 def code_digest(model, entry_points=()):
     """Returns the SHA-256, as hex digits, of the code and settings that decide a model's scores.
 
-    Hashes pipeline.py's part, the files of the network and of `entry_points` (functions and
-    classes), and the settings of all layers. Raises UserError if one of the files is missing.
+    Hashes the part of pipeline.py, the files of the network and of `entry_points` (functions and
+    classes), and the settings of all layers. Raises UserError if a file cannot be read.
     """
     owners = [cls for module in model.modules() for cls in type(module).__mro__]
     owners += entry_points
@@ -1851,9 +1851,9 @@ def score_code():
 
 
 def source_of(name):
-    """Returns the text of a module's file, as it was when it was first asked for.
+    """Returns the text of a module's file, which is read only once.
 
-    Raises UserError if the module has no readable .py file.
+    Raises UserError if the module has no readable file.
     """
     if name not in SOURCES:
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
@@ -2670,8 +2670,8 @@ class InfluenceArguments(ScoreArguments):
 class TrainedModel:
     """A model, the images that it was trained on, and the path of the folder for its results.
 
-    `model`, on the device of `data`, is not changed. `folder` is `<path>-<fingerprint>`, where the
-    fingerprint is a hash of weights and images; it is not created. `batch_size` is 64 by default,
+    `model`, on the device of `data`, is not changed. `folder` is `<path>-<fingerprint>`; it is not
+    created. The fingerprint is a hash of weights and images. `batch_size` is 64 by default,
     on CUDA 1,024. `seconds` collects the seconds by phase. `fixed` names the parameters that
     influence takes as fixed.
     """
@@ -3083,8 +3083,9 @@ def require_different_models(runs):
 def load_models(paths, device, clean, *, model_name, fraction, labels_file, snapshots):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    `snapshots` is the number of models per checkpoint, the last ones of its training. The other
-    arguments are those of `load_trained`. Raises UserError if the models were not trained alike.
+    `snapshots` is the number of models per checkpoint: the last models that its training kept. The
+    other arguments are those of `load_trained`. Raises UserError if the models were not trained
+    alike.
     """
     models = []
     metadata = []

@@ -181,9 +181,12 @@ def test_the_hashes_of_factors_and_scores_depend_on_all_their_inputs(
     assert len({path.parent for path in paths}) == len(paths)
 
     factors = base.fit_factors()
-    monkeypatch.setattr(pipeline, "shorten", lambda name: name)
+    source = pipeline.SOURCE
+    assert source.count("\nQUERY_CHUNK = 50") == source.count("\nMAX_NAME = 16") == 1
+    monkeypatch.setattr(pipeline, "SOURCE", source.replace("\nMAX_NAME = 16", "\nMAX_NAME = 15"))
     assert make_run().fit_factors() == factors
-    monkeypatch.setattr(pipeline, "QUERY_CHUNK", 49)
+    changed = source.replace("\nQUERY_CHUNK = 50", "\nQUERY_CHUNK = 49")
+    monkeypatch.setattr(pipeline, "SOURCE", changed)
     assert make_run().fit_factors() != factors
 
 

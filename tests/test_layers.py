@@ -340,10 +340,10 @@ class ImagesMixed(nn.Module):
 REFUSED = {
     "a layer called twice": (CalledTwice, "'3.shared': it is called 2 times"),
     "a layer under two names": (TwoNames, "'3.first': it is also registered as '3.layers.0'"),
-    "a weight of two layers": (TiedWeights, "'3.one': its gradients are not"),
+    "a weight of two layers": (TiedWeights, "'3.one': its gradients do not follow"),
     "a weight used without its layer": (WeightUsedDirectly, "'3.filters': it is called 0 times"),
     "another first dimension": (RowsAsImages, "'3.mix': the first dimension of its input is 14"),
-    "images mixed": (ImagesMixed, "'0': its gradients are not"),
+    "images mixed": (ImagesMixed, "'0': its gradients do not follow"),
 }
 
 

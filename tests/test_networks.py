@@ -280,6 +280,23 @@ def test_what_changes_the_scores_changes_the_hash_of_the_code(own_digest, change
     assert own_digest(changed) != own_digest(OWN_NETWORK)
 
 
+ONLY_TORCH = """
+from collections import OrderedDict
+from torch import nn
+
+def build(num_classes, width):
+    features = nn.Sequential(nn.Flatten(), nn.Linear(3072, width))
+    return nn.Sequential(OrderedDict(features=features, head=nn.Linear(width, num_classes)))
+"""
+
+
+def test_the_file_of_a_partial_function_in_models_is_part_of_the_hash(own_digest):
+    """Also if no class of a module stands in it."""
+    before = own_digest(ONLY_TORCH, lambda build: partial(build, width=3))
+    changed = own_digest(ONLY_TORCH + "SLOPE = 1", lambda build: partial(build, width=3))
+    assert changed != before
+
+
 class Times(nn.Module):
     """Multiplies by a number that neither its weights nor its source contain."""
 
