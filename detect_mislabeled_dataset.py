@@ -1671,9 +1671,8 @@ def main():
     if not pipeline.is_main_process():
         return
 
-    is_corrupted = data.is_corrupted.numpy()
-    num_corrupted = int(is_corrupted.sum())
-    results = evaluate_rankings(detection.scores, is_corrupted)
+    num_corrupted = int(data.is_corrupted.sum())
+    results = evaluate_rankings(detection.scores, data.is_corrupted.numpy())
     fields = {"num_train": len(data), "num_corrupted": num_corrupted, "rankings": results}
     with pipeline.timed(seconds, "report"):
         write_suspects(files.suspects, detection)
