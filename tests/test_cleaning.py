@@ -472,11 +472,13 @@ def test_corrections_follow_the_printed_command(loop):
         if line.endswith("identity.csv")
     ]
     _, rows = read_table(folder / path)
-    assert list(dict.fromkeys(row["query"] for row in rows)) == ["17", "3", "40", "41", "42"]
+    queries = list(dict.fromkeys(row["query"] for row in rows))
+    assert queries == ["mean", "17", "3", "40", "41", "42"]
     assert all(row["train"] != str(wrong[5]) for row in rows)
     test = pipeline.load_data("synthetic", "", "test")
     for row in rows:  # the corrected labels are the true labels
-        assert row["query_label"] == str(test.labels[int(row["query"])].item())
+        if row["query"] != "mean":
+            assert row["query_label"] == str(test.labels[int(row["query"])].item())
         assert row["train_label"] == str(clean.labels[int(row["train"])].item())
 
 
@@ -548,18 +550,20 @@ def test_a_contact_sheet_shows_the_images_in_their_order(tmp_path):
 
 
 def test_no_harmful_image_is_listed_as_helpful(tmp_path, data):
-    """Two images help the first query, three harm it. All six harm the second query."""
+    """Two images help the first query, three harm it. All harm the second query, and the mean."""
     scores = torch.tensor([[0.5, -2.0, 0.0, -1.0, 3.0, -0.1], [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]])
     analyze.write_top_influences(tmp_path / "i.csv", scores, data.take(torch.tensor([0, 1])), data)
     _, rows = read_table(tmp_path / "i.csv")
     found = [(row["query"], row["direction"], row["rank"], row["train"]) for row in rows]
+    mean = [("harmful", str(n + 1), t) for n, t in enumerate("531240")]
     first = [
         ("helpful", "1", "4"),
         ("helpful", "2", "0"),
         *(("harmful", str(n + 1), t) for n, t in enumerate("135")),
     ]
     second = [("harmful", str(n + 1), t) for n, t in enumerate("543210")]
-    assert found == [("0", *row) for row in first] + [("1", *row) for row in second]
+    rows_by_query = {"mean": mean, "0": first, "1": second}
+    assert found == [(query, *row) for query, rows in rows_by_query.items() for row in rows]
 
 
 def test_a_number_list_keeps_its_order_and_drops_repetitions():
