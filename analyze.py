@@ -50,7 +50,7 @@ def number_list(text):
 def parse_arguments():
     """Reads the command line."""
     parser = pipeline.influence_parser(__doc__)
-    # With thousands of images this predicts retraining better than the heuristic.
+    # With thousands of images this predicts the effect of retraining better than the heuristic.
     parser.set_defaults(damping_factor=1e-6)
     add_query_flags(parser.groups["data"])
     add_model_flags(parser.groups["model"])

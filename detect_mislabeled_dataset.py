@@ -1016,7 +1016,7 @@ const { fingerprint, column, classes, leaveOut, digits, cards } = facts;
 
 // ---- Decisions ----
 
-// The rows of the saved file by key, the path or index of an image: [label, new_label].
+// From the key of an image, its path or index, to its row of the saved file: [label, new_label].
 let decisions = new Map();
 // For each change: the rows before it, and the card that was current.
 const undoStack = [];
@@ -1037,7 +1037,7 @@ function count(number, noun) {
     return number === 1 ? `1 ${noun}` : `${number} ${noun}s`;
 }
 
-// Before each change, because another window may have stored decisions since the last one.
+// Called before each change: another window may have stored decisions since the previous change.
 function readStorage() {
     const stored = isStored ? localStorage.getItem(fingerprint) : null;
     if (stored === null) {
@@ -1485,7 +1485,7 @@ const actionsOfKeys = {
     arrowdown: () => move(countColumns()),
 };
 
-// The position of the key decides if the layout has no Latin letter there, or a digit with Shift.
+// If the layout has no Latin letter at this key, or needs Shift for the digit, its position counts.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.
@@ -1503,7 +1503,7 @@ document.addEventListener("keydown", (event) => {
     }
     const prefix = event.ctrlKey || event.metaKey ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
-    // Elements that use a key themselves: one types letters into them; Enter activates more.
+    // Elements that handle keys themselves: some take letters, and buttons and links take Enter.
     const usesLetters = "select, #other";
     const usesEnter = "button, a, select, #other";
     const isUsed = event.target.matches(event.key === "Enter" ? usesEnter : usesLetters);

@@ -375,8 +375,8 @@ def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
     several_processes: whether the script can share its work between processes. Raises UserError for
-    `cuda` without a usable GPU. Several processes also raise it if the script cannot share its
-    work, or if a process lacks its own GPU: kronfluence sums over processes on CUDA only.
+    `cuda` without a usable GPU. With several processes, it is also raised if the script cannot
+    share its work, or if a process lacks its own GPU: kronfluence sums over processes on CUDA only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -448,7 +448,7 @@ def code_of(*names):
 
 
 def parse_code(text):
-    """Returns the syntax tree of Python code, which has no comments, without docstrings."""
+    """Returns the syntax tree of Python code without docstrings; it never contains comments."""
     tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
@@ -813,7 +813,7 @@ def refuse_inside_data(flag, folder, dataset_dir):
 
 
 def ten_largest(counts):
-    """Returns a Counter as text: the ten largest counts, and how many others down to which one."""
+    """Returns a Counter as text: the ten largest counts, the number of others, the smallest."""
     parts = [f"{name} {count}" for name, count in counts.most_common()]
     if len(parts) > 10:
         parts = [*parts[:10], f"and {len(parts) - 10} others down to {parts[-1]}"]
@@ -868,9 +868,9 @@ def list_samples(folder, verbose):
 def list_files(folder, listed_before=frozenset()):
     """Returns all files below a folder, the folders it lists, and the names of skipped folders.
 
-    Files: a list of paths. Listed folders: a set of paths without links; a folder that links lead
-    to twice, or that is in `listed_before`, is listed only once. Raises UserError if a folder
-    cannot be listed.
+    Files: a list of paths. Listed folders: a set of paths without links; a folder that is reached
+    again by a link, or that is in `listed_before`, is skipped. Raises UserError if a folder cannot
+    be listed.
     """
     paths, listed, skipped = [], set(), set()
     for parent, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
@@ -910,7 +910,7 @@ def split_samples(dataset_dir, split):
     verbose = split == "train" and is_main_process()
     train_dir, test_dir = dataset_dir / "train", dataset_dir / "test"
     samples, class_names = list_samples(train_dir, verbose)
-    # A link to nothing is a mistake, so it counts as a folder that is there.
+    # `lexists` is true for a broken link, which is a mistake: `list_samples` then reports it.
     if os.path.lexists(test_dir):
         test_samples, test_names = list_samples(test_dir, verbose)
         require_same_classes(train_dir, class_names, test_dir, test_names)
@@ -1519,13 +1519,13 @@ def has_labels_of(metadata, path):
     """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
 
     metadata: of the checkpoint. path: None without the flag. The checkpoint keeps the labels, so
-    the file is not needed if it cannot be read a second time. That is so for a pipe, such as
-    `<(command)`, and for a file that was removed and that has the same name as for the training. A
-    line is printed then. Raises UserError if the file cannot be read for another reason.
+    the file need not be readable again: it may be a pipe, such as `<(command)`, or it may have been
+    removed, if `path` is the path that was given to train.py. In both cases a line is printed.
+    Raises UserError if the file cannot be read for another reason.
     """
     trained_on = metadata["noisy_labels"]
     if path is None or trained_on is None:
-        return path is None and trained_on is None
+        return path == trained_on  # equal only if both are None
     if Path(path).is_file():
         try:
             content = Path(path).read_bytes()
@@ -1728,10 +1728,12 @@ def construct_model(name, num_classes):
 
 
 def check_parts(network):
-    """Raises ValueError, whose text is what a network must be, if its parts are incomplete."""
+    """Raises ValueError if parts are missing; its text completes "must return ..."."""
     for part in ("features", "head"):
         if not isinstance(getattr(network, part, None), nn.Module):
-            raise ValueError(f"a module with two modules, features and head, but {part} is none")
+            raise ValueError(
+                f"a module with two modules, features and head, but {part} is no module"
+            )
     in_parts = {*network.features.parameters(), *network.head.parameters()}
     for name, parameter in network.named_parameters():
         if parameter not in in_parts:
@@ -1817,7 +1819,7 @@ def read_own_sources():
 def is_of_library(module_name):
     """Returns whether a module belongs to torch, torchvision or Python.
 
-    Their files are not hashed. The version of torch is, and torchvision's follows from it.
+    Only the version of torch is hashed; it determines the version of torchvision.
     """
     package = module_name.partition(".")[0]
     return package in {"torch", "torchvision", *sys.stdlib_module_names}
@@ -2015,7 +2017,7 @@ def earlier_models(path, model, snapshots, count):
     if count > len(snapshots):
         raise UserError(
             f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
-            "give at most this number, or train again for four epochs or more"
+            f"give --snapshots {len(snapshots) + 1} or less, or train for four epochs or more"
         )
     epochs = sorted(snapshots)[len(snapshots) - count :]
     if epochs and is_main_process():
@@ -2101,8 +2103,8 @@ def cpu_features():
 def configure_precision(precision, device):
     """Sets torch's global precision for a `--precision` value, and returns the compute dtype.
 
-    The dtype is torch.float32 or torch.bfloat16. With bfloat16, CUDA rounds the inputs of float32
-    products to TF32; with float32 it does not. Sums inside a product are float32 in both cases.
+    The dtype is torch.float32 or torch.bfloat16. If it is bfloat16, the products on CUDA that stay
+    in float32 use TF32; otherwise they do not. Sums inside a product are always float32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -2121,11 +2123,11 @@ def computation_dtypes(dtype, strategy):
     """Returns the dtypes `products`, `covariances`, `sums` for a compute dtype and a strategy."""
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
-        # `products` is the dtype of per-sample gradients, of their rotations, of a layer's part of
-        # a pairwise score, and of the forward and backward passes of self-influence. The passes of
-        # the other stages are float32: in bfloat16, the ranking by pairwise scores would change.
+        # `products` is the dtype of per-sample gradients, of rotated gradients, and of each layer's
+        # pairwise scores. Self-influence also runs its forward and backward passes in it. All other
+        # stages run them in float32: in bfloat16, the ranking by pairwise scores would change.
         products=dtype,
-        # `covariances` is the dtype of the patches and gradients that a covariance is a product of.
+        # `covariances` is the dtype of the patches and gradients that form a covariance.
         # Rounding changes its small eigenvalues. EKFAC replaces the eigenvalues, but KFAC inverts
         # them.
         covariances=dtype if strategy == "ekfac" else sums,
@@ -2151,8 +2153,9 @@ def computation_dtypes(dtype, strategy):
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
-# columns of lambda. Then P is not rotated back on the input side, [Q, O, c], and G Q_A replaces G,
-# [B, O, c]. The result is EKFAC's score without the other eigenvectors, with c / I of the memory.
+# columns of lambda. Then P [Q, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
+# replaces G. The result is EKFAC's score restricted to these eigenvectors. P takes c / I of the
+# memory.
 #
 # In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
 # are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
@@ -2390,6 +2393,7 @@ class BatchHooks:
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
+        # On a CPU, `rounded_products` rounds the rows of float32 to bfloat16 inside the product.
         return self.module.dtypes.covariances if is_cuda else self.module.dtypes.sums
 
     def update(self, a, g):
@@ -2474,8 +2478,8 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
 def install_trackers(module, dtypes):
     """Gives a TrackedModule the trackers above and changes how it prepares its factors.
 
-    Eigenvalues below zero are rounding errors and become zero. Eigenvectors are dropped last: the
-    heuristic damping is a fraction of the mean over all eigenvalues.
+    Eigenvalues below zero are rounding errors and become zero. Eigenvectors are dropped
+    after the damping, because the heuristic needs the mean over all eigenvalues.
     """
     prepare_by_kronfluence = module.prepare_storage
 
@@ -2511,8 +2515,9 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    Each image's backward pass fills only its own rows, so the sum holds all of them. A hook is
-    needed because in-place layers overwrite the output.
+    `differentiate` runs one backward pass for each image. The pass changes only that image's rows
+    of the gradient, so the sum over the passes holds the rows of all images. A hook is needed
+    because in-place layers overwrite the output.
     """
 
     def __init__(self, inputs, output):
@@ -2874,8 +2879,8 @@ class InfluenceRun(TrainedModel):
     def score_arguments(self, damping_factor, **settings):
         """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
 
-        They set one dtype, that of the preconditioned gradients' factors; our trackers set the
-        others.
+        `precondition_dtype` is the dtype of the factors that precondition gradients. Our trackers
+        choose the dtypes of the products.
         """
         if self.strategy == "identity":  # it has no eigenvalues, so damping has no effect
             damping_factor = 0.0
@@ -2936,8 +2941,8 @@ class InfluenceRun(TrainedModel):
         NaN.
         """
         factors_name = self.factors_name()
-        # kronfluence holds the gradients of `steps` batches of `chunk` queries. Batches of equal
-        # size hold no more than `held` queries, and almost as many.
+        # kronfluence holds the gradients of `steps` batches of `chunk` queries each. So that they
+        # are at most `held` queries, and nearly as many, `chunk` is held // steps.
         held = self.queries_held(query_batch_size, eigenvector_fraction)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
@@ -3195,7 +3200,8 @@ def recorded(path, *, flags, fields, device, seconds):
     """Writes the json record of a run before the block, and again after it.
 
     The block draws figures. If that fails, the first record remains. The second record has the
-    final seconds: so a block of `timed` around the figures must end before this one, inside it.
+    final seconds. So a block of `timed` around the figures must be nested inside this one: it adds
+    its seconds before the second record is written.
     """
     write = partial(
         write_record,

@@ -21,7 +21,7 @@ import pipeline
 DIGEST_BYTES = 32  # of a SHA-256
 # Fractions of the epochs after which the weights are kept beside the final weights. analyze.py uses
 # them with --snapshots: scores averaged over several networks of the second half of the training
-# predict retraining better than the scores of one network.
+# predict the effect of retraining better than the scores of one network.
 SNAPSHOT_FRACTIONS = (0.6, 0.8)
 RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
 
