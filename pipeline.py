@@ -1924,6 +1924,17 @@ def save_checkpoint(path, model, metadata):
         temporary.write_bytes(content.getbuffer())
 
 
+def load_weights(model, weights, path):
+    """Puts the weights of a checkpoint into a network. Raises UserError if they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights in {path} do not fit its network, whose code may have changed since: "
+            "train again, or undo the change"
+        ) from error
+
+
 def load_checkpoint(path, device="cpu"):
     """Returns the model of a checkpoint of train.py, in eval mode on `device`, and its metadata.
 
@@ -1947,7 +1958,7 @@ def load_checkpoint(path, device="cpu"):
                 "add it there, or train again"
             )
         model = construct_model(metadata["model"], len(metadata["class_names"]))
-        model.load_state_dict(checkpoint["weights"])
+        load_weights(model, checkpoint["weights"], path)
     except (OSError, UserError):
         raise
     except Exception as error:  # torch.load may raise any exception for another kind of file

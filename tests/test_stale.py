@@ -121,3 +121,11 @@ def test_a_checkpoint_of_another_program_is_refused_in_one_sentence(used, what):
     before = results(used / "influence_results")
     assert "model.pth" in refused(used, ANALYZE, *DATA, *QUERIES)
     assert results(used / "influence_results") == before
+
+
+def test_weights_that_do_not_fit_the_code_of_the_network_are_named(used):
+    """As after a change of a network in MODELS: the file is complete, and the sentence says so."""
+    path = used / "checkpoints" / "model.pth"
+    _, metadata = pipeline.load_checkpoint(path)
+    pipeline.save_checkpoint(path, pipeline.construct_model("resnet9", 3), metadata)
+    assert "do not fit its network" in refused(used, ANALYZE, *DATA, *QUERIES)
