@@ -42,9 +42,10 @@ def noisy(tmp_path_factory):
     return folder, succeed(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", "labels.csv")
 
 
-def test_labels_from_a_file_give_the_results_of_the_same_corruption(trained, noisy):
+def test_labels_from_a_file_give_the_results_of_the_same_corruption(trained, noisy, tmp_path):
     """Training and ranking are equal. The labels of the data set are the true labels."""
-    (corrupted, _), (given, output) = trained, noisy
+    corrupted = shutil.copytree(trained[0], tmp_path / "corrupted")  # others share the original
+    given, output = noisy
     models = (
         corrupted / "checkpoints" / "model_corrupt_0.1.pth",
         given / "checkpoints" / "model_noisy.pth",
