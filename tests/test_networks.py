@@ -119,7 +119,10 @@ class ScaledOutside(nn.Module):
 
 NO_NETWORKS = {  # what a function returns, and what the sentence must say
     "no parts": (flat_linear, "but features is no module"),
-    "no head": (lambda: nn.Sequential(OrderedDict(features=flat_linear())), "but head is no module"),
+    "no head": (
+        lambda: nn.Sequential(OrderedDict(features=flat_linear())),
+        "but head is no module",
+    ),
     "a method as features": (MethodAsFeatures, "but features is no module"),
     "a parameter outside": (ScaledOutside, "scale is in neither"),
     "features that are images": (
