@@ -1,7 +1,8 @@
 """Measures how much scores change with the precision and with the seed.
 
-It uses the checkpoint of the README's quick start, and compares fp32 and bf16 with float64. The
-exit status is 1 if the scores agree less than PROMISED:
+It uses the checkpoint of the README's quick start, and compares fp32 with float64. It also compares
+bf16 with float64 if `--precision auto` uses bf16 on this processor. The exit status is 1 if the
+scores agree less than PROMISED:
 
     python tests/studies/precision.py --num_train_examples N
 """
@@ -91,7 +92,8 @@ def compare(scores, reference, is_corrupted):
 def precision_table(load_model, data, queries, strategy="ekfac", batch_size=64, with_bfloat16=True):
     """Returns comparisons by name: fp32 and bf16 with float64, and fp32 with another seed.
 
-    load_model: a function that returns a new copy of the model; one copy is cast to float64.
+    bf16 is omitted unless `with_bfloat16`. load_model: a function that returns a new copy of the
+    model; one copy is cast to float64.
     """
 
     def scores(dtype, seed=1004):
