@@ -150,8 +150,8 @@ def mean_influence(scores_and_paths, folder, strategy):
 def most_helpful_and_harmful(scores, count):
     """Returns the indices of the `count` most helpful and most harmful training images per query.
 
-    scores: float32 [num_query, num_train]; both results: int64 [num_query, count], sorted by the
-    magnitude of the score.
+    scores: float32 [num_query, num_train]; both results: int64 [num_query, count]. The helpful ones
+    are sorted from the highest score down, the harmful ones from the lowest score up.
     """
     count = min(count, scores.shape[1])
     helpful = scores.topk(count, dim=1).indices

@@ -148,8 +148,8 @@ def parse_arguments():
         "--method",
         choices=RANKINGS,
         default=DEFAULT_METHOD,
-        help=f"what to rank the images by. {meanings}. self_influence needs influence, which "
-        f"--factor_strategy {pipeline.NO_INFLUENCE} skips (default: %(default)s)",
+        help=f"what to rank the images by. {meanings}. With --factor_strategy "
+        f"{pipeline.NO_INFLUENCE}, there is no self_influence (default: %(default)s)",
     )
     report.add_argument(
         "--num_review",
@@ -260,6 +260,7 @@ def knn_vote(features, labels, num_classes):
         counts = features.new_zeros(len(batch), num_classes)
         counts.scatter_add_(1, neighbour_labels, features.new_ones(neighbour_labels.shape))
         shares = counts / k
+        # The share of the label, minus the largest other share.
         votes.append(pipeline.margin(shares, labels[batch]))
     return torch.cat(votes)
 
@@ -462,6 +463,7 @@ def average_precision(scores, is_corrupted):
 def evaluate_ranking(scores, is_corrupted):
     """Returns the json entry of one ranking, a dictionary."""
     curve = detection_curve(scores, is_corrupted)
+    # The keys are k / 100, so 0.1 and 0.2 are exactly among them.
     recall = {point["inspected"]: point["recall"] for point in curve}
     return {
         "curve": curve,
@@ -541,7 +543,8 @@ def require_no_added_columns(path):
     """Raises UserError if the table that will be replaced has a column that a user added."""
     if not path.exists():
         return
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    # A spreadsheet may have saved it with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         columns = next(csv.reader(file), [])
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
     added = [column for column in columns if column not in written]
@@ -1485,7 +1488,8 @@ const actionsOfKeys = {
     arrowdown: () => move(countColumns()),
 };
 
-// If the layout has no Latin letter at this key, or needs Shift for the digit, its position counts.
+// Returns what the key types if that is a Latin letter or a digit. Otherwise (Cyrillic letters, or
+// French digits, which need Shift) returns what a US keyboard has at its position.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.

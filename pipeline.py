@@ -13,7 +13,6 @@ import csv
 import ctypes
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,8 +68,7 @@ STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 EIGENVECTOR_STRATEGIES = ("ekfac", "kfac")
 NO_INFLUENCE = "none"  # used in place of a strategy: no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
-# Parts of the messages by which torch reports that memory is full, and kronfluence that a batch of
-# a single image did not fit.
+# Parts of messages about full memory. The last one is kronfluence's: even one image did not fit.
 FULL_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -274,13 +273,14 @@ def add_data_flags(group):
         type=corrupt_fraction,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of the training labels to corrupt, such as 0.1 (default: 0)",
+        help="fraction of the training labels to corrupt, such as 0.1; give every script the same "
+        "value (default: 0)",
     )
     labels.add_argument(
         "--noisy_labels",
         metavar="CSV",
-        help="file with the labels to train on: columns label, and path or index, which is the "
-        "position in the whole data set, from 0 (default: the labels of the data set)",
+        help="file with the labels to train on: columns label, and path or index; index is the "
+        "position in the complete data set, from 0 (default: the labels of the data set)",
     )
 
 
@@ -305,7 +305,8 @@ def influence_parser(docstring, strategies=STRATEGIES):
         "--train_batch_size",
         type=positive_int,
         metavar="N",
-        help="training images per step (default: 64, on a GPU 1024)",
+        help="training images per step of the scores, whatever train.py had "
+        "(default: 64, on a GPU 1024)",
     )
     add_curvature_flags(parser.groups["curvature"], strategies)
     return parser
@@ -345,7 +346,7 @@ def add_curvature_flags(group, strategies):
 def command(script, args, **values):
     """Returns the command that runs a script with the shared flags of `args` and other `values`.
 
-    The command omits a flag whose value is its default, None or False.
+    It omits a flag whose value is None or False, and a shared flag whose value is its default.
     """
     shared = vars(shared_parser("").parse_args([]))
     defaults = {**shared, "checkpoint_dir": CHECKPOINT_DIR}
@@ -376,7 +377,8 @@ def choose_device(name, several_processes):
 
     several_processes: whether the script can share its work between processes. Raises UserError for
     `cuda` without a usable GPU. With several processes, it is also raised if the script cannot
-    share its work, or if a process lacks its own GPU: kronfluence sums over processes on CUDA only.
+    share its work, or if a process lacks its own GPU. (kronfluence sums over processes only on
+    GPUs.)
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -433,11 +435,11 @@ def print_machine(device, dtype):
         print(f"On the CPU: {reason}")
 
 
-# ---- Files: complete or not at all ---------------------------------------------------------------
+# ---- Code as part of a hash ----------------------------------------------------------------------
 
 
 def code_of(*names):
-    """Returns the code of functions and classes of this file, as it was imported.
+    """Returns the syntax trees of functions and classes of this file, as it was imported: a text.
 
     Results are cached by a hash of code. A changed comment or docstring leaves the cache valid.
     """
@@ -455,6 +457,9 @@ def parse_code(text):
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             del node.body[0]
     return tree
+
+
+# ---- Files: complete or not at all ---------------------------------------------------------------
 
 
 def make_folder(path):
@@ -614,7 +619,8 @@ class ImageData:
             labels=self.labels.to(device),
             true_labels=self.true_labels.to(device),
         )
-        vars(moved)["digest"] = self.digest  # slow to compute, and the same on every device
+        # Fills the cached property: it is slow to compute, and the same on every device.
+        vars(moved)["digest"] = self.digest
         return moved
 
 
@@ -727,7 +733,7 @@ def hash_images(data):
 
 
 def print_duplicates(data, test):
-    """Prints how many training images have a copy with another label, or are also test images.
+    """Prints the numbers of copies with another label, and of test images that are training images.
 
     Identical images with different labels cannot all be labelled correctly. Images in both splits
     make the test accuracy too high. A line is omitted if its number is zero.
@@ -868,9 +874,9 @@ def list_samples(folder, verbose):
 def list_files(folder, listed_before=frozenset()):
     """Returns all files below a folder, the folders it lists, and the names of skipped folders.
 
-    Files: a list of paths. Listed folders: a set of paths without links; a folder that is reached
-    again by a link, or that is in `listed_before`, is skipped. Raises UserError if a folder cannot
-    be listed.
+    Files: a list of paths. Listed folders: a set of paths without links. Hidden and system folders
+    are skipped. A folder that is reached again by a link, or that is in `listed_before`, is not
+    listed, and is in none of the results. Raises UserError if a folder cannot be listed.
     """
     paths, listed, skipped = [], set(), set()
     for parent, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
@@ -953,7 +959,7 @@ def hold_out(samples, dataset_dir):
         return hashlib.sha256(os.fsencode(os.path.relpath(path, dataset_dir))).digest()
 
     held_out = set()
-    for _, members in itertools.groupby(samples, key=itemgetter(1)):
+    for _, members in groupby(samples, key=itemgetter(1)):
         ordered = sorted(members, key=path_hash)
         if len(ordered) > 1:
             held_out.update(ordered[: max(1, round(len(ordered) / 10))])
@@ -1019,11 +1025,12 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
+            # Pillow reads the EXIF tags. A malformed block raises here, but the tags before the
+            # fault are kept.
             with contextlib.suppress(Exception):
-                # Fails if the EXIF block is malformed. Pillow then keeps the tags read so far.
                 image.getexif()
-            # exif_transpose rotates by the tags read above. It also rewrites the EXIF block, and
-            # fails if the block is malformed, so the block is removed first.
+            # The block itself is removed: exif_transpose would rewrite it, and fail if it is
+            # malformed. exif_transpose then rotates by the tags that were read above.
             for name in ("exif", "Raw profile type exif"):
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
@@ -1149,17 +1156,17 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
     return corrupted, corrupted != labels
 
 
-def training_examples(clean, fraction, noisy_labels=None, cleaning=None):
+def training_examples(clean, fraction, given_labels=None, cleaning=None):
     """Returns the ImageData to train on.
 
-    clean: the images as they were loaded. Their labels are replaced by `noisy_labels`, int64 [N];
-    if that is None, a `fraction` of them is corrupted, as `--corrupt_percentage` requires. Then a
-    `cleaning`, as `read_corrections` returns it, is applied. If it changes a label that was not
-    corrupted, the new label counts as the true label.
+    clean: the images as they were loaded. Their labels are replaced by `given_labels`, int64 [N],
+    those of `--noisy_labels`. If that is None, a `fraction` of the labels is corrupted, as
+    `--corrupt_percentage` requires. Then a `cleaning`, as `read_corrections` returns it, is
+    applied. If it changes a label that was not corrupted, the new label counts as the true label.
     """
-    if noisy_labels is None:
-        noisy_labels, _ = corrupt_labels(clean.labels, fraction, len(clean.class_names))
-    data = replace(clean, labels=noisy_labels)
+    if given_labels is None:
+        given_labels, _ = corrupt_labels(clean.labels, fraction, len(clean.class_names))
+    data = replace(clean, labels=given_labels)
     if cleaning is None:
         return data
     labels = data.labels.clone()
@@ -1303,14 +1310,14 @@ class ExampleFinder:
         self.images = [(path, position) for position, path in enumerate(data.paths) if path]
         self.images += [(path, HELD_OUT) for path in test.paths if path]
         self.used = set()  # positions of images that had a row
-        self.matched_by_last_parts = []  # a text for each such row
+        self.matched_by_last_parts = []  # a text for each row whose path was found by its end
 
     # The following dictionaries are slow to build, so each one is built when it is first needed.
 
     @cached_property
     def by_name(self):
         """Positions of images by path, with links to folders resolved."""
-        return unique_positions(self.images, unlinked_folder)
+        return unique_positions(self.images, path_in_real_folder)
 
     @cached_property
     def by_target(self):
@@ -1413,7 +1420,7 @@ class ExampleFinder:
 
     def look_up(self, file):
         """Returns the position of the image in a file, HELD_OUT for a test image, or None."""
-        position = self.by_name.get(same_form(unlinked_folder(file)))
+        position = self.by_name.get(same_form(path_in_real_folder(file)))
         if position is None:
             position = self.by_target.get(same_form(os.path.realpath(file)))
         return position
@@ -1440,7 +1447,7 @@ def unique_positions(images, spelling):
     return {spelled: shared[0] for spelled, shared in positions.items() if len(shared) == 1}
 
 
-def unlinked_folder(path):
+def path_in_real_folder(path):
     """Returns the absolute path of a file, with links to folders resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return f"{os.path.realpath(folder)}/{name}"
@@ -1523,17 +1530,19 @@ def has_labels_of(metadata, path):
     removed, if `path` is the path that was given to train.py. In both cases a line is printed.
     Raises UserError if the file cannot be read for another reason.
     """
-    trained_on = metadata["noisy_labels"]
-    if path is None or trained_on is None:
-        return path == trained_on  # equal only if both are None
+    trained_path = metadata["noisy_labels"]
+    if path is None or trained_path is None:
+        return path is None and trained_path is None
     if Path(path).is_file():
         try:
             content = Path(path).read_bytes()
         except OSError as error:
             raise unreadable_labels(path, error.strerror) from error
         return hashlib.sha256(content).hexdigest() == metadata["labels_sha256"]
+    if Path(path).is_dir():
+        raise unreadable_labels(path, "it is a folder")
     is_pipe = Path(path).exists()
-    if not is_pipe and path != trained_on:
+    if not is_pipe and path != trained_path:
         raise unreadable_labels(path, "no such file")
     if is_main_process():
         print(f"{path} cannot be read again: the labels in the checkpoint are used")
@@ -1570,6 +1579,7 @@ def read_corrections(path, data, test, dataset_dir):
             f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
         )
     for row_name, row in decided:
+        # The position is also the index: no image has been left out yet.
         index = finder.find(row_name, row)
         require_given_label(row_name, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
@@ -2025,12 +2035,16 @@ def earlier_models(path, model, snapshots, count):
 
     snapshots: a dictionary from epoch to weights by name. Raises UserError if there are fewer.
     """
-    if count > len(snapshots):
+    num_kept = len(snapshots) + 1  # with the final network
+    if count + 1 > num_kept:
+        advice = f"give --snapshots {num_kept} or less"
+        if num_kept < 3:
+            advice += ", or train for four epochs or more"
         raise UserError(
-            f"--snapshots {count + 1}: {path} keeps {len(snapshots) + 1} networks of its training: "
-            f"give --snapshots {len(snapshots) + 1} or less, or train for four epochs or more"
+            f"--snapshots {count + 1}: {path} keeps {num_kept} networks of its training: {advice}"
         )
-    epochs = sorted(snapshots)[len(snapshots) - count :]
+    num_skipped = len(snapshots) - count
+    epochs = sorted(snapshots)[num_skipped:]
     if epochs and is_main_process():
         print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
     models = [copy.deepcopy(model) for _ in epochs]
@@ -2208,6 +2222,8 @@ def patches(layer, inputs):
 def convolution_patches(layer, inputs):
     """Returns a convolution's patches, [B, T, I] or [B, groups, T, I], without the bias's ones."""
     left, right, top, bottom = padding_sides(layer)
+    # Zero padding works on any axes, so it keeps the channels-last memory. The other modes pad the
+    # last two axes.
     if layer.padding_mode == "zeros":
         images = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
     else:
@@ -2216,7 +2232,8 @@ def convolution_patches(layer, inputs):
     windows = images
     for axis in (0, 1):
         size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
-        windows = windows.unfold(axis + 1, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        span = dilation * (size - 1) + 1  # pixels from one end of the kernel to the other
+        windows = windows.unfold(axis + 1, span, stride)[..., ::dilation]
     # windows: (B, H', W', C, kernel height, kernel width)
     batch, height, width, channels = windows.shape[:4]
     if layer.groups == 1:
@@ -2298,8 +2315,8 @@ def is_truncated(q_a):
 def symmetric_product(rows):
     """Returns rows^T rows, [I, I], of rows [R, I]; on CUDA, rows may be bfloat16.
 
-    The product of bfloat16 rows is float32. Only the blocks right of the diagonal are computed;
-    the blocks left of it mirror them.
+    The product of bfloat16 rows is float32. The blocks on the diagonal and right of it are
+    computed; the blocks left of it mirror them.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     product = rows.new_empty(rows.shape[1], rows.shape[1], dtype=dtype)
@@ -2370,10 +2387,10 @@ class BatchHooks:
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
     def factor(self, name, target):
-        """Returns a factor, moved to `target`, a device or a tensor whose dtype it gets, too.
+        """Returns a factor after `factor.to(target)`, or None if the strategy has no such factor.
 
-        The storage keeps the moved factor for the next batches. None if the strategy has no such
-        factor.
+        If `target` is a device, the factor moves there. If `target` is a tensor, the factor takes
+        its device and dtype. The storage keeps the result for the next batches.
         """
         storage = self.module.storage
         if storage[name] is not None:
@@ -2673,7 +2690,7 @@ def fixed_parameters(model, tracked):
 
 FACTORS_SEED = 17  # draws the images of --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # with this limit, a run on the CPU stays below 6 GB
-QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is about memory, not about speed
+QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is the number held in memory
 
 
 @dataclass
@@ -2687,7 +2704,7 @@ class TrainedModel:
     """A model, the images that it was trained on, and the path of the folder for its results.
 
     `model`, on the device of `data`, is not changed. `folder` is `<path>-<fingerprint>`; it is not
-    created. The fingerprint is a hash of weights and images. `batch_size` is 64 by default,
+    created. The fingerprint is a hash of weights, images and labels. `batch_size` is 64 by default,
     on CUDA 1,024. `seconds` collects the seconds by phase. `fixed` names the parameters that
     influence takes as fixed.
     """
@@ -2703,7 +2720,9 @@ class TrainedModel:
         if batch_size is None:
             batch_size = 1024 if data.images.is_cuda else 64
         self.batch_size = batch_size
-        names_and_weights = itertools.chain.from_iterable(sorted(model.state_dict().items()))
+        names_and_weights = []
+        for name, weight in sorted(model.state_dict().items()):
+            names_and_weights += [name, weight]
         self.fingerprint = sha256(*names_and_weights, data.digest)
         self.folder = Path(f"{path}-{self.fingerprint[:8]}")
 
@@ -2711,10 +2730,11 @@ class TrainedModel:
 class InfluenceRun(TrainedModel):
     """Influence by kronfluence's Analyzer, for one model and its training images.
 
-    Factors and scores are cached in `folder`, by a hash of everything that they depend on. Factors
-    are fitted on `factor_examples` random training images, a number or "all". `seed` draws the
-    pseudo-labels. Other arguments are those of TrainedModel. Raises UserError if influence cannot
-    be computed for a layer, or if `folder` cannot be created; then nothing is written.
+    Factors and scores are cached in `folder`, by a hash of weights, images, labels, code, settings
+    and versions; so a run on the CPU also finds the scores of a GPU. Factors are fitted on
+    `factor_examples` random training images, a number or "all". `seed` draws the pseudo-labels.
+    Other arguments are those of TrainedModel. Raises UserError if influence cannot be computed for
+    a layer, or if `folder` cannot be created; then nothing is written.
     """
 
     def __init__(
@@ -2758,6 +2778,7 @@ class InfluenceRun(TrainedModel):
             cpu=not data.images.is_cuda,
             output_dir=str(self.folder.parent),
         )
+        # The data set's __getitems__ already returns a batch.
         self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda batch: batch))
 
     def draw_factor_examples(self, count):
@@ -2791,10 +2812,10 @@ class InfluenceRun(TrainedModel):
     def cached_folder(self, prefix, kind, settings, compute):
         """Returns the folder of factors or scores; calls `compute(name, batch_size)` if needed.
 
-        The name begins with `prefix`, "factors_" or "scores_", which kronfluence puts before the
-        name that it is given. It ends with a hash of `settings` and of all else that the result
-        depends on. The folder is created under another name and renamed when it is complete: so a
-        folder with this name is complete.
+        The folder's name begins with `prefix`, "factors_" or "scores_". kronfluence adds it itself,
+        so `compute` gets a name without it. The folder's name ends with a hash of `settings` and
+        `depends_on`. The folder is created under another name and renamed when it is complete: so
+        a folder with this name is complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -2926,8 +2947,8 @@ class InfluenceRun(TrainedModel):
         """Returns the number of queries whose gradients this process holds in memory at a time.
 
         With one process, that is `query_batch_size`; on a CPU, at most as many as fit into
-        CPU_QUERY_BYTES. With several processes, each of them also receives the others' gradients,
-        so it computes only its part.
+        CPU_QUERY_BYTES. Each of N processes computes a share of 1/N, because it also receives the
+        gradients of the others.
         """
         if not self.data.images.is_cuda:
             elements = sum(
@@ -2952,8 +2973,8 @@ class InfluenceRun(TrainedModel):
         NaN.
         """
         factors_name = self.factors_name()
-        # kronfluence holds the gradients of `steps` batches of `chunk` queries each. So that they
-        # are at most `held` queries, and nearly as many, `chunk` is held // steps.
+        # kronfluence holds the gradients of steps * chunk queries at a time. A chunk has at most
+        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `held`.
         held = self.queries_held(query_batch_size, eigenvector_fraction)
         steps = math.ceil(held / QUERY_CHUNK)
         chunk = min(held // steps, len(query_data))
@@ -2988,8 +3009,8 @@ class InfluenceRun(TrainedModel):
 def no_compiler_reset():
     """Replaces torch.compiler.reset in the block by a function that does nothing.
 
-    kronfluence calls it after each stage. It imports the compiler, which is not used here. The
-    import takes 0.8 s, or 6 s from a slow disk.
+    kronfluence calls torch.compiler.reset after each stage. That call imports the compiler, which
+    is not used here. The import takes 0.8 s, or 6 s from a slow disk.
     """
     reset = torch.compiler.reset
     torch.compiler.reset = lambda: None
@@ -3329,5 +3350,6 @@ def shorten(name):
     """Returns a name, or only its two ends if it is longer than MAX_NAME characters."""
     if len(name) <= MAX_NAME:
         return name
-    half = MAX_NAME // 2
-    return f"{name[:half]}…{name[1 - half :]}"
+    head = MAX_NAME // 2
+    tail = MAX_NAME - head - 1  # the … is one character, too
+    return f"{name[:head]}…{name[-tail:]}"

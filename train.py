@@ -1,14 +1,14 @@
 """Trains a network and writes the checkpoint that the other scripts use.
 
-It uses SGD without momentum, and random crops and flips. The learning rate rises for a fifth of the
-steps and then falls to zero. `python train.py --help` lists the flags; their defaults are those of
-the published CIFAR-10 example. The same command continues a training that was interrupted.
+It uses SGD, and random crops and flips. The learning rate rises for a fifth of the steps and then
+falls to zero. `python train.py --help` lists the flags; their defaults are those of the published
+CIFAR-10 example. The same command continues a training that was interrupted.
 """
 
 import hashlib
 import io
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,50 @@ DIGEST_BYTES = 32  # of a SHA-256
 # them with --snapshots: scores averaged over several networks of the second half of the training
 # predict the effect of retraining better than the scores of one network.
 SNAPSHOT_FRACTIONS = (0.6, 0.8)
-RECIPE = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Flags of the same names override the hyperparameters.
+
+    learning_rate: the largest one of the schedule. momentum: of Nesterov's method; 0 is plain SGD.
+    label_smoothing: the share of the target that is spread evenly over all classes (Szegedy et al.
+    2016, section 7). norm_bias_factor: multiplies the learning rate of the biases of batch
+    normalisation. border: what crops show outside the image: `constant` is black, and `reflect`
+    mirrors the image. alternate_flips: as `alternating_flips` describes.
+    """
+
+    train_batch_size: int
+    learning_rate: float
+    weight_decay: float
+    num_train_epochs: int
+    momentum: float = 0.0
+    label_smoothing: float = 0.0
+    norm_bias_factor: float = 1.0
+    border: str = "constant"
+    alternate_flips: bool = False
+
+
+HYPERPARAMETERS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+RECIPES = {
+    "published": Recipe(
+        train_batch_size=512,
+        learning_rate=0.4,
+        weight_decay=1e-3,
+        num_train_epochs=25,
+    ),
+    "robust": Recipe(
+        train_batch_size=128,
+        learning_rate=0.08,
+        weight_decay=1.5e-3,
+        num_train_epochs=25,
+        momentum=0.9,
+        label_smoothing=0.2,
+        norm_bias_factor=16.0,
+        border="reflect",
+        alternate_flips=True,
+    ),
+}
 
 positive_float = pipeline.number(float, "a number above 0", lambda value: 0 < value < float("inf"))
 
@@ -35,8 +78,8 @@ def parse_arguments():
         "--corrections",
         metavar="CSV",
         help="file with the decisions of a review: columns path or index, and new_label, which is "
-        f"a class or '{pipeline.LEAVE_OUT}'; index is the position among the training images in "
-        "use, from 0, as in the tables of results (default: none)",
+        f"a class or '{pipeline.LEAVE_OUT}'; index is that of the tables of results "
+        "(default: none)",
     )
     parser.groups["model"].add_argument(
         "--checkpoint_dir",
@@ -49,35 +92,15 @@ def parse_arguments():
 
 
 def add_training_flags(group):
-    """Adds the hyperparameters."""
+    """Adds the recipe, the hyperparameters that override its values, the seed, and others."""
     group.add_argument(
-        "--train_batch_size",
-        type=pipeline.positive_int,
-        default=512,
-        metavar="N",
-        help="training images per step (default: %(default)s)",
+        "--recipe",
+        choices=RECIPES,
+        default="published",
+        help="how to train: as the published example, or robust to wrong labels, with Nesterov "
+        "momentum, label smoothing, mirrored borders and alternating flips (default: %(default)s)",
     )
-    group.add_argument(
-        "--learning_rate",
-        type=positive_float,
-        default=0.4,
-        metavar="X",
-        help="largest learning rate of the schedule (default: %(default)s)",
-    )
-    group.add_argument(
-        "--weight_decay",
-        type=pipeline.non_negative_float,
-        default=1e-3,
-        metavar="X",
-        help="factor of the L2 penalty on the weights (default: %(default)s)",
-    )
-    group.add_argument(
-        "--num_train_epochs",
-        type=pipeline.positive_int,
-        default=25,
-        metavar="N",
-        help="number of passes over the training images (default: %(default)s)",
-    )
+    add_hyperparameters(group)
     group.add_argument(
         "--seed",
         type=pipeline.whole_number,
@@ -94,20 +117,91 @@ def add_training_flags(group):
     )
 
 
+def add_hyperparameters(group):
+    """Adds the hyperparameters. Without a flag, the recipe decides."""
+    group.add_argument(
+        "--train_batch_size",
+        type=pipeline.positive_int,
+        metavar="N",
+        help=f"training images per step ({defaults_of('train_batch_size')})",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=positive_float,
+        metavar="X",
+        help=f"largest learning rate of the schedule ({defaults_of('learning_rate')})",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=pipeline.non_negative_float,
+        metavar="X",
+        help=f"factor of the L2 penalty on the weights ({defaults_of('weight_decay')})",
+    )
+    group.add_argument(
+        "--num_train_epochs",
+        type=pipeline.positive_int,
+        metavar="N",
+        help=f"number of passes over the training images ({defaults_of('num_train_epochs')})",
+    )
+
+
+def defaults_of(name):
+    """Returns the default of a hyperparameter in each recipe, as part of a help text."""
+    published = getattr(RECIPES["published"], name)
+    robust = getattr(RECIPES["robust"], name)
+    if published == robust:
+        return f"default: {published}"
+    return f"default: {published}; with --recipe robust: {robust}"
+
+
+def choose_recipe(args):
+    """Returns the Recipe of `--recipe`, with the hyperparameters of the command line."""
+    values = {name: getattr(args, name) for name in HYPERPARAMETERS}
+    given = {name: value for name, value in values.items() if value is not None}
+    return replace(RECIPES[args.recipe], **given)
+
+
+def hyperparameters_of(recipe):
+    """Returns the hyperparameters of a Recipe that flags can override, by name."""
+    return {name: getattr(recipe, name) for name in HYPERPARAMETERS}
+
+
+def used_flags(args, recipe):
+    """Returns all flags with the values that are used, a dictionary.
+
+    Its `recipe` is a dictionary, too: the flags that decide how a network is trained.
+    """
+    hyperparameters = hyperparameters_of(recipe)
+    flags_of_recipe = {"recipe": args.recipe, **hyperparameters}
+    return {**vars(args), **hyperparameters, "recipe": flags_of_recipe}
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 CROP_PADDING = 4
 LARGEST_MARGIN = 6e4  # float16 is finite up to 65,504
+# Added to the seed of the training for the flips of the first epoch. With the same seed, they would
+# depend on the batch order.
+FLIP_SEED = 10_000
 
 
-def crop_and_flip(images, offsets, flips):
-    """Crops each image at its own offsets, padded with black, and flips it if its flip is true.
+def pad_borders(images, border):
+    """Adds 4 pixels on each side of images, uint8 [B, 3, H, W]. border: as in Recipe."""
+    padding = [CROP_PADDING] * 4
+    if border == "reflect":
+        # torch reflects only floating-point tensors; float32 holds all values of uint8 exactly.
+        return F.pad(images.float(), padding, mode="reflect").to(images.dtype)
+    return F.pad(images, padding)
+
+
+def crop_and_flip(images, offsets, flips, border="constant"):
+    """Crops each image at its own offsets, and flips it if its flip is true.
 
     images: uint8 [B, 3, 32, 32]. offsets: int64 [B, 2], the crop's top and left in 0..8. flips:
-    bool [B]. Returns uint8 [B, 3, 32, 32].
+    bool [B]. border: as in Recipe. Returns uint8 [B, 3, 32, 32].
     """
     size = images.shape[3]
-    padded = F.pad(images, [CROP_PADDING] * 4)  # (B, 3, 40, 40)
+    padded = pad_borders(images, border)  # (B, 3, 40, 40)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, 32, 32), a view
     rows = torch.arange(len(images), device=images.device)
     crops = windows[rows, :, offsets[:, 0], offsets[:, 1]]  # (B, 3, 32, 32)
@@ -142,9 +236,10 @@ def num_batches(num_examples, batch_size):
 
 
 def epoch_batches(num_examples, batch_size, generator):
-    """Draws one epoch: order and flips [steps, batch_size] and crop offsets [steps, batch_size, 2].
+    """Draws the order, the crop offsets and the flips of one epoch.
 
-    The order consists of positions of examples, int64; flips are bool.
+    order: positions of examples, int64 [steps, batch_size]. offsets: int64 [steps, batch_size, 2].
+    flips: bool [steps, batch_size].
     """
     steps = num_batches(num_examples, batch_size)
     shape = (steps, batch_size)
@@ -154,17 +249,57 @@ def epoch_batches(num_examples, batch_size, generator):
     return order, offsets, flips
 
 
-def augmented_batches(data, batch_size, generator):
+def alternating_flips(num_examples, epoch, seed):
+    """Returns which examples are flipped in an epoch, counted from 0: bool [N].
+
+    The first epoch flips random examples. Each later epoch flips those that the epoch before did
+    not flip, so that two epochs show both sides of each image (Jordan 2024, arXiv 2404.00498).
+    """
+    generator = torch.Generator().manual_seed(seed + FLIP_SEED)
+    first = torch.rand(num_examples, generator=generator) < 0.5
+    if epoch % 2 == 0:
+        return first
+    return ~first
+
+
+def augmented_batches(data, recipe, generator, *, epoch, seed):
     """Draws one epoch of ImageData, and yields its batches, cropped, flipped and standardised.
 
     A batch is a triple: positions of examples, int64 [B], images, float32 [B, 3, 32, 32], and
     labels, int64 [B].
     """
-    drawn = epoch_batches(len(data), batch_size, generator)
-    on_device = (tensor.to(data.images.device) for tensor in drawn)
-    for chosen, offsets, flips in zip(*on_device, strict=True):
-        images = crop_and_flip(data.images[chosen], offsets, flips)
+    order, offsets, flips = epoch_batches(len(data), recipe.train_batch_size, generator)
+    if recipe.alternate_flips:
+        flips = alternating_flips(len(data), epoch, seed)[order]
+    device = data.images.device
+    batches = zip(order.to(device), offsets.to(device), flips.to(device), strict=True)
+    for chosen, batch_offsets, batch_flips in batches:
+        images = crop_and_flip(data.images[chosen], batch_offsets, batch_flips, recipe.border)
         yield chosen, data.normalize(images), data.labels[chosen]
+
+
+def make_optimizer(model, recipe):
+    """Returns SGD with two groups: the biases of batch normalisation, and all other parameters.
+
+    A group's `rate_factor` multiplies its learning rate. Its weight decay is divided by it, so that
+    weight decay shrinks all parameters equally.
+    """
+    biases = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.bias is not None:
+            biases.append(module.bias)
+    is_bias = {id(bias) for bias in biases}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in is_bias]
+    groups = []
+    for parameters, factor in ((others, 1.0), (biases, recipe.norm_bias_factor)):
+        decay = recipe.weight_decay / factor
+        groups.append({"params": parameters, "weight_decay": decay, "rate_factor": factor})
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+    )
 
 
 def snapshot_epochs(num_train_epochs):
@@ -183,7 +318,7 @@ def copy_weights(model):
 
 @dataclass
 class Training:
-    """A training between two epochs: all that an epoch changes, and the dtype it computes in.
+    """The state of a training after a whole number of epochs, and what each step needs.
 
     generator: draws the batches. margins: float16 [epochs, N], NaN for epochs that are still to
     come. snapshots: a dictionary from epochs of `snapshot_epochs` to weights on the CPU by name.
@@ -194,6 +329,7 @@ class Training:
     generator: torch.Generator
     margins: torch.Tensor
     dtype: torch.dtype
+    label_smoothing: float = 0.0
     epochs_done: int = 0
     snapshots: dict = field(default_factory=dict)
 
@@ -228,50 +364,51 @@ class Training:
         self.margins.copy_(state["margins"])
 
 
-def train(
-    model,
-    data,
-    *,
-    train_batch_size,
-    learning_rate,
-    weight_decay,
-    num_train_epochs,
-    seed,
-    dtype,
-    saved=None,
-):
+def new_training(model, data, recipe, *, seed, dtype):
+    """Returns the Training of a model before its first epoch. Arguments: as of `train`."""
+    shape = (recipe.num_train_epochs, len(data))
+    return Training(
+        model,
+        make_optimizer(model, recipe),
+        batch_generator(seed),
+        margins=torch.full(shape, torch.nan, dtype=torch.float16, device=data.images.device),
+        dtype=dtype,
+        label_smoothing=recipe.label_smoothing,
+    )
+
+
+def train(model, data, recipe, *, seed, dtype, saved=None):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    The last, partial batch of an epoch is dropped; `train_batch_size` must be len(data) at most.
-    saved: a SavedTraining, from which it continues and in which it saves each epoch, or None.
+    The last, partial batch of an epoch is dropped; a batch must have len(data) images at most.
+    recipe: a Recipe. saved: a SavedTraining, from which it continues and in which it saves each
+    epoch, or None.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
     no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.
-    2020, section 3.1). Also returns the weights on the CPU by name, in a dictionary by epoch of
-    `snapshot_epochs`.
+    2020, section 3.1). Also returns the snapshots: a dictionary from each epoch of
+    `snapshot_epochs` to the weights after it, on the CPU by name.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    steps = num_batches(len(data), train_batch_size)  # of an epoch
-    total_steps = num_train_epochs * steps
-    rates = [learning_rate * schedule(step, total_steps) for step in range(total_steps)]
-    shape = (num_train_epochs, len(data))
-    margins = torch.full(shape, torch.nan, dtype=torch.float16, device=data.images.device)
-    training = Training(model, optimizer, batch_generator(seed), margins, dtype)
+    training = new_training(model, data, recipe, seed=seed, dtype=dtype)
     if saved:
         saved.load(training)
     done = training.epochs_done
+    num_epochs = recipe.num_train_epochs
+    steps = num_batches(len(data), recipe.train_batch_size)  # of an epoch
+    total_steps = num_epochs * steps
+    rates = [recipe.learning_rate * schedule(step, total_steps) for step in range(total_steps)]
     with tqdm(
         total=total_steps, initial=done * steps, desc="Training", unit="step", leave=False
     ) as progress:
-        for epoch in range(done, num_train_epochs):
-            batches = augmented_batches(data, train_batch_size, training.generator)
+        for epoch in range(done, num_epochs):
+            batches = augmented_batches(data, recipe, training.generator, epoch=epoch, seed=seed)
             train_epoch(training, batches, rates[epoch * steps : (epoch + 1) * steps], progress)
-            if training.epochs_done in snapshot_epochs(num_train_epochs):
+            if training.epochs_done in snapshot_epochs(num_epochs):
                 training.snapshots[training.epochs_done] = copy_weights(model)
             if saved:
                 saved.save(training)
-    print_without_margin(margins)
-    return margins.cpu(), training.snapshots
+    print_without_margin(training.margins)
+    return training.margins.cpu(), training.snapshots
 
 
 def train_epoch(training, batches, rates, progress):
@@ -286,10 +423,9 @@ def train_epoch(training, batches, rates, progress):
     training.model.train()
     epoch_loss = torch.zeros((), device=training.margins.device)
     for rate, (chosen, images, labels) in zip(rates, batches, strict=True):
-        training.optimizer.param_groups[0]["lr"] = rate
-        loss, margin = train_step(
-            training.model, training.optimizer, images, labels, training.dtype
-        )
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        loss, margin = train_step(training, images, labels)
         epoch_loss += loss
         training.margins[epoch, chosen] = margin
         num_images += len(chosen)
@@ -304,17 +440,19 @@ def train_epoch(training, batches, rates, progress):
     training.epochs_done += 1
 
 
-def train_step(model, optimizer, images, labels, dtype):
+def train_step(training, images, labels):
     """Takes one step of the optimizer on images, float32 [B, 3, 32, 32], and their labels [B].
 
-    Returns the loss before the step, and the margins, float16 [B].
+    Returns the loss before the step, and the margins, float16 [B]. The margins are those of the
+    labels as given, without label smoothing.
     """
+    dtype = training.dtype
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(images)
-    loss = F.cross_entropy(logits, labels)
+        logits = training.model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    training.optimizer.step()
+    training.optimizer.zero_grad()
     margin = pipeline.margin(logits.detach(), labels)
     return loss.detach(), margin.clamp(-LARGEST_MARGIN, LARGEST_MARGIN).to(torch.float16)
 
@@ -384,8 +522,9 @@ def print_accuracies(model, data, test, batch_size, dtype):
 class SavedTraining:
     """The file beside a checkpoint from which the same command continues an interrupted training.
 
-    The result is the same as without an interruption, bit for bit. The file is written completely
-    or not at all, so two simultaneous trainings of one checkpoint cannot damage it.
+    On the CPU of one machine, the result is the same as without an interruption, bit for bit. The
+    file is written completely or not at all, so two simultaneous trainings of one checkpoint cannot
+    damage it.
     """
 
     def __init__(self, path, run):
@@ -421,7 +560,7 @@ class SavedTraining:
             return None
         content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         saved_run = content["run"]
-        names = {**self.run, **saved_run}
+        names = dict.fromkeys([*self.run, *saved_run])  # those of both, each once
         different = [name for name in names if saved_run.get(name) != self.run.get(name)]
         if different:
             print(
@@ -446,7 +585,7 @@ class SavedTraining:
 
 
 def describe_run(settings, model, data, dtype):
-    """Returns what decides the result of a training, bit for bit, by name: numbers and strings.
+    """Returns what decides the result of a training, by name: numbers and strings.
 
     settings: seed, model name and hyperparameters. model: before the training. data: ImageData.
     """
@@ -482,28 +621,34 @@ def load_examples(args):
     [N], and the hash of their file, or None. cleaning: what `--corrections` decides, or None.
     num_loaded: number of training images before any was left out.
     """
-    clean = pipeline.load_data(
+    loaded = pipeline.load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir
     )
     test = pipeline.load_data(args.dataset, args.dataset_dir, "test", cache_dir=args.output_dir)
-    pipeline.check_splits(clean, test)
+    pipeline.check_splits(loaded, test)
     given_labels = file_hash = None
     if args.noisy_labels is not None:
         given_labels, file_hash = pipeline.read_noisy_labels(
-            args.noisy_labels, clean, test, args.dataset_dir
+            args.noisy_labels, loaded, test, args.dataset_dir
         )
     cleaning = None
     if args.corrections is not None:
-        uncleaned = pipeline.training_examples(clean, args.corrupt_percentage, given_labels)
-        cleaning = pipeline.read_corrections(args.corrections, uncleaned, test, args.dataset_dir)
-    data = pipeline.training_examples(clean, args.corrupt_percentage, given_labels, cleaning)
+        uncorrected = pipeline.training_examples(loaded, args.corrupt_percentage, given_labels)
+        cleaning = pipeline.read_corrections(args.corrections, uncorrected, test, args.dataset_dir)
+    data = pipeline.training_examples(loaded, args.corrupt_percentage, given_labels, cleaning)
     metadata = {
         "given_labels": given_labels,
         "labels_sha256": file_hash,
         "cleaning": cleaning,
-        "num_loaded": len(clean),
+        "num_loaded": len(loaded),
     }
     return data, test, metadata
+
+
+def initial_model(args, num_classes, device):
+    """Returns the network of `--model` with the initial weights of `--seed`."""
+    torch.manual_seed(args.seed)
+    return pipeline.construct_model(args.model, num_classes).to(device)
 
 
 def require_full_batch(batch_size, data):
@@ -539,34 +684,32 @@ def print_next_steps(args):
 def main():
     """Parses, loads, trains, evaluates, saves."""
     args = parse_arguments()
+    recipe = choose_recipe(args)
     start = time.perf_counter()
     device = pipeline.choose_device(args.device, several_processes=False)
     dtype = pipeline.configure_precision(args.precision, device)
     pipeline.print_machine(device, dtype)
     path = choose_checkpoint(args)
     data, test, label_metadata = load_examples(args)
-    require_full_batch(args.train_batch_size, data)
+    require_full_batch(recipe.train_batch_size, data)
     pipeline.make_folder(path.parent)
     print_examples(data, test)
 
     data, test = data.to(device), test.to(device)
-    torch.manual_seed(args.seed)
-    model = pipeline.construct_model(args.model, len(data.class_names)).to(device)
-    recipe = {name: getattr(args, name) for name in RECIPE}
-    settings = {**recipe, "seed": args.seed, "model": args.model}
+    model = initial_model(args, len(data.class_names), device)
+    settings = {**asdict(recipe), "seed": args.seed, "model": args.model}
     run = describe_run(settings, model, data, dtype)
     saved = SavedTraining(path.with_suffix(".unfinished"), run)
     try:
-        margins, snapshots = train(model, data, **recipe, seed=args.seed, dtype=dtype, saved=saved)
+        margins, snapshots = train(model, data, recipe, seed=args.seed, dtype=dtype, saved=saved)
     except pipeline.NumericalError:
         saved.delete()  # otherwise the next run would continue a training that diverged
         raise
     train_seconds = saved.seconds
     accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
     metadata = {
-        **vars(args),
+        **used_flags(args, recipe),
         **label_metadata,
-        "recipe": recipe,
         "class_names": data.class_names,
         "num_train": len(data),
         "data_sha256": data.digest,

@@ -486,6 +486,7 @@ def test_the_printed_commands_train_each_model_as_before(monkeypatch, capsys):
     flags = ["--dataset", "synthetic", "--precision", "bf16", "--checkpoint_dir", "a", "b"]
     monkeypatch.setattr("sys.argv", [DETECT, *flags])
     recipe = {
+        "recipe": "robust",
         "train_batch_size": 30,
         "learning_rate": 0.3,
         "weight_decay": 0.01,

@@ -145,19 +145,22 @@ def test_a_training_step_runs_on_the_gpu(fake_cuda, monkeypatch, name, dtype):
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    recipe = train.RECIPES["robust"]
+    margins = torch.full((1, BATCH), torch.nan, dtype=torch.float16, device=CUDA)
+    training = train.Training(
+        model, train.make_optimizer(model, recipe), torch.Generator(), margins, dtype
+    )
     drawn = train.epoch_batches(BATCH, 4, torch.Generator().manual_seed(0))
     order, offsets, flips = (tensor.to(CUDA)[0] for tensor in drawn)
-    images = train.crop_and_flip(data.images[order], offsets, flips)
+    images = train.crop_and_flip(data.images[order], offsets, flips, recipe.border)
     assert_is(images, torch.uint8, 4, 3, 32, 32)
     normalized = data.normalize(images)
     assert_is(normalized, torch.float32, 4, 3, 32, 32)
     model.train()
-    loss, margin = train.train_step(model, optimizer, normalized, data.labels[order], dtype)
+    loss, margin = train.train_step(training, normalized, data.labels[order])
     assert_is(loss, torch.float32)
     assert_is(margin, torch.float16, 4)
     assert computed_in == {dtype}
-    margins = torch.full((1, BATCH), torch.nan, dtype=torch.float16, device=CUDA)
     margins[0, order] = margin
     assert {parameter.device for parameter in model.parameters()} == {CUDA}
 

@@ -185,3 +185,5 @@ def test_a_deleted_file_is_not_needed_but_another_missing_file_is_refused(noisy,
     flags = (DETECT, *DATA, "--factor_strategy", "identity", "--noisy_labels")
     assert "labels.csv cannot be read again" in succeed(tmp_path, *flags, "labels.csv")
     assert "lables.csv cannot be read (no such file)" in refused(tmp_path, *flags, "lables.csv")
+    for name in (".", "checkpoints"):
+        assert f"{name} cannot be read (it is a folder)" in refused(tmp_path, *flags, name)

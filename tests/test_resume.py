@@ -4,6 +4,7 @@ import errno
 import io
 import re
 from collections import OrderedDict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,9 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", EPOCHS)
 FLAGS = (*SYNTHETIC, *RECIPE, "--model", "small", "--precision", "fp32")
 STATE = Path("checkpoints/model_corrupt_0.1.unfinished")
 CHECKPOINT = STATE.with_suffix(".pth")
+# What differs from the published recipe, with RECIPE.
+ROBUST = "learning_rate, weight_decay, momentum, label_smoothing, norm_bias_factor, border, "
+ROBUST += "alternate_flips"
 SENTENCE = "interrupted; no file is half-written, so run the same command again"
 
 
@@ -52,20 +56,21 @@ def stop_at(patch, number, error=KeyboardInterrupt, owner=nn.functional, name="c
     patch.setattr(owner, name, watched)
 
 
-def new_training(path, seed=5):
+def new_training(path, seed=5, recipe="published"):
     """Returns what trains four epochs of three steps from scratch, its network and its file."""
     data = digits(20)
     torch.manual_seed(1)
     model = pipeline.construct_model("small", 10)
-    recipe = {
+    hyperparameters = {
         "train_batch_size": 6,
         "learning_rate": 0.1,
         "weight_decay": 1e-3,
         "num_train_epochs": EPOCHS,
     }
-    defining = train.describe_run({**recipe, "seed": seed}, model, data, torch.float32)
+    recipe = replace(train.RECIPES[recipe], **hyperparameters)
+    defining = train.describe_run({**asdict(recipe), "seed": seed}, model, data, torch.float32)
     saved = train.SavedTraining(path, defining)
-    start = partial(train.train, model, data, **recipe, seed=seed, dtype=torch.float32, saved=saved)
+    start = partial(train.train, model, data, recipe, seed=seed, dtype=torch.float32, saved=saved)
     return start, model, saved
 
 
@@ -78,18 +83,12 @@ def bits(model, result):
     return [*snapshots, *(tensor.numpy().tobytes() for tensor in tensors)]
 
 
-def interrupt(path, number, **stop):
+def interrupt(path, number, recipe="published", **stop):
     """Starts a training that ends at its `number`-th step, or as `stop` says."""
-    start, _, _ = new_training(path)
+    start, _, _ = new_training(path, recipe=recipe)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, number, **stop)
         start()
-
-
-@pytest.fixture(params=[0, 0.9], ids=["SGD", "SGD with momentum"])
-def momentum(request, monkeypatch):
-    """Trains with and without momentum: the optimizer then has a state of its own."""
-    monkeypatch.setattr(torch.optim, "SGD", partial(torch.optim.SGD, momentum=request.param))
 
 
 # Steps 4 and 7 are the first ones of epochs 2 and 3, and step 8 is in the middle of epoch 3.
@@ -98,12 +97,13 @@ def momentum(request, monkeypatch):
     [(4, 1), (7, 2), (8, 2), (12, 3)],
     ids=["after epoch 1", "after epoch 2", "in epoch 3", "in the last step"],
 )
-def test_continuing_equals_not_stopping_bit_for_bit(tmp_path, capsys, momentum, step, epochs_done):
-    start, model, _ = new_training(tmp_path / "reference")
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_continuing_equals_not_stopping_bit_for_bit(tmp_path, capsys, recipe, step, epochs_done):
+    start, model, _ = new_training(tmp_path / "reference", recipe=recipe)
     expected = bits(model, start())
-    interrupt(tmp_path / "state", step)
+    interrupt(tmp_path / "state", step, recipe)
     capsys.readouterr()
-    start, model, _ = new_training(tmp_path / "state")
+    start, model, _ = new_training(tmp_path / "state", recipe=recipe)
     assert bits(model, start()) == expected
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"continuing after epoch {epochs_done} of {EPOCHS}"
@@ -207,7 +207,7 @@ def described():
     ("old", "new", "is_another"),
     [
         ("CROP_PADDING = 4", "CROP_PADDING = 3", True),
-        ("optimizer.zero_grad()", "pass", True),
+        ("training.optimizer.zero_grad()", "pass", True),
         ("CROP_PADDING = 4", "CROP_PADDING = 4  # black", False),
     ],
     ids=["a constant", "a statement", "a comment"],
@@ -283,6 +283,7 @@ def test_the_same_command_continues(reference, tmp_path, step, epochs_done):
         ("--weight_decay", 0.1, "weight_decay"),
         ("--train_batch_size", 15, "train_batch_size"),
         ("--num_train_epochs", 5, "num_train_epochs"),
+        ("--recipe", "robust", ROBUST),
         ("--seed", 7, "seed"),
         ("--num_train_examples", 59, "data"),
         ("--precision", "bf16", "dtype"),
@@ -339,9 +340,9 @@ def test_a_training_that_diverged_is_not_continued(reference, tmp_path):
     """The loss of epoch 3 is NaN."""
     original, calls = nn.functional.cross_entropy, []
 
-    def diverging(logits, labels):
+    def diverging(logits, labels, **settings):
         calls.append(1)
-        return original(logits, labels) * (torch.nan if len(calls) == 8 else 1)
+        return original(logits, labels, **settings) * (torch.nan if len(calls) == 8 else 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "cross_entropy", diverging)
@@ -369,9 +370,9 @@ def test_the_seconds_of_both_parts_are_added(tmp_path, monkeypatch):
     now = [0]
     original = nn.functional.cross_entropy
 
-    def slow(logits, labels):
+    def slow(logits, labels, **settings):
         now[0] += 100
-        return original(logits, labels)
+        return original(logits, labels, **settings)
 
     monkeypatch.setattr(nn.functional, "cross_entropy", slow)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))

@@ -4,9 +4,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import digits
+from conftest import TRAIN, digits
 from torch import nn
 
 import pipeline
@@ -78,38 +79,37 @@ def test_the_first_epoch_does_not_begin_with_the_corrupted_labels(seed):
     assert 0 < is_corrupted[order[0]].sum() < 30
 
 
-def train_epochs(model, data, **changed):
-    """Trains for one epoch in batches of twenty, or as `changed` says.
+def train_epochs(model, data, *, recipe="published", **changed):
+    """Trains for one epoch in batches of twenty, or as `changed` says, and else by a recipe.
 
     Returns margins and snapshots by epoch.
     """
-    recipe = {
+    hyperparameters = {
         "train_batch_size": 20,
         "learning_rate": 0.1,
         "weight_decay": 1e-4,
         "num_train_epochs": 1,
-        "seed": 5,
     }
-    return train.train(model, data, dtype=torch.float32, **recipe | changed)
+    recipe = replace(train.RECIPES[recipe], **hyperparameters | changed)
+    return train.train(model, data, recipe, seed=5, dtype=torch.float32)
 
 
 def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_seed():
     """Two epochs of two batches of a linear model, and the same steps in a plain loop."""
-    data, model = digits(4), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    weights, generator = (
-        [weight.detach().clone() for weight in model.parameters()],
-        torch.Generator().manual_seed(5),
-    )
-    batches = [
-        batch for _ in range(2) for batch in zip(*train.epoch_batches(4, 2, generator), strict=True)
-    ]
+    data = digits(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    weights = [weight.detach().clone() for weight in model.parameters()]
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(2):
+        batches += zip(*train.epoch_batches(4, 2, generator), strict=True)
     for step, (order, offsets, flips) in enumerate(batches):
         images = data.normalize(train.crop_and_flip(data.images[order], offsets, flips)).flatten(1)
         weights = [weight.requires_grad_() for weight in weights]
-        loss = nn.functional.cross_entropy(
-            nn.functional.linear(images, *weights), data.labels[order]
-        )
-        gradients, rate = torch.autograd.grad(loss, weights), 0.01 * train.schedule(step, 4)
+        logits = nn.functional.linear(images, *weights)
+        loss = nn.functional.cross_entropy(logits, data.labels[order])
+        gradients = torch.autograd.grad(loss, weights)
+        rate = 0.01 * train.schedule(step, 4)
         pairs = zip(weights, gradients, strict=True)
         weights = [
             weight.detach() * (1 - 0.5 * rate) - rate * gradient for weight, gradient in pairs
@@ -119,6 +119,85 @@ def test_training_is_plain_sgd_at_the_scheduled_rate_on_crops_and_flips_of_its_s
     )
     for found, expected in zip(model.parameters(), weights, strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
+
+
+def smoothed_cross_entropy(logits, labels, smoothing):
+    """The mean cross-entropy with the labels, of which a share is spread over all ten classes."""
+    targets = torch.full_like(logits, smoothing / 10)
+    targets[torch.arange(len(labels)), labels] += 1 - smoothing
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def test_robust_training_equals_its_rules_in_a_plain_loop():
+    """Three epochs of two batches of a network with batch normalisation, in float32."""
+    data = digits(8)
+    model = normalized_network()
+    loop_model = normalized_network()
+    expected = dict(loop_model.named_parameters())
+    velocities = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    generator = torch.Generator().manual_seed(5)
+    first_flips = torch.rand(8, generator=torch.Generator().manual_seed(10_005)) < 0.5
+    step = 0
+    for epoch in range(3):
+        for order, offsets, _ in zip(*train.epoch_batches(8, 4, generator), strict=True):
+            flips = first_flips[order] if epoch != 1 else ~first_flips[order]
+            crops = train.crop_and_flip(data.images[order], offsets, flips, "reflect")
+            logits = loop_model(data.normalize(crops))
+            loss = smoothed_cross_entropy(logits, data.labels[order], 0.2)
+            gradients = torch.autograd.grad(loss, list(expected.values()))
+            for (name, weight), gradient in zip(expected.items(), gradients, strict=True):
+                factor = 16 if name == "2.bias" else 1
+                rate = factor * 0.02 * train.schedule(step, 6)
+                gradient = gradient + 0.5 / factor * weight.detach()
+                velocities[name] = 0.9 * velocities[name] + gradient
+                weight.data -= rate * (gradient + 0.9 * velocities[name])  # Nesterov's method
+            step += 1
+    train_epochs(
+        model,
+        data,
+        recipe="robust",
+        train_batch_size=4,
+        num_train_epochs=3,
+        learning_rate=0.02,
+        weight_decay=0.5,
+    )
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, loop_model.state_dict()[name], atol=1e-5), name
+
+
+def test_alternating_flips_show_both_sides_of_each_image_in_two_epochs():
+    first, second, third = (train.alternating_flips(1000, epoch, 7) for epoch in range(3))
+    assert torch.equal(second, ~first) and torch.equal(third, first)
+    assert 400 < first.sum() < 600
+    assert not torch.equal(first, train.alternating_flips(1000, 0, 8))
+
+
+def test_flips_of_the_first_epoch_do_not_follow_the_batch_order():
+    first = train.alternating_flips(1000, 0, 7)
+    order, _, _ = train.epoch_batches(1000, 500, train.batch_generator(7))
+    assert abs(first[order[0]].sum() - first[order[1]].sum()) < 60
+
+
+def test_a_mirrored_border_repeats_no_edge():
+    images = digits(2).images
+    expected = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    found = train.pad_borders(images, "reflect")
+    assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), expected)
+
+
+def parsed_recipe(monkeypatch, *flags):
+    """The recipe of a command."""
+    monkeypatch.setattr("sys.argv", [TRAIN, *flags])
+    return train.choose_recipe(train.parse_arguments())
+
+
+def test_flags_override_the_values_of_the_recipe(monkeypatch):
+    assert parsed_recipe(monkeypatch) == train.RECIPES["published"]
+    robust = train.RECIPES["robust"]
+    assert parsed_recipe(monkeypatch, "--recipe", "robust") == robust
+    flags = ("--recipe", "robust", "--weight_decay", "0", "--num_train_epochs", "3")
+    expected = replace(robust, weight_decay=0.0, num_train_epochs=3)
+    assert parsed_recipe(monkeypatch, *flags) == expected
 
 
 class GrowingLogits(nn.Module):

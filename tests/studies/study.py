@@ -165,7 +165,7 @@ def select(rows, values):
 
 @dataclass
 class Trainer:
-    """The images, and the hyperparameters of the networks that are trained on them.
+    """The images, and how networks are trained on them.
 
     clean: the training images with their true labels; test: the test split, on `device`.
     """
@@ -175,7 +175,7 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype
     model_name: str
-    hyperparameters: dict
+    recipe: train.Recipe
 
     def new_model(self, data):
         """Returns a network with random weights for the classes of `data`."""
@@ -184,7 +184,7 @@ class Trainer:
 
     def train(self, data, seed):
         """Trains as train.py does. Returns the network, the images' margins, and snapshots."""
-        batch_size = self.hyperparameters["train_batch_size"]
+        batch_size = self.recipe.train_batch_size
         if batch_size > len(data):
             reason = f"there are only {len(data)} images to train on"
             raise pipeline.UserError(f"argument --train_batch_size {batch_size}: {reason}")
@@ -193,7 +193,7 @@ class Trainer:
         margins, snapshots = train.train(
             model,
             data.to(self.device),
-            **self.hyperparameters,
+            self.recipe,
             seed=seed,
             dtype=self.dtype,
         )
@@ -815,10 +815,11 @@ def add_training_flags(flag):
     flag("--dataset_dir", default="./data", help="directory of the data set")
     flag("--num_train_examples", type=positive, metavar="N", help="use N images (default: all)")
     flag("--model", choices=pipeline.MODELS, default="resnet9", help="network to train")
-    flag("--train_batch_size", type=positive, default=512, metavar="N", help="images per step")
-    flag("--num_train_epochs", type=positive, default=25, metavar="N", help="passes over the data")
-    flag("--learning_rate", type=float, default=0.4, help="peak of the schedule")
-    flag("--weight_decay", type=float, default=1e-4, help="L2 penalty")
+    flag("--recipe", choices=train.RECIPES, default="published", help="how to train")
+    flag("--train_batch_size", type=positive, metavar="N", help="images per step")
+    flag("--num_train_epochs", type=positive, metavar="N", help="passes over the data")
+    flag("--learning_rate", type=train.positive_float, metavar="X", help="peak of the schedule")
+    flag("--weight_decay", type=pipeline.non_negative_float, metavar="X", help="L2 penalty")
 
 
 def load(args):
@@ -830,21 +831,17 @@ def load(args):
     load_split = partial(pipeline.load_data, args.dataset, args.dataset_dir, cache_dir=folder)
     clean = load_split("train", args.num_train_examples)
     test = load_split("test")
-    hyperparameters = {
-        "train_batch_size": args.train_batch_size,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "num_train_epochs": args.num_train_epochs,
-    }
+    recipe = train.choose_recipe(args)
     settings = {
         "dataset": args.dataset,
         "num_train_examples": args.num_train_examples,
         "model": args.model,
-        **hyperparameters,
+        "recipe": args.recipe,
+        **train.hyperparameters_of(recipe),
         "images": pipeline.sha256(clean.images, clean.labels, test.images)[:8],
     }
     machine = {"device": device.type, "precision": str(dtype).removeprefix("torch.")}
-    trainer = Trainer(clean, test.to(device), device, dtype, args.model, hyperparameters)
+    trainer = Trainer(clean, test.to(device), device, dtype, args.model, recipe)
     return trainer, Store(folder, settings, machine)
 
 
