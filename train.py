@@ -180,8 +180,8 @@ def used_flags(args, recipe):
 
 CROP_PADDING = 4
 LARGEST_MARGIN = 6e4  # float16 is finite up to 65,504
-# Added to the seed of the training for the flips of the first epoch. With the same seed, they would
-# depend on the batch order.
+# Added to the seed of the training for alternating flips. So they and the batch order are drawn
+# from different random numbers.
 FLIP_SEED = 10_000
 
 

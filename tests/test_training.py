@@ -172,12 +172,6 @@ def test_alternating_flips_show_both_sides_of_each_image_in_two_epochs():
     assert not torch.equal(first, train.alternating_flips(1000, 0, 8))
 
 
-def test_flips_of_the_first_epoch_do_not_follow_the_batch_order():
-    first = train.alternating_flips(1000, 0, 7)
-    order, _, _ = train.epoch_batches(1000, 500, train.batch_generator(7))
-    assert abs(first[order[0]].sum() - first[order[1]].sum()) < 60
-
-
 def test_a_mirrored_border_repeats_no_edge():
     images = digits(2).images
     expected = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
