@@ -104,7 +104,8 @@ def add_model_flags(group):
         type=pipeline.positive_int,
         default=1000,
         metavar="N",
-        help="hold the gradients of N queries in memory at a time (default: %(default)s)",
+        help="hold the gradients of N queries in memory at a time, on a CPU at most 2 GB of them "
+        "(default: %(default)s)",
     )
 
 

@@ -8,7 +8,6 @@ ranking.
 """
 
 import base64
-import csv
 import hashlib
 import io
 import json
@@ -106,8 +105,8 @@ RANKINGS = {
         suspicion=lambda signals: -signals["margin"],
     ),
     "vote": Ranking(
-        description="k-NN vote, the largest share of another label among the nearest images, "
-        "minus the share of this label",
+        description="k-NN vote, how much larger the largest share of another label among the "
+        "nearest images is than the share of this label",
         caption="k-NN vote",
         colour="#009e73",
         line="--",
@@ -389,13 +388,13 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
     runs, metadata, data: as `pipeline.load_runs` returns them. Returns the Detection, and the files
     of self-influence that were computed.
     """
-    signals_by_model, logits_by_model, score_paths = [], [], []
+    signals_by_model, logits_by_model, influence_paths = [], [], []
     for run, model_metadata in zip(runs, metadata, strict=True):
-        signals, logits, scores_path = measure(run, model_metadata, damping_factor)
+        signals, logits, influence_path = measure(run, model_metadata, damping_factor)
         signals_by_model.append(signals)
         logits_by_model.append(logits)
-        if scores_path is not None:
-            score_paths.append(scores_path)
+        if influence_path is not None:
+            influence_paths.append(influence_path)
     scores = suspicion_by_ranking(signals_by_model)
     order = most_suspicious_first(scores[method])
     detection = Detection(
@@ -407,7 +406,7 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
         logits=mean_of(logits_by_model),
         explanations=explain(runs, data, order[:num_explained], damping_factor),
     )
-    return detection, score_paths
+    return detection, influence_paths
 
 
 # ---- Evaluation against known labels -------------------------------------------------------------
@@ -543,11 +542,12 @@ def require_no_added_columns(path):
     """Raises UserError if the table that will be replaced has a column that a user added."""
     if not path.exists():
         return
-    # A spreadsheet may have saved it with a byte order mark.
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        columns = next(csv.reader(file), [])
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline().strip()
+    # A spreadsheet may have saved the table with another separator.
+    columns = re.split("[,;\t]", header.replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
-    added = [column for column in columns if column not in written]
+    added = [column for column in columns if column and column not in written]
     if added:
         raise pipeline.UserError(
             f"{path} would be replaced, but it has columns that you added ({', '.join(added)}): "
@@ -1014,7 +1014,7 @@ If your browser saved no file, copy this text into a file called corrections.csv
 <script>
 "use strict";
 const byId = (id) => document.getElementById(id);
-const facts = JSON.parse(byId("data").textContent); // as write_page describes them
+const facts = JSON.parse(byId("data").textContent); // `facts` of write_page
 const { fingerprint, column, classes, leaveOut, digits, cards } = facts;
 
 // ---- Decisions ----
@@ -1040,7 +1040,7 @@ function count(number, noun) {
     return number === 1 ? `1 ${noun}` : `${number} ${noun}s`;
 }
 
-// Called before each change: another window may have stored decisions since the previous change.
+// Called at the start, before each change, and when another window has stored decisions.
 function readStorage() {
     const stored = isStored ? localStorage.getItem(fingerprint) : null;
     if (stored === null) {
@@ -1228,7 +1228,8 @@ function go(card) {
     card.element.scrollIntoView({ block: "nearest" });
 }
 
-// Goes to the next undecided card that is shown; after the last card, the search begins again.
+// Goes to the next undecided card that is shown; after the last card, the search begins again. If
+// all are decided, it stays, or goes to the next card that is shown.
 function goToUndecided() {
     const start = cards.indexOf(current);
     const cardsFromCurrent = [...cards.slice(start), ...cards.slice(0, start)];
@@ -1273,9 +1274,10 @@ function save() {
     const text = fileText();
     const url = URL.createObjectURL(new Blob([text]));
     make("a", { href: url, download: "corrections.csv" }).click();
-    // A browser may forbid frames and sandboxed pages to save files, without an error.
-    const maySaveFiles = window === window.top && isStored;
-    if (maySaveFiles) {
+    // A browser may forbid frames and sandboxed pages to save files, without an error. A page
+    // without storage may be sandboxed.
+    const isSurelySaved = window === window.top && isStored;
+    if (isSurelySaved) {
         say(`Saved ${count(decisions.size, "decision")}.`);
     } else {
         say("");
@@ -1295,11 +1297,11 @@ function copy() {
 // Returns the cells of a line, or null if its quotes are wrong.
 function splitLine(line, separator) {
     // A cell in quotes: `"a ""b"", c"`.
-    const quoted = `"((?:[^"]|"")*)"`;
+    const quotedCell = `"(?<quoted>(?:[^"]|"")*)"`;
     // A cell without a quote at its start: `a.png`.
-    const plain = `((?! *")[^\\${separator}]*)`;
+    const plainCell = `(?<plain>(?! *")[^\\${separator}]*)`;
     // Either cell with the separator behind it: `a.png,`.
-    const nextCell = new RegExp(`(?:${quoted}|${plain})\\${separator}`, "y");
+    const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})\\${separator}`, "y");
     const text = line + separator;
     const cells = [];
     while (nextCell.lastIndex < text.length) {
@@ -1307,7 +1309,8 @@ function splitLine(line, separator) {
         if (match === null) {
             return null;
         }
-        cells.push(match[1] === undefined ? match[2] : match[1].replaceAll('""', '"'));
+        const { quoted, plain } = match.groups;
+        cells.push(plain ?? quoted.replaceAll('""', '"'));
     }
     return cells;
 }
@@ -1481,15 +1484,22 @@ const actionsOfKeys = {
     c: actions.other,
     u: undo,
     "ctrl+z": undo,
-    escape: () => go(current),
+    escape: leaveField,
     arrowleft: () => move(-1),
     arrowright: () => move(1),
     arrowup: () => move(-countColumns()),
     arrowdown: () => move(countColumns()),
 };
 
-// Returns what the key types if that is a Latin letter or a digit. Otherwise (Cyrillic letters, or
-// French digits, which need Shift) returns what a US keyboard has at its position.
+// Goes back to the suspect. It drops an unfinished name: leaving the field would decide by it.
+function leaveField() {
+    byId("other").value = "";
+    go(current);
+}
+
+// Returns what the key types if that is a Latin letter or a digit. Otherwise (a Cyrillic letter, or
+// a French digit, which needs Shift) returns the letter or digit of a US keyboard at its position.
+// With Shift, only what the key types counts: `!` must not mean 1.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.
@@ -1507,10 +1517,10 @@ document.addEventListener("keydown", (event) => {
     }
     const prefix = event.ctrlKey || event.metaKey ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
-    // Elements that handle keys themselves: some take letters, and buttons and links take Enter.
-    const usesLetters = "select, #other";
+    // Elements that handle keys themselves: buttons and links take Enter, and others take all keys.
+    const usesAllKeys = "select, #other";
     const usesEnter = "button, a, select, #other";
-    const isUsed = event.target.matches(event.key === "Enter" ? usesEnter : usesLetters);
+    const isUsed = event.target.matches(event.key === "Enter" ? usesEnter : usesAllKeys);
     if (!action || (isUsed && event.key !== "Escape")) {
         return;
     }
@@ -1596,8 +1606,8 @@ function fillLists() {
         const action = () => decide(name);
         actions[digit] = action;
         actionsOfKeys[digit] = action;
-        const key = digit === name ? "" : `${digit} `;
-        byId("digits").append(makeButton(digit, `→ ${name} (${digit})`, key, bdi(name)));
+        const digitBefore = digit === name ? "" : `${digit} `;
+        byId("digits").append(makeButton(digit, `→ ${name} (${digit})`, digitBefore, bdi(name)));
     }
     byId("digitHint").hidden = digits.length === 0;
 }
@@ -1664,7 +1674,7 @@ def main():
         files = result_files(pipeline.result_folder(runs), args.factor_strategy)
         require_no_added_columns(files.suspects)
 
-    detection, score_paths = detect(
+    detection, influence_paths = detect(
         runs,
         metadata,
         data,
@@ -1698,7 +1708,7 @@ def main():
     print_recall(results, args.method, num_corrupted)
     pipeline.print_seconds(seconds)
     written = [path for path in vars(files).values() if path.exists()]
-    pipeline.print_paths([*score_paths, *written])
+    pipeline.print_paths([*influence_paths, *written])
     print_next_steps(args, metadata, files.page)
 
 

@@ -1,7 +1,7 @@
 """What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order data meets it.
 
-Command line ► files ► images and labels ► label corruption and cleaning ► csv files ► networks ►
-code that scores depend on ► checkpoints ► influence ► results.
+Command line ► code in hashes ► files ► images and labels ► label corruption and cleaning ► csv
+files ► networks ► code that scores depend on ► checkpoints ► influence ► results.
 """
 # ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
 
@@ -305,8 +305,8 @@ def influence_parser(docstring, strategies=STRATEGIES):
         "--train_batch_size",
         type=positive_int,
         metavar="N",
-        help="training images per step of the scores, whatever train.py had "
-        "(default: 64, on a GPU 1024)",
+        help="number of training images per step when scores are computed; it need not be that of "
+        "train.py (default: 64, on a GPU 1024)",
     )
     add_curvature_flags(parser.groups["curvature"], strategies)
     return parser
@@ -376,9 +376,9 @@ def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
     several_processes: whether the script can share its work between processes. Raises UserError for
-    `cuda` without a usable GPU. With several processes, it is also raised if the script cannot
-    share its work, or if a process lacks its own GPU. (kronfluence sums over processes only on
-    GPUs.)
+    `cuda` without a usable GPU. With several processes, it is also raised on the CPU (kronfluence
+    sums over processes only on GPUs), if the script cannot share its work, or if a process lacks
+    its own GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -441,7 +441,8 @@ def print_machine(device, dtype):
 def code_of(*names):
     """Returns the syntax trees of functions and classes of this file, as it was imported: a text.
 
-    Results are cached by a hash of code. A changed comment or docstring leaves the cache valid.
+    Decoded images and scores are cached by a hash that includes code (`read_images`,
+    `score_code`). A changed comment or docstring leaves these caches valid.
     """
     definitions = parse_code(SOURCE).body
     kinds = (ast.FunctionDef, ast.ClassDef)
@@ -593,22 +594,22 @@ class ImageData:
         scaled = images.to(torch.float32, memory_format=torch.channels_last) / 255
         return (scaled - mean) / std
 
-    def take(self, indices):
-        """Returns the examples at `indices`, an int64 tensor [M], in that order."""
+    def take(self, positions):
+        """Returns the examples at `positions`, an int64 tensor [M], in that order."""
         return replace(
             self,
-            images=self.images[indices],
-            labels=self.labels[indices],
-            true_labels=self.true_labels[indices],
-            paths=[self.paths[i] for i in indices.tolist()],
-            indices=self.indices[indices],
-            dataset_index=self.dataset_index[indices],
+            images=self.images[positions],
+            labels=self.labels[positions],
+            true_labels=self.true_labels[positions],
+            paths=[self.paths[position] for position in positions.tolist()],
+            indices=self.indices[positions],
+            dataset_index=self.dataset_index[positions],
         )
 
-    def without(self, indices):
-        """Returns all examples except those at `indices`."""
+    def without(self, positions):
+        """Returns all examples except those at `positions`."""
         is_kept = torch.ones(len(self), dtype=torch.bool)
-        is_kept[indices] = False
+        is_kept[positions] = False
         return self.take(is_kept.nonzero().squeeze(1))
 
     def to(self, device):
@@ -978,8 +979,10 @@ def read_images(paths, split, cache_dir):
     """
     code = code_of("read_image", "refuse_deep_colour", "has_deep_colour", "is_deep_tile")
     listing = [code, str(IMAGE_SIZE), version("pillow"), *map(describe_file, paths)]
-    cache = Path(cache_dir or "") / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
-    if cache_dir and cache.exists():
+    cache = None
+    if cache_dir is not None:
+        cache = Path(cache_dir) / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
+    if cache and cache.exists():
         try:
             return load_file(cache)["images"].numpy()
         except SafetensorError:
@@ -988,7 +991,7 @@ def read_images(paths, split, cache_dir):
         decoded = pool.map(read_image, paths)
         progress = tqdm(decoded, f"Reading {split} images", len(paths), leave=False)
         images = np.stack(list(progress))
-    if cache_dir and is_main_process():
+    if cache and is_main_process():
         with atomic_path(cache) as temporary:
             save_file({"images": torch.from_numpy(images)}, temporary)
     return images
@@ -1025,12 +1028,11 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # Pillow reads the EXIF tags. A malformed block raises here, but the tags before the
-            # fault are kept.
+            # exif_transpose rotates by the EXIF tags. It also rewrites the EXIF bytes, and fails if
+            # they are malformed. So the tags are read first (those before a fault are kept), and
+            # the bytes are removed.
             with contextlib.suppress(Exception):
                 image.getexif()
-            # The block itself is removed: exif_transpose would rewrite it, and fail if it is
-            # malformed. exif_transpose then rotates by the tags that were read above.
             for name in ("exif", "Raw profile type exif"):
                 image.info.pop(name, None)
             ImageOps.exif_transpose(image, in_place=True)
@@ -1038,7 +1040,7 @@ def read_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise any exception
         raise UserError(
@@ -1526,13 +1528,15 @@ def has_labels_of(metadata, path):
     """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
 
     metadata: of the checkpoint. path: None without the flag. The checkpoint keeps the labels, so
-    the file need not be readable again: it may be a pipe, such as `<(command)`, or it may have been
-    removed, if `path` is the path that was given to train.py. In both cases a line is printed.
-    Raises UserError if the file cannot be read for another reason.
+    the file need not be readable again. It may be a pipe, such as `<(command)`. The file that was
+    given to train.py may also have been removed. In both cases a line is printed. Raises UserError
+    if the file cannot be read for another reason.
     """
     trained_path = metadata["noisy_labels"]
-    if path is None or trained_path is None:
-        return path is None and trained_path is None
+    if path is None:
+        return trained_path is None
+    if trained_path is None:
+        return False
     if Path(path).is_file():
         try:
             content = Path(path).read_bytes()
@@ -1803,9 +1807,10 @@ def margin(logits, labels):
 # ---- The code that scores depend on --------------------------------------------------------------
 #
 # Factors and scores are cached by a hash of the model, the data, the settings and the code. In
-# pipeline.py, the sections from "Networks" up to "Results" are hashed. The files of the network's
-# classes and of its function in MODELS are hashed completely, because helper functions and
-# constants in them decide scores, too. Comments, layout and docstrings are not hashed.
+# pipeline.py, ImageData and the sections from "Networks" up to "Results" are hashed. The files of
+# the network's classes and of its function in MODELS are hashed completely, because helper
+# functions and constants in them decide scores, too. Comments, layout and docstrings are not
+# hashed.
 #
 # A file may be edited during a run, while the imported code runs on. So the files are read at the
 # start of the run.
@@ -1838,8 +1843,8 @@ def is_of_library(module_name):
 def code_digest(model, entry_points=()):
     """Returns the SHA-256, as hex digits, of the code and settings that decide a model's scores.
 
-    Hashes the part of pipeline.py, the files of the network and of `entry_points` (functions and
-    classes), and the settings of all layers. Raises UserError if a file cannot be read.
+    Hashes `score_code`, the files of the network and of `entry_points` (functions and classes), and
+    the settings of all layers. Raises UserError if a file cannot be read.
     """
     owners = [cls for module in model.modules() for cls in type(module).__mro__]
     owners += entry_points
@@ -1873,8 +1878,8 @@ def source_of(name):
             SOURCES[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise UserError(
-                f"influence needs the code of the network, but the module '{name}' has no readable "
-                "file: put it into a .py file in UTF-8"
+                f"the code of the network is part of a hash, but its module '{name}' has no "
+                "readable file: put it into a .py file in UTF-8"
             ) from error
     return SOURCES[name]
 
@@ -1901,7 +1906,8 @@ def is_setting(value):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-CHECKPOINT_KEYS = {"model", "margins", "given_labels"}  # an earlier train.py did not write all
+# A checkpoint without one of these keys was written by an earlier train.py.
+CHECKPOINT_KEYS = {"model", "margins", "given_labels"}
 
 
 def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
@@ -1972,6 +1978,8 @@ def load_checkpoint(path, device="cpu"):
     except (OSError, UserError):
         raise
     except Exception as error:  # torch.load may raise any exception for another kind of file
+        if is_out_of_memory(error):
+            raise
         reason = f"{first_line(error):.100}"
         raise UserError(
             f"{path} is not a complete checkpoint of train.py ({reason}): train again"
@@ -2030,20 +2038,20 @@ def other_data_error(path, metadata):
     )
 
 
-def earlier_models(path, model, snapshots, count):
-    """Returns the last `count` networks that the training of `model` kept before its end.
+def earlier_models(path, model, snapshots, num_models):
+    """Returns the last `num_models` networks of the training of `model`, without `model` itself.
 
     snapshots: a dictionary from epoch to weights by name. Raises UserError if there are fewer.
     """
     num_kept = len(snapshots) + 1  # with the final network
-    if count + 1 > num_kept:
+    if num_models > num_kept:
         advice = f"give --snapshots {num_kept} or less"
         if num_kept < 3:
             advice += ", or train for four epochs or more"
         raise UserError(
-            f"--snapshots {count + 1}: {path} keeps {num_kept} networks of its training: {advice}"
+            f"--snapshots {num_models}: {path} keeps {num_kept} networks of its training: {advice}"
         )
-    num_skipped = len(snapshots) - count
+    num_skipped = num_kept - num_models
     epochs = sorted(snapshots)[num_skipped:]
     if epochs and is_main_process():
         print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
@@ -2116,7 +2124,7 @@ class InfluenceDataset(torch.utils.data.Dataset):
 
 
 def cpu_features():
-    """Returns the processor's capabilities by name; of an older torch, only those used here."""
+    """Returns the processor's capabilities by name; with an older torch, only those used here."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -2195,10 +2203,10 @@ def padding_sides(layer):
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
-        height = layer.dilation[0] * (layer.kernel_size[0] - 1)
-        width = layer.dilation[1] * (layer.kernel_size[1] - 1)
-        left, top = width // 2, height // 2
-        return left, width - left, top, height - top
+        vertical = layer.dilation[0] * (layer.kernel_size[0] - 1)
+        horizontal = layer.dilation[1] * (layer.kernel_size[1] - 1)
+        left, top = horizontal // 2, vertical // 2
+        return left, horizontal - left, top, vertical - top
     rows, columns = layer.padding
     return columns, columns, rows, rows
 
@@ -2297,9 +2305,10 @@ def num_kept(inputs, fraction):
 
 
 def keep_leading(storage, fraction):
-    """Keeps the columns of Q_A with the largest eigenvalues, and the same columns of lambda.
+    """Keeps the columns of Q_A with the largest eigenvalues, and the same ones of the eigenvalues.
 
-    Those are the last columns, because eigh sorts eigenvalues in ascending order.
+    In place of lambda, the storage already holds 1 / (lambda + damping). The kept columns are the
+    last ones, because eigh sorts eigenvalues in ascending order.
     """
     q_a = storage[constants.ACTIVATION_EIGENVECTORS_NAME]
     kept = num_kept(q_a.shape[1], fraction)
@@ -2348,7 +2357,8 @@ def squares(gradient, dtype):
 def rounded_products(enabled):
     """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `enabled`.
 
-    Sums stay float32. On CUDA nothing is rounded in the block: there the rows are bfloat16 already.
+    Sums stay float32. On CUDA nothing is rounded in the block: rows that may be rounded are
+    bfloat16 already, and float32 rows must not become TF32.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
@@ -2498,7 +2508,8 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
             gradient = input_rotated_gradient(a, g, q_a).flatten(1)  # (B, O*c)
         else:
             gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
-        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]  # each (Q', O, c)
+        # A list, one tensor for each batch of queries: (queries, O, I), truncated (queries, O, c).
+        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([queries.flatten(1) @ gradient.T for queries in batches])
         storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
 
@@ -2544,8 +2555,8 @@ class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
     `differentiate` runs one backward pass for each image. The pass changes only that image's rows
-    of the gradient, so the sum over the passes holds the rows of all images. A hook is needed
-    because in-place layers overwrite the output.
+    of the gradient, so the sum over the passes holds the rows of all images. The gradient comes
+    from a hook, not from autograd.grad, because in-place layers overwrite the output.
     """
 
     def __init__(self, inputs, output):
@@ -2731,7 +2742,8 @@ class InfluenceRun(TrainedModel):
     """Influence by kronfluence's Analyzer, for one model and its training images.
 
     Factors and scores are cached in `folder`, by a hash of weights, images, labels, code, settings
-    and versions; so a run on the CPU also finds the scores of a GPU. Factors are fitted on
+    and versions, but not of the device: a run on the CPU finds the scores of a GPU that computed in
+    the same dtype. Factors are fitted on
     `factor_examples` random training images, a number or "all". `seed` draws the pseudo-labels.
     Other arguments are those of TrainedModel. Raises UserError if influence cannot be computed for
     a layer, or if `folder` cannot be created; then nothing is written.
@@ -2813,9 +2825,9 @@ class InfluenceRun(TrainedModel):
         """Returns the folder of factors or scores; calls `compute(name, batch_size)` if needed.
 
         The folder's name begins with `prefix`, "factors_" or "scores_". kronfluence adds it itself,
-        so `compute` gets a name without it. The folder's name ends with a hash of `settings` and
-        `depends_on`. The folder is created under another name and renamed when it is complete: so
-        a folder with this name is complete.
+        so `compute` gets a name without it. Then comes `kind`, "self_", "pairwise_" or nothing. The
+        name ends with a hash of `settings` and `depends_on`. The folder is created under another
+        name and renamed when it is complete: so a folder with this name is complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -2867,7 +2879,7 @@ class InfluenceRun(TrainedModel):
         with timed(self.seconds, phase):
             yield
             self.analyzer.state.wait_for_everyone()
-            # The files of earlier phases have the same name, and were checked then.
+            # The folder also holds the files of earlier phases, which were checked then.
             paths = set(self.folder.glob(f"*_{name}/*.safetensors")) - self.checked_files
             for path in sorted(paths):
                 self.check_finite(path, phase)
@@ -2876,7 +2888,8 @@ class InfluenceRun(TrainedModel):
     def check_finite(self, path, phase):
         """Raises NumericalError if a file of a phase contains a NaN or an infinity."""
         remedy = "train with a lower --learning_rate"
-        if phase == "scores":  # the damping has no effect on the phases before
+        # The damping has no effect on the phases before, and none with `identity`.
+        if phase == "scores" and self.strategy != "identity":
             remedy = f"raise --damping_factor, or {remedy}"
         for layer, tensor in load_file(path).items():
             if not tensor.isfinite().all():
@@ -2943,12 +2956,12 @@ class InfluenceRun(TrainedModel):
         path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def queries_held(self, query_batch_size, eigenvector_fraction):
-        """Returns the number of queries whose gradients this process holds in memory at a time.
+    def queries_computed(self, query_batch_size, eigenvector_fraction):
+        """Returns for how many queries this process computes gradients at a time.
 
         With one process, that is `query_batch_size`; on a CPU, at most as many as fit into
-        CPU_QUERY_BYTES. Each of N processes computes a share of 1/N, because it also receives the
-        gradients of the others.
+        CPU_QUERY_BYTES. N processes exchange their gradients, so that each holds those of
+        `query_batch_size` queries. Therefore each one computes only a share of 1/N.
         """
         if not self.data.images.is_cuda:
             elements = sum(
@@ -2973,11 +2986,11 @@ class InfluenceRun(TrainedModel):
         NaN.
         """
         factors_name = self.factors_name()
-        # kronfluence holds the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `held`.
-        held = self.queries_held(query_batch_size, eigenvector_fraction)
-        steps = math.ceil(held / QUERY_CHUNK)
-        chunk = min(held // steps, len(query_data))
+        # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
+        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`.
+        computed = self.queries_computed(query_batch_size, eigenvector_fraction)
+        steps = math.ceil(computed / QUERY_CHUNK)
+        chunk = min(computed // steps, len(query_data))
         queries = InfluenceDataset(query_data, self.dataset.seed)
         args = self.score_arguments(
             damping_factor,
@@ -3105,7 +3118,7 @@ def construct_runs(models, data, path, *, strategy, seed, factor_examples, **set
         ]
     require_different_models(runs)
     for run in runs:
-        make_folder(run.folder)
+        make_folder(run.folder)  # an InfluenceRun has already created its folder
     return runs
 
 
@@ -3136,7 +3149,7 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, snap
             labels_file=labels_file,
         )
         kept = model_metadata.get("snapshots", {})  # an earlier train.py kept none
-        models += [*earlier_models(path, model, kept, snapshots - 1), model]
+        models += [*earlier_models(path, model, kept, snapshots), model]
         metadata.append(model_metadata)
     for path, model_metadata in zip(paths, metadata, strict=True):
         for key, words in (
@@ -3298,9 +3311,10 @@ def figure_file(path, width, height):
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    wide_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
+    # Such as Noto Sans CJK, Unifont and Arial Unicode MS.
+    fallback_fonts = sorted(name for name in installed if "CJK" in name or "Uni" in name)
     style = dict(matplotlib.rcParamsDefault)
-    style["font.family"] = ["DejaVu Sans", *wide_fonts]
+    style["font.family"] = ["DejaVu Sans", *fallback_fonts]
     style["text.parse_math"] = False  # a class name may contain a $
     with matplotlib.rc_context(style), atomic_path(path) as temporary:
         figure = Figure((width, height))

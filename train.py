@@ -78,8 +78,8 @@ def parse_arguments():
         "--corrections",
         metavar="CSV",
         help="file with the decisions of a review: columns path or index, and new_label, which is "
-        f"a class or '{pipeline.LEAVE_OUT}'; index is that of the tables of results "
-        "(default: none)",
+        f"a class or '{pipeline.LEAVE_OUT}'; index is the column of suspects_*.csv, not the index "
+        "of --noisy_labels (default: none)",
     )
     parser.groups["model"].add_argument(
         "--checkpoint_dir",
@@ -169,7 +169,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    Its `recipe` is a dictionary, too: the flags that decide how a network is trained.
+    Its entry `recipe` is not the name alone, but a dictionary of the flags that decide how a
+    network is trained.
     """
     hyperparameters = hyperparameters_of(recipe)
     flags_of_recipe = {"recipe": args.recipe, **hyperparameters}
@@ -288,8 +289,8 @@ def make_optimizer(model, recipe):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.bias is not None:
             biases.append(module.bias)
-    is_bias = {id(bias) for bias in biases}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in is_bias]
+    bias_ids = {id(bias) for bias in biases}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in bias_ids]
     groups = []
     for parameters, factor in ((others, 1.0), (biases, recipe.norm_bias_factor)):
         decay = recipe.weight_decay / factor
@@ -380,8 +381,8 @@ def new_training(model, data, recipe, *, seed, dtype):
 def train(model, data, recipe, *, seed, dtype, saved=None):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
-    The last, partial batch of an epoch is dropped; a batch must have len(data) images at most.
-    recipe: a Recipe. saved: a SavedTraining, from which it continues and in which it saves each
+    The last, partial batch of an epoch is dropped. recipe: a Recipe, whose train_batch_size is at
+    most len(data). saved: a SavedTraining, from which it continues and in which it saves each
     epoch, or None.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
     no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.

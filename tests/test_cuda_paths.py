@@ -408,16 +408,16 @@ def test_squares_are_taken_in_one_part_on_the_gpu(fake_cuda, monkeypatch, dtype)
     assert_is(squared, torch.float32, BATCH, 2, 3)
 
 
-def test_the_memory_of_a_cpu_does_not_limit_the_queries_held_on_a_gpu(fake_cuda):
+def test_the_memory_of_a_cpu_does_not_limit_the_queries_of_a_gpu(fake_cuda):
     run = SimpleNamespace(
         data=fake_data(),
         layer_sizes=[(2**20, 2**20)],
         dtype=torch.float32,
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
-    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 500
+    assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 500
     run.data = run.data.__class__(**{**vars(run.data), "images": torch.zeros(1)})
-    assert pipeline.InfluenceRun.queries_held(run, 1000, 1.0) == 1
+    assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 1
 
 
 @pytest.mark.parametrize(("on_gpu", "batch_size"), [(True, 1024), (False, 64)])
@@ -463,7 +463,7 @@ def test_every_function_that_reads_is_cuda_is_tested_here():
     for path in ("pipeline.py", "train.py", "analyze.py", "detect_mislabeled_dataset.py"):
         names |= functions_that_ask_for_the_device(path)
     hooks = {"register_hooks", "backward_hook"}
-    assert names - hooks == {"squares", "queries_held", "__init__"}
+    assert names - hooks == {"squares", "queries_computed", "__init__"}
 
 
 # ---- Settings and records ------------------------------------------------------------------------

@@ -200,6 +200,17 @@ def test_a_table_with_a_column_that_the_user_added_is_not_replaced(tmp_path, add
         detect.require_no_added_columns(path)
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_that_a_spreadsheet_saved_without_a_new_column_is_replaced(
+    tmp_path, separator, start
+):
+    path = tmp_path / "suspects_ekfac.csv"
+    columns = [*detect.FIRST_COLUMNS, *detect.RANKINGS, *detect.LAST_COLUMNS]
+    path.write_text(start + separator.join(columns) + "\n")
+    detect.require_no_added_columns(path)
+
+
 @pytest.mark.parametrize(
     "columns",
     [

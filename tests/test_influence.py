@@ -221,8 +221,8 @@ def test_only_as_many_queries_are_held_as_fit_into_memory(make_run, monkeypatch,
     held = 4 * (8 * columns[0] + 40 * columns[1] + 10 * columns[2])  # bytes of a query
     monkeypatch.setattr(pipeline, "CPU_QUERY_BYTES", 5 * held + held - 1)
     run = make_run()
-    assert run.queries_held(1000, fraction) == 5
-    assert run.queries_held(3, fraction) == 3
+    assert run.queries_computed(1000, fraction) == 5
+    assert run.queries_computed(3, fraction) == 3
 
 
 def test_held_gradients_of_truncated_queries_have_the_counted_size(make_run, queries, monkeypatch):

@@ -301,6 +301,17 @@ def test_two_windows_of_a_page_share_their_decisions(browser, tmp_path):
 
 
 @in_browser
+@pytest.mark.parametrize("typed", ["dog", "do"], ids=["a class", "no class"])
+def test_escape_drops_the_name_in_the_field(browser, tmp_path, typed):
+    open_new_page(browser, tmp_path, ["cat", "dog", "owl"])
+    press(browser, "c", typed, Keys.ESCAPE)
+    assert texts(browser, "#counts") == ["0 of 12 decided, 0 changed, 0 left out"]
+    assert notice(browser) == ""
+    press(browser, "k")  # the suspect has the focus again
+    assert texts(browser, "h2")[0] == "1. kept"
+
+
+@in_browser
 def test_a_decision_keeps_earlier_decisions_of_another_window(browser, tmp_path):
     """The page has received no event about them."""
     open_new_page(browser, tmp_path, ["cat", "dog"])
