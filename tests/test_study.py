@@ -77,13 +77,18 @@ def test_asymmetric_noise_takes_the_next_class_if_the_partner_is_missing():
     assert study.partner_of(2, ["cat", "ink", "owl"]) == 0
 
 
-def test_the_file_of_noisy_labels_contains_the_asymmetric_labels(run, tmp_path):
+@pytest.mark.parametrize("seed", [13, 14])
+@pytest.mark.parametrize(("noise", "fraction"), [("symmetric", 0.1), ("asymmetric", 0.2)])
+def test_the_file_of_noisy_labels_contains_the_labels_of_a_draw(
+    run, tmp_path, noise, fraction, seed
+):
     (tmp_path / "results.jsonl").touch()
-    run("asymmetric")
+    run(noise, "--corruption_seed", str(seed))
     lines = (tmp_path / "labels.csv").read_text().split()
     assert lines[0] == "index,path,label"
     clean = pipeline.load_data("synthetic", "", "train", 40)
-    expected = study.corrupt(clean, "asymmetric", 0.2).labels.tolist()
+    expected = study.corrupt(clean, noise, fraction, seed).labels.tolist()
+    assert expected != study.corrupt(clean, noise, fraction, seed + 1).labels.tolist()
     assert [int(line.split(",")[2]) for line in lines[1:]] == expected
     assert [int(line.split(",")[0]) for line in lines[1:]] == clean.dataset_index.tolist()
 
@@ -92,8 +97,9 @@ def test_the_file_of_noisy_labels_contains_the_asymmetric_labels(run, tmp_path):
 
 
 def test_a_stopped_detection_continues(run, tmp_path):
-    flags = ("--num_noises", "1", "--folds", "2")
+    flags = ("--num_noises", "1", "--folds", "2", "--corruption_seed", "21")
     output, rows = run("detection", *flags)
+    assert {row["corruption_seed"] for row in rows} == {21}
     assert [row["study"] for row in rows] == ["detection", "cross_validation"]
     assert rows[0]["methods"].keys() == {*detect.RANKINGS, "self_influence, heuristic"}
     assert rows[1]["methods"].keys() == {"2-fold cross-validation"}

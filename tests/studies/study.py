@@ -1,5 +1,6 @@
 """Studies that take longer than a test; each one is a function below.
 
+    python tests/studies/study.py symmetric --dataset cifar10
     python tests/studies/study.py asymmetric --dataset cifar10
     python tests/studies/study.py detection --dataset cifar10
     python tests/studies/study.py cleaning --dataset cifar10
@@ -248,10 +249,10 @@ def partner_of(label, names):
     return (label + 1) % len(names)
 
 
-def asymmetric(trainer, store, args):
-    """Writes labels with asymmetric noise to a file for `--noisy_labels`."""
+def write_labels(trainer, store, args, *, noise, fraction):
+    """Writes labels with a kind of noise to a file for `--noisy_labels`."""
     clean = trainer.clean
-    data = corrupt(clean, *NOISES[1])
+    data = corrupt(clean, noise, fraction, args.corruption_seed)
     names = [clean.class_names[label] for label in data.labels]
     path = store.folder / "labels.csv"
     rows = zip(clean.dataset_index.tolist(), clean.paths, names, strict=True)
@@ -272,7 +273,7 @@ def detection(trainer, store, args):
             run = {
                 "noise": noise,
                 "fraction": fraction,
-                "corruption_seed": pipeline.CORRUPTION_SEED + draw,
+                "corruption_seed": args.corruption_seed + draw,
                 "seed": FIRST_SEED + turn,
             }
             detected(trainer, store, run)
@@ -767,7 +768,8 @@ def spread(values, digits, unit=""):
 
 # For each study, the function that computes it, and the function that prints its table.
 STUDIES = {
-    "asymmetric": (asymmetric, None),
+    "symmetric": (partial(write_labels, noise="symmetric", fraction=0.1), None),
+    "asymmetric": (partial(write_labels, noise="asymmetric", fraction=0.2), None),
     "detection": (detection, print_detection),
     "cleaning": (cleaning, print_cleaning),
     "retraining": (retraining, print_retraining),
@@ -793,6 +795,7 @@ def add_study_flags(flag):
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     seeds = "number of training seeds; 0 prints the existing results"
     draws = "number of draws of the corrupted labels"
+    first_draw = "seed of the first draw of the corrupted labels"
     noises = f"use only the first N of {NOISES}"
     queries = "number of test images to use as queries"
     halves = "number of halves to retrain on; 0 skips the retraining in the study of factors"
@@ -800,6 +803,7 @@ def add_study_flags(flag):
     folder = "directory for results.jsonl and for intermediate arrays"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
     flag("--corruption_seeds", type=count, default=3, metavar="N", help=draws)
+    flag("--corruption_seed", type=count, default=pipeline.CORRUPTION_SEED, help=first_draw)
     flag("--num_noises", type=count, default=len(NOISES), metavar="N", help=noises)
     flag("--folds", type=folds, nargs="*", default=[], help="cross-validations to run, such as 2 5")
     flag("--num_query_examples", type=positive, default=200, metavar="N", help=queries)
