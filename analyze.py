@@ -101,10 +101,11 @@ def add_model_flags(group):
     )
     group.add_argument(
         "--query_batch_size",
-        type=pipeline.positive_int,
-        default=1000,
+        type=pipeline.number_or_word(pipeline.positive_int, "auto"),
+        default="auto",
         metavar="N",
-        help="hold the gradients of N queries in memory at a time, on a CPU at most 2 GB of them "
+        help="hold the gradients of N queries in memory at a time, on a CPU at most 2 GB of them; "
+        "auto: 2 GB of them, or on a GPU 1000, and more with a smaller --eigenvector_fraction "
         "(default: %(default)s)",
     )
 

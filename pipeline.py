@@ -2701,6 +2701,7 @@ def fixed_parameters(model, tracked):
 
 FACTORS_SEED = 17  # draws the images of --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # with this limit, a run on the CPU stays below 6 GB
+GPU_QUERIES = 1000  # held on a GPU by default: 9 GB in float32
 QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is the number held in memory
 
 
@@ -2959,18 +2960,25 @@ class InfluenceRun(TrainedModel):
     def queries_computed(self, query_batch_size, eigenvector_fraction):
         """Returns for how many queries this process computes gradients at a time.
 
-        With one process, that is `query_batch_size`; on a CPU, at most as many as fit into
-        CPU_QUERY_BYTES. N processes exchange their gradients, so that each holds those of
-        `query_batch_size` queries. Therefore each one computes only a share of 1/N.
+        With one process, that is `query_batch_size`, a number or "auto"; on a CPU, at most as many
+        as fit into CPU_QUERY_BYTES. "auto" is this limit, and on a GPU GPU_QUERIES, or more if
+        `eigenvector_fraction` makes their gradients smaller. N processes exchange their gradients,
+        so that each holds those of `query_batch_size` queries. Therefore each one computes only a
+        share of 1/N.
         """
-        if not self.data.images.is_cuda:
+        if self.data.images.is_cuda:
+            held = round(GPU_QUERIES / eigenvector_fraction)
+            if query_batch_size != "auto":
+                held = query_batch_size
+        else:
             elements = sum(
                 outputs * num_kept(inputs, eigenvector_fraction)
                 for outputs, inputs in self.layer_sizes
             )
-            fitting = CPU_QUERY_BYTES // (elements * self.dtype.itemsize)
-            query_batch_size = min(query_batch_size, fitting)
-        return max(1, query_batch_size // self.analyzer.state.num_processes)
+            held = CPU_QUERY_BYTES // (elements * self.dtype.itemsize)
+            if query_batch_size != "auto":
+                held = min(held, query_batch_size)
+        return max(1, held // self.analyzer.state.num_processes)
 
     def pairwise_influence(
         self, query_data, query_batch_size, damping_factor, eigenvector_fraction=1.0
@@ -2978,12 +2986,12 @@ class InfluenceRun(TrainedModel):
         """Returns the influence of each training image on each query, and its file.
 
         Scores are float32 [num_query, num_train]. The gradients of `query_batch_size` queries (9 MB
-        each in float32) are held at a time, on a CPU at most 2 GB of them. For each of these
-        batches, all training gradients are computed again. `damping_factor` is a number or
-        "heuristic". `eigenvector_fraction` is the fraction of each layer's input eigenvectors to
-        keep, those with the largest eigenvalues; the gradients of queries shrink by this factor. A
-        fraction below 1 needs one of EIGENVECTOR_STRATEGIES. Raises NumericalError if a score is
-        NaN.
+        each in float32) are held at a time, on a CPU at most 2 GB of them; `queries_computed`
+        describes "auto". For each of these batches, all training gradients are computed again.
+        `damping_factor` is a number or "heuristic". `eigenvector_fraction` is the fraction of each
+        layer's input eigenvectors to keep, those with the largest eigenvalues; the gradients of
+        queries shrink by this factor. A fraction below 1 needs one of EIGENVECTOR_STRATEGIES.
+        Raises NumericalError if a score is NaN.
         """
         factors_name = self.factors_name()
         # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most

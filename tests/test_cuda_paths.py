@@ -416,6 +416,9 @@ def test_the_memory_of_a_cpu_does_not_limit_the_queries_of_a_gpu(fake_cuda):
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
     assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 500
+    assert pipeline.InfluenceRun.queries_computed(run, 1000, 0.1) == 500
+    assert pipeline.InfluenceRun.queries_computed(run, "auto", 1.0) == 500
+    assert pipeline.InfluenceRun.queries_computed(run, "auto", 0.1) == 5000
     run.data = run.data.__class__(**{**vars(run.data), "images": torch.zeros(1)})
     assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 1
 

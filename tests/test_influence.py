@@ -222,6 +222,7 @@ def test_only_as_many_queries_are_held_as_fit_into_memory(make_run, monkeypatch,
     monkeypatch.setattr(pipeline, "CPU_QUERY_BYTES", 5 * held + held - 1)
     run = make_run()
     assert run.queries_computed(1000, fraction) == 5
+    assert run.queries_computed("auto", fraction) == 5
     assert run.queries_computed(3, fraction) == 3
 
 
