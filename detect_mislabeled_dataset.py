@@ -543,11 +543,13 @@ def require_no_added_columns(path):
     if not path.exists():
         return
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline().strip()
+        header = file.readline().rstrip("\r\n")
+    if not header:
+        return
     # A spreadsheet may have saved the table with another separator.
     columns = re.split("[,;\t]", header.replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
-    added = [column for column in columns if column and column not in written]
+    added = [column for column in columns if column not in written]
     if added:
         raise pipeline.UserError(
             f"{path} would be replaced, but it has columns that you added ({', '.join(added)}): "

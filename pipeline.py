@@ -783,7 +783,7 @@ def open_cifar10(dataset_dir, train):
 
 def load_imagefolder(dataset_dir, split, cache_dir):
     """Loads `<dataset_dir>/<split>/<class>/**`, resized to 32x32 RGB, in a fixed random order."""
-    if cache_dir:
+    if cache_dir is not None:
         refuse_inside_data("--output_dir", cache_dir, dataset_dir)
     samples, class_names = split_samples(Path(dataset_dir), split)
     if split == "train" and is_main_process():
@@ -1040,11 +1040,14 @@ def read_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-    except (UserError, MemoryError):
+    except UserError:
         raise
-    except Exception as error:  # a damaged file can raise any exception
+    except Exception as error:  # a damaged file can raise any exception, also that memory is full
+        advice = "remove or replace it"
+        if is_out_of_memory(error):
+            advice = f"free some memory, or {advice}"
         raise UserError(
-            f"{path} is not a readable image ({first_line(error)}): remove or replace it"
+            f"{path} is not a readable image ({first_line(error)}): {advice}"
         ) from error
 
 
@@ -1979,7 +1982,7 @@ def load_checkpoint(path, device="cpu"):
         raise
     except Exception as error:  # torch.load may raise any exception for another kind of file
         if is_out_of_memory(error):
-            raise
+            raise MemoryError from error
         reason = f"{first_line(error):.100}"
         raise UserError(
             f"{path} is not a complete checkpoint of train.py ({reason}): train again"
@@ -2744,10 +2747,10 @@ class InfluenceRun(TrainedModel):
 
     Factors and scores are cached in `folder`, by a hash of weights, images, labels, code, settings
     and versions, but not of the device: a run on the CPU finds the scores of a GPU that computed in
-    the same dtype. Factors are fitted on
-    `factor_examples` random training images, a number or "all". `seed` draws the pseudo-labels.
-    Other arguments are those of TrainedModel. Raises UserError if influence cannot be computed for
-    a layer, or if `folder` cannot be created; then nothing is written.
+    the same dtype. Factors are fitted on `factor_examples` random training images, a number or
+    "all". `seed` draws the pseudo-labels. Other arguments are those of TrainedModel. Raises
+    UserError if influence cannot be computed for a layer, or if `folder` cannot be created; then
+    nothing is written.
     """
 
     def __init__(
@@ -3160,16 +3163,25 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, snap
         models += [*earlier_models(path, model, kept, snapshots), model]
         metadata.append(model_metadata)
     for path, model_metadata in zip(paths, metadata, strict=True):
-        for key, words in (
-            ("data_sha256", "training images or labels"),
-            ("recipe", "hyperparameters"),
-        ):
-            if model_metadata[key] != metadata[0][key]:
-                raise UserError(
-                    f"--checkpoint_dir: {path} and {paths[0]} differ in their {words}: "
-                    "give models that were trained alike"
-                )
+        words = ""
+        if model_metadata["data_sha256"] != metadata[0]["data_sha256"]:
+            words = "training images or labels"
+        elif full_recipe(model_metadata) != full_recipe(metadata[0]):
+            words = "hyperparameters"
+        if words:
+            raise UserError(
+                f"--checkpoint_dir: {path} and {paths[0]} differ in their {words}: "
+                "give models that were trained alike"
+            )
     return models, metadata, data
+
+
+def full_recipe(metadata):
+    """Returns the flags that decide how a network is trained, from the metadata of a checkpoint.
+
+    An earlier train.py had no `--recipe`, and trained by what is now `published`.
+    """
+    return {"recipe": "published", **metadata["recipe"]}
 
 
 # ---- Results -------------------------------------------------------------------------------------

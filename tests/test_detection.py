@@ -190,7 +190,7 @@ def test_the_table_names_the_first_of_identical_images(tmp_path):
     assert [row["duplicate_of"] for row in rows] == ["1", "0", "", "1", "", ""]
 
 
-@pytest.mark.parametrize("added", [["new_label"], ["note"], ["Rank"], ["rank", "seen by me"]])
+@pytest.mark.parametrize("added", [["new_label"], ["note"], ["Rank"], ["rank", "seen by me"], [""]])
 def test_a_table_with_a_column_that_the_user_added_is_not_replaced(tmp_path, added):
     path = tmp_path / "suspects_ekfac.csv"
     path.write_text(",".join([*detect.FIRST_COLUMNS, *detect.RANKINGS, *added]))

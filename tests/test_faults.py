@@ -30,7 +30,7 @@ from conftest import (
     results,
     succeed,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pipeline
 
@@ -236,6 +236,38 @@ def test_a_full_gpu_ends_the_run_in_one_sentence(capsys, sign):
     with pytest.raises(SystemExit) as stop:
         pipeline.run(fail)
     assert stop.value.code == 1 and "error: out of memory: free some" in capsys.readouterr().err
+
+
+def test_full_memory_is_not_reported_as_a_damaged_checkpoint(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    path = tmp_path / "model.pth"
+    path.touch()
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        pipeline.load_checkpoint(path)
+
+
+def test_full_memory_is_named_where_an_image_is_read(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.open", fail)
+    with pytest.raises(
+        pipeline.UserError, match=r"a.png is not .*\(MemoryError\): free some memory"
+    ):
+        pipeline.read_image("a.png")
+
+
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_a_higher_damping_is_proposed_where_there_is_a_damping(tmp_path, strategy):
+    path = tmp_path / "self_scores.safetensors"
+    save_file({"layer": torch.tensor([torch.nan])}, path)
+    with pytest.raises(pipeline.NumericalError) as raised:
+        pipeline.InfluenceRun.check_finite(types.SimpleNamespace(strategy=strategy), path, "scores")
+    assert ("raise --damping_factor" in str(raised.value)) == (strategy != "identity")
+    assert "lower --learning_rate" in str(raised.value)
 
 
 def test_a_cpu_without_free_memory_ends_the_run_in_one_sentence(capsys):

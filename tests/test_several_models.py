@@ -122,6 +122,17 @@ def test_models_with_other_hyperparameters_are_refused(folder, tmp_path):
     )
 
 
+def test_a_model_of_an_earlier_train_py_is_averaged_with_a_new_one(folder, tmp_path):
+    """It knew no `--recipe`."""
+    earlier = tmp_path / "earlier"
+    shutil.copytree(folder / "other", earlier)
+    path = earlier / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    del metadata["recipe"]["recipe"]
+    pipeline.save_checkpoint(path, model, metadata)
+    succeed(folder, *ANALYSIS, "--checkpoint_dir", "checkpoints", earlier)
+
+
 def test_a_model_is_not_averaged_with_itself(folder, tmp_path):
     """The second checkpoint is the same folder under another name, or a copy."""
     shutil.copytree(folder / "checkpoints", tmp_path / "copy")

@@ -795,7 +795,7 @@ def add_study_flags(flag):
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     seeds = "number of training seeds; 0 prints the existing results"
     draws = "number of draws of the corrupted labels"
-    first_draw = "seed of the first draw of the corrupted labels"
+    first_draw = "seed of the first draw of the corrupted labels: symmetric, asymmetric, detection"
     noises = f"use only the first N of {NOISES}"
     queries = "number of test images to use as queries"
     halves = "number of halves to retrain on; 0 skips the retraining in the study of factors"
@@ -803,7 +803,10 @@ def add_study_flags(flag):
     folder = "directory for results.jsonl and for intermediate arrays"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
     flag("--corruption_seeds", type=count, default=3, metavar="N", help=draws)
-    flag("--corruption_seed", type=count, default=pipeline.CORRUPTION_SEED, help=first_draw)
+    # The first batches of a training with the same seed would hold all corrupted labels.
+    seed = pipeline.number(int, "a seed from 0 to 899", lambda value: 0 <= value < 900)
+    default_seed = pipeline.CORRUPTION_SEED
+    flag("--corruption_seed", type=seed, default=default_seed, metavar="N", help=first_draw)
     flag("--num_noises", type=count, default=len(NOISES), metavar="N", help=noises)
     flag("--folds", type=folds, nargs="*", default=[], help="cross-validations to run, such as 2 5")
     flag("--num_query_examples", type=positive, default=200, metavar="N", help=queries)
