@@ -1,8 +1,8 @@
 """Computes how much each training image influences the prediction for each chosen test image.
 
 The chosen test images are called queries. A positive score means that the training image is
-helpful: training on it more would raise the log-odds of the query's label. A negative score means
-that it is harmful: training on it more would lower them.
+helpful: more training on it would raise the log-odds of the query's label. A negative score means
+that it is harmful: more training on it would lower them.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def add_model_flags(group):
         type=pipeline.number_or_word(pipeline.positive_int, "auto"),
         default="auto",
         metavar="N",
-        help="hold the gradients of N queries in memory at a time, on a CPU at most 2 GB of them; "
-        "auto: 2 GB of them, or on a GPU 1000, and more with a smaller --eigenvector_fraction "
+        help="number of queries whose gradients are held in memory, on a CPU at most 2 GB; auto: "
+        "2 GB on a CPU, 1000 queries on a GPU, or more if --eigenvector_fraction is below 1 "
         "(default: %(default)s)",
     )
 

@@ -105,8 +105,8 @@ RANKINGS = {
         suspicion=lambda signals: -signals["margin"],
     ),
     "vote": Ranking(
-        description="k-NN vote, how much larger the largest share of another label among the "
-        "nearest images is than the share of this label",
+        description="k-NN vote, among the nearest images the largest share of another label, "
+        "minus the share of this label",
         caption="k-NN vote",
         colour="#009e73",
         line="--",

@@ -799,7 +799,7 @@ def add_study_flags(flag):
     noises = f"use only the first N of {NOISES}"
     queries = "number of test images to use as queries"
     halves = "number of halves to retrain on; 0 skips the retraining in the study of factors"
-    trainings = "number of trainings on each half; their mean margin is predicted"
+    trainings = "number of trainings on each half; the mean of their log-odds is predicted"
     folder = "directory for results.jsonl and for intermediate arrays"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
     flag("--corruption_seeds", type=count, default=3, metavar="N", help=draws)
