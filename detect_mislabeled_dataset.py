@@ -52,10 +52,9 @@ def standardise(values):
 
     Equal values become zeros.
     """
-    deviation = values.std()
-    if deviation == 0:
-        deviation = 1  # equal values: avoids 0 / 0
-    return (values - values.mean()) / deviation
+    if values.min() == values.max():  # the deviation is 0, or a rounding error
+        return np.zeros_like(values)
+    return (values - values.mean()) / values.std()
 
 
 # The weight of the k-NN vote is the test accuracy to this power: a poor network has poor features.
@@ -546,10 +545,10 @@ def require_no_added_columns(path):
         header = file.readline().rstrip("\r\n")
     if not header:
         return
-    # A spreadsheet may have saved the table with another separator.
+    # A spreadsheet may have saved the table with another separator, or a column without a name.
     columns = re.split("[,;\t]", header.replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
-    added = [column for column in columns if column not in written]
+    added = [column or "unnamed" for column in columns if column not in written]
     if added:
         raise pipeline.UserError(
             f"{path} would be replaced, but it has columns that you added ({', '.join(added)}): "
@@ -1230,17 +1229,17 @@ function go(card) {
     card.element.scrollIntoView({ block: "nearest" });
 }
 
-// Goes to the next undecided card that is shown; after the last card, the search begins again. If
-// all are decided, it stays, or goes to the next card that is shown.
+// Goes to the first undecided card that is shown, from the current card on, and then from the first
+// one. If there is none, goes to the first card that is shown: the current card, if it is shown.
 function goToUndecided() {
     const start = cards.indexOf(current);
     const cardsFromCurrent = [...cards.slice(start), ...cards.slice(0, start)];
-    const shown = cardsFromCurrent.filter(isShown);
-    const undecided = shown.find((card) => !decisions.has(card.key));
-    if (shown.length === 0) {
+    const candidates = cardsFromCurrent.filter(isShown);
+    const undecided = candidates.find((card) => !decisions.has(card.key));
+    if (candidates.length === 0) {
         say("No suspect matches the filter: save the file, or show other suspects.");
     }
-    go(undecided ?? shown[0] ?? current);
+    go(undecided ?? candidates[0] ?? current);
 }
 
 function move(step) {
@@ -1298,12 +1297,14 @@ function copy() {
 
 // Returns the cells of a line, or null if its quotes are wrong.
 function splitLine(line, separator) {
+    // The separator in a pattern.
+    const end = "\\" + separator;
     // A cell in quotes: `"a ""b"", c"`.
-    const quotedCell = `"(?<quoted>(?:[^"]|"")*)"`;
-    // A cell without a quote at its start: `a.png`.
-    const plainCell = `(?<plain>(?! *")[^\\${separator}]*)`;
+    const quotedCell = '"(?<quoted>(?:[^"]|"")*)"';
+    // Another cell: `a.png`. A quote at its start, or after blanks at its start, is a mistake.
+    const plainCell = `(?<plain>(?! *")[^${end}]*)`;
     // Either cell with the separator behind it: `a.png,`.
-    const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})\\${separator}`, "y");
+    const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})${end}`, "y");
     const text = line + separator;
     const cells = [];
     while (nextCell.lastIndex < text.length) {
@@ -1405,7 +1406,10 @@ function findKey(lineName, name, cardsByKey) {
     }
     const spellings = [name, name.trim(), decodePath(name.trim())];
     const known = spellings.map(sameForm).find((spelled) => cardsByKey.has(spelled));
-    return cardsByKey.get(known)?.key ?? name;
+    if (known === undefined) {
+        return name; // an image that is not on this page
+    }
+    return cardsByKey.get(known).key;
 }
 
 // Returns [label, new_label] of a row. card: that of the image, undefined if the page has none.
@@ -1499,9 +1503,9 @@ function leaveField() {
     go(current);
 }
 
-// Returns what the key types if that is a Latin letter or a digit. Otherwise (a Cyrillic letter, or
-// a French digit, which needs Shift) returns the letter or digit of a US keyboard at its position.
-// With Shift, only what the key types counts: `!` must not mean 1.
+// Returns what the key types. But if a letter or digit key types another character without Shift
+// (a Cyrillic letter, or & on the French key 1), returns what a US keyboard has there. With Shift,
+// it always returns what the key types: `!` must not mean 1.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.
@@ -1517,7 +1521,11 @@ document.addEventListener("keydown", (event) => {
     if (event.altKey || byId("copy").open) {
         return;
     }
-    const prefix = event.ctrlKey || event.metaKey ? "ctrl+" : "";
+    const isWithCtrl = event.ctrlKey || event.metaKey;
+    if (isWithCtrl && event.shiftKey) {
+        return; // Ctrl+Shift+Z means redo elsewhere, and must not undo
+    }
+    const prefix = isWithCtrl ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
     // Elements that handle keys themselves: buttons and links take Enter, and others take all keys.
     const usesAllKeys = "select, #other";
@@ -1654,10 +1662,11 @@ def print_next_steps(args, metadata, page_html):
             f"(a class, or '{pipeline.LEAVE_OUT}'). Then train with it:"
         )
     for checkpoint_dir, model_metadata in zip(args.checkpoint_dir, metadata, strict=True):
+        recipe_and_hyperparameters = model_metadata["recipe"]
         command = pipeline.command(
             "train.py",
             args,
-            **model_metadata["recipe"],
+            **recipe_and_hyperparameters,
             seed=model_metadata["seed"],
             precision=model_metadata["precision"],
             device=model_metadata["device"],

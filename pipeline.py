@@ -346,7 +346,8 @@ def add_curvature_flags(group, strategies):
 def command(script, args, **values):
     """Returns the command that runs a script with the shared flags of `args` and other `values`.
 
-    It omits a flag whose value is None or False, and a shared flag whose value is its default.
+    It omits a flag whose value is None or False. It also omits a shared flag, and
+    `--checkpoint_dir`, if the value is the default.
     """
     shared = vars(shared_parser("").parse_args([]))
     defaults = {**shared, "checkpoint_dir": CHECKPOINT_DIR}
@@ -554,8 +555,8 @@ class ImageData:
     """Labelled images in memory.
 
     images: uint8 [N, 3, 32, 32]. labels: int64 [N], the labels to train on. true_labels: int64 [N],
-    the labels of the data set, without corruption. class_names: one per class. paths: one per
-    image, empty if images have no files of their own.
+    the labels without corruption: those of the data set, or of corrections. class_names: one per
+    class. paths: one per image, empty if images have no files of their own.
     indices: int64 [N] on the CPU, positions among the loaded images, for tables and corrections.
     dataset_index: int64 [N] on the CPU, positions in the whole data set, for `--noisy_labels`.
     num_available: number of images in the whole data set.
@@ -645,7 +646,7 @@ def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
         images=images.permute(0, 3, 1, 2).contiguous(),
         labels=labels,
         true_labels=labels,
-        class_names=list(source.class_names),
+        class_names=[same_form(name) for name in source.class_names],
         paths=[paths[i] for i in chosen.tolist()],
         indices=torch.arange(len(chosen)),
         dataset_index=chosen,
@@ -667,9 +668,10 @@ def check_source(source, loader):
     is_vector = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1
     require(is_vector and len(labels) > 0, "labels as an int64 tensor [N], not empty")
     are_strings = all(isinstance(name, str) for name in names)
-    are_different = len(set(names)) == len(names)
-    are_valid = are_strings and are_different and len(names) >= 2
-    require(are_valid, "at least two class_names, different strings")
+    require(are_strings and len(names) >= 2, "at least two class_names, which are strings")
+    are_different = len(set(map(same_form, names))) == len(names)
+    are_lines = all(len(name.splitlines()) <= 1 for name in names)
+    require(are_different and are_lines, "different class_names without line breaks")
     in_range = labels.min() >= 0 and labels.max() < len(names)
     require(in_range, f"labels from 0 to {len(names) - 1}, since it has {len(names)} class_names")
     has_paths = source.paths is None or len(source.paths) == len(labels)
@@ -853,11 +855,7 @@ def list_samples(folder, verbose):
                 f"--dataset imagefolder: {folder / name} holds no image of its own: "
                 "fill or remove it"
             )
-        if same_form(name) in class_names:
-            raise UserError(
-                f"--dataset imagefolder: {folder / name} has the same name as another class: "
-                "rename or remove it"
-            )
+        check_class_name(folder, name, class_names)
         samples.extend((path, len(class_names)) for path in files)
         class_names.append(same_form(name))
         listed |= listed_here
@@ -870,6 +868,19 @@ def list_samples(folder, verbose):
     if skipped and verbose:
         print(f"Skipped in {folder}: {', '.join(sorted(skipped))}")
     return samples, class_names
+
+
+def check_class_name(folder, name, class_names):
+    """Raises UserError if a class has the name of an earlier class, or a line break in its name."""
+    problem = ""
+    if same_form(name) in class_names:
+        problem = "has the same name as another class"
+    elif len(name.splitlines()) > 1:  # a row of a csv file could not contain it
+        problem = "has a line break in its name"
+    if problem:
+        raise UserError(
+            f"--dataset imagefolder: {str(folder / name)!r} {problem}: rename or remove it"
+        )
 
 
 def list_files(folder, listed_before=frozenset()):
@@ -1425,6 +1436,8 @@ class ExampleFinder:
 
     def look_up(self, file):
         """Returns the position of the image in a file, HELD_OUT for a test image, or None."""
+        if "\0" in file:  # a URL may encode it; no file has such a name
+            return None
         position = self.by_name.get(same_form(path_in_real_folder(file)))
         if position is None:
             position = self.by_target.get(same_form(os.path.realpath(file)))
@@ -1530,10 +1543,11 @@ def read_noisy_labels(path, data, test, dataset_dir):
 def has_labels_of(metadata, path):
     """Returns whether a checkpoint was trained on the labels of a `--noisy_labels` file.
 
-    metadata: of the checkpoint. path: None without the flag. The checkpoint keeps the labels, so
-    the file need not be readable again. It may be a pipe, such as `<(command)`. The file that was
-    given to train.py may also have been removed. In both cases a line is printed. Raises UserError
-    if the file cannot be read for another reason.
+    metadata: of the checkpoint. path: None without the flag. The hash of a regular file is
+    compared. Two cases cannot be compared: `path` is a pipe, such as `<(command)`, or it is the
+    path that was given to train.py, and the file is gone. Then the labels in the checkpoint are
+    used: a line is printed, and the result is True. Raises UserError if the file cannot be read for
+    another reason.
     """
     trained_path = metadata["noisy_labels"]
     if path is None:
@@ -2042,9 +2056,10 @@ def other_data_error(path, metadata):
 
 
 def earlier_models(path, model, snapshots, num_models):
-    """Returns the last `num_models` networks of the training of `model`, without `model` itself.
+    """Returns the `num_models` - 1 newest snapshots of a training as networks, the oldest first.
 
-    snapshots: a dictionary from epoch to weights by name. Raises UserError if there are fewer.
+    model: the final network; with it, there are `num_models`. snapshots: a dictionary from epoch to
+    weights by name. Raises UserError if there are fewer.
     """
     num_kept = len(snapshots) + 1  # with the final network
     if num_models > num_kept:
@@ -2360,8 +2375,8 @@ def squares(gradient, dtype):
 def rounded_products(enabled):
     """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `enabled`.
 
-    Sums stay float32. On CUDA nothing is rounded in the block: rows that may be rounded are
-    bfloat16 already, and float32 rows must not become TF32.
+    Sums stay float32. On CUDA the block rounds nothing: `CovarianceSums.input_dtype` has already
+    converted what may be rounded, and TF32 is off.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
@@ -2434,8 +2449,10 @@ class BatchHooks:
 
 class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
-        # On a CPU, `rounded_products` rounds the rows of float32 to bfloat16 inside the product.
-        return self.module.dtypes.covariances if is_cuda else self.module.dtypes.sums
+        if is_cuda:
+            return self.module.dtypes.covariances
+        # On a CPU, `rounded_products` rounds float32 to bfloat16 inside the product.
+        return self.module.dtypes.sums
 
     def update(self, a, g):
         activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
@@ -2558,8 +2575,9 @@ class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
     `differentiate` runs one backward pass for each image. The pass changes only that image's rows
-    of the gradient, so the sum over the passes holds the rows of all images. The gradient comes
-    from a hook, not from autograd.grad, because in-place layers overwrite the output.
+    of the gradient, so the sum over the passes holds the rows of all images. The gradient of the
+    output comes from a hook on it: autograd.grad cannot be asked for it, because a later in-place
+    layer may overwrite the output.
     """
 
     def __init__(self, inputs, output):
@@ -2963,16 +2981,15 @@ class InfluenceRun(TrainedModel):
     def queries_computed(self, query_batch_size, eigenvector_fraction):
         """Returns for how many queries this process computes gradients at a time.
 
-        With one process, that is `query_batch_size`, a number or "auto"; on a CPU, at most as many
-        as fit into CPU_QUERY_BYTES. "auto" is this limit, and on a GPU GPU_QUERIES, or more if
-        `eigenvector_fraction` makes their gradients smaller. N processes exchange their gradients,
-        so that each holds those of `query_batch_size` queries. Therefore each one computes only a
-        share of 1/N.
+        Queries that are held, on a CPU: as many as fit into CPU_QUERY_BYTES, or `query_batch_size`
+        if that is a smaller number. On a GPU: `query_batch_size`, or for "auto" GPU_QUERIES /
+        `eigenvector_fraction`. Each of N processes computes 1/N of them: the processes exchange
+        their gradients, and then each one holds all.
         """
-        if self.data.images.is_cuda:
+        if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
-            if query_batch_size != "auto":
-                held = query_batch_size
+        elif self.data.images.is_cuda:
+            held = query_batch_size
         else:
             elements = sum(
                 outputs * num_kept(inputs, eigenvector_fraction)

@@ -173,8 +173,9 @@ def used_flags(args, recipe):
     network is trained.
     """
     hyperparameters = hyperparameters_of(recipe)
-    flags_of_recipe = {"recipe": args.recipe, **hyperparameters}
-    return {**vars(args), **hyperparameters, "recipe": flags_of_recipe}
+    flags = {**vars(args), **hyperparameters}
+    flags["recipe"] = {"recipe": args.recipe, **hyperparameters}
+    return flags
 
 
 # ---- Training ------------------------------------------------------------------------------------

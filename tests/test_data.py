@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,13 @@ def test_class_folders_in_two_unicode_forms_are_one_class(folders):
         pipeline.load_data("imagefolder", folders, "train")
 
 
+def test_a_class_folder_with_a_line_break_is_refused(folders):
+    """Its name could not stand in a row of corrections.csv."""
+    (folders / "train" / "cat").rename(folders / "train" / "wild\ncat")
+    with pytest.raises(pipeline.UserError, match=r"'.*wild\\ncat' has a line break in its name"):
+        pipeline.load_data("imagefolder", folders, "train")
+
+
 def test_links_in_a_circle_are_followed_only_once(class_folders, folders):
     for name in ("up", "again"):
         (folders / "train" / "cat" / name).symlink_to(folders / "train" / "cat")
@@ -519,8 +527,13 @@ WRONG_LOADERS = {  # result of a loader, and part of the sentence
     "labels from 1": ({"labels": torch.arange(12) % 3 + 1}, "labels from 0 to 2, since it has 3"),
     "a negative label": ({"labels": torch.arange(12) % 3 - 1}, "labels from 0 to 2"),
     "one class": ({"class_names": ["cat"]}, "at least two class_names"),
-    "a class twice": ({"class_names": ["cat", "cat", "owl"]}, "different strings"),
-    "numbers of classes": ({"class_names": [0, 1, 2]}, "different strings"),
+    "a class twice": ({"class_names": ["cat", "cat", "owl"]}, "different class_names"),
+    "a class in two forms": (
+        {"class_names": ["\u00e4", "a\u0308", "owl"]},
+        "different class_names",
+    ),
+    "a line break": ({"class_names": ["cat", "wild\ncat", "owl"]}, "without line breaks"),
+    "numbers of classes": ({"class_names": [0, 1, 2]}, "class_names, which are strings"),
     "too few paths": ({"paths": ["1.png"]}, "one path for each of its 12 labels"),
     "one mean": ({"channel_mean": (0.5,)}, "three means and three positive deviations"),
     "a deviation of zero": ({"channel_std": (0.5, 0, 0.5)}, "three positive deviations"),
@@ -547,6 +560,14 @@ def test_a_wrong_result_of_a_loader_is_refused_in_a_sentence(monkeypatch, wrong)
     with pytest.raises(pipeline.UserError, match=re.escape(words)) as raised:
         pipeline.load_data("stripes", "", "train")
     assert str(raised.value).startswith("the loader of --dataset stripes (train images) must ")
+
+
+def test_class_names_of_a_loader_are_found_in_every_unicode_form(monkeypatch):
+    names = ["a\u0308pfel", "cat", "owl"]
+    load = partial(stripes, class_names=names)
+    monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
+    found = pipeline.load_data("stripes", "", "train").class_names
+    assert [pipeline.find_class("row", name, found) for name in (names[0], "\u00e4pfel")] == [0, 0]
 
 
 def test_classes_in_another_order_are_named_as_the_difference_of_two_splits():

@@ -83,6 +83,12 @@ def test_rankings_without_influence_do_not_change_if_influence_is_skipped(monkey
     assert all(np.array_equal(values, expected[name]) for name, values in found.items())
 
 
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_equal_values_are_standardised_to_zeros(count):
+    """The standard deviation of three times 0.1 is not 0, but a rounding error."""
+    assert not detect.standardise(np.full(count, 0.1)).any()
+
+
 def test_the_k_nn_vote_by_hand(monkeypatch):
     """Features are eight unit vectors. A loop counts the labels of the four nearest vectors."""
     monkeypatch.setattr(detect, "NEIGHBOURS_OF_50_000", 4 * (50_000 / 8) ** 0.5)

@@ -127,6 +127,7 @@ MISSING = {  # name in a row, and whether it names an image, whose row is only c
     "encoded twice": ("%2563at/1.png", False),
     "no file": ("train/cat/99.png", False),
     "no file, as a URL": ("file:///gone/train/cat/%C3%A9%202.png", False),
+    "a URL that no file has": ("file:///gone/%00.png", False),
     "a folder": ("train/cat", False),
 }
 

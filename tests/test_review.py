@@ -301,6 +301,17 @@ def test_two_windows_of_a_page_share_their_decisions(browser, tmp_path):
 
 
 @in_browser
+def test_only_ctrl_z_without_shift_takes_back(browser, tmp_path):
+    """With Shift, it takes back an undo in other programs."""
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k", "k")
+    press_layout(browser, "Z", "KeyZ", ctrlKey=True, shiftKey=True)
+    assert texts(browser, "#counts") == ["2 of 12 decided, 0 changed, 0 left out"]
+    press_layout(browser, "z", "KeyZ", ctrlKey=True)
+    assert texts(browser, "#counts") == ["1 of 12 decided, 0 changed, 0 left out"]
+
+
+@in_browser
 @pytest.mark.parametrize("typed", ["dog", "do"], ids=["a class", "no class"])
 def test_escape_drops_the_name_in_the_field(browser, tmp_path, typed):
     open_new_page(browser, tmp_path, ["cat", "dog", "owl"])
