@@ -543,6 +543,8 @@ def require_no_added_columns(path):
         return
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
+        if header.lower().startswith("sep="):  # states the separator to Excel
+            header = file.readline().rstrip("\r\n")
     if not header:
         return
     # A spreadsheet may have saved the table with another separator, or a column without a name.
@@ -1094,6 +1096,7 @@ function undo() {
         say("There is nothing to undo.");
         return;
     }
+    say("");
     readStorage();
     setRows(last.rows);
     go(last.card);
@@ -1229,8 +1232,8 @@ function go(card) {
     card.element.scrollIntoView({ block: "nearest" });
 }
 
-// Goes to the first undecided card that is shown, from the current card on, and then from the first
-// one. If there is none, goes to the first card that is shown: the current card, if it is shown.
+// Searches the cards in a circle that begins with the current one. Goes to the first card that is
+// shown and undecided, else to the first one that is shown; else it stays.
 function goToUndecided() {
     const start = cards.indexOf(current);
     const cardsFromCurrent = [...cards.slice(start), ...cards.slice(0, start)];
@@ -1528,10 +1531,10 @@ document.addEventListener("keydown", (event) => {
     const prefix = isWithCtrl ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
     // Elements that handle keys themselves: buttons and links take Enter, and others take all keys.
-    const usesAllKeys = "select, #other";
-    const usesEnter = "button, a, select, #other";
-    const isUsed = event.target.matches(event.key === "Enter" ? usesEnter : usesAllKeys);
-    if (!action || (isUsed && event.key !== "Escape")) {
+    const takesAllKeys = event.target.matches("select, #other");
+    const takesEnter = takesAllKeys || event.target.matches("button, a");
+    const isTaken = event.key === "Enter" ? takesEnter : takesAllKeys && event.key !== "Escape";
+    if (!action || isTaken) {
         return;
     }
     event.preventDefault();
@@ -1559,6 +1562,7 @@ document.addEventListener("click", (event) => {
 });
 
 document.querySelector("header").addEventListener("change", () => {
+    say("");
     draw();
     goToUndecided();
 });

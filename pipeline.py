@@ -377,9 +377,9 @@ def choose_device(name, several_processes):
     """Returns the torch device for a `--device` value: under torchrun, each process's own GPU.
 
     several_processes: whether the script can share its work between processes. Raises UserError for
-    `cuda` without a usable GPU. With several processes, it is also raised on the CPU (kronfluence
-    sums over processes only on GPUs), if the script cannot share its work, or if a process lacks
-    its own GPU.
+    `cuda` without a usable GPU. With several processes, it is also raised if the run is on the CPU
+    (kronfluence sums over processes only on GPUs), if the script cannot share its work, or if a
+    process lacks its own GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = unusable_gpu() or "there is no NVIDIA GPU here"
@@ -422,7 +422,7 @@ def unusable_gpu():
 def print_machine(device, dtype):
     """Prints the hardware and the dtype of the computation.
 
-    On the CPU of a machine with a GPU, it also prints why the GPU cannot be used.
+    On the CPU, it also prints why torch cannot use the machine's GPU, if that is so.
     """
     if not is_main_process():
         return
@@ -670,8 +670,8 @@ def check_source(source, loader):
     are_strings = all(isinstance(name, str) for name in names)
     require(are_strings and len(names) >= 2, "at least two class_names, which are strings")
     are_different = len(set(map(same_form, names))) == len(names)
-    are_lines = all(len(name.splitlines()) <= 1 for name in names)
-    require(are_different and are_lines, "different class_names without line breaks")
+    has_line_break = any(map(contains_line_break, names))
+    require(are_different and not has_line_break, "different class_names without line breaks")
     in_range = labels.min() >= 0 and labels.max() < len(names)
     require(in_range, f"labels from 0 to {len(names) - 1}, since it has {len(names)} class_names")
     has_paths = source.paths is None or len(source.paths) == len(labels)
@@ -875,12 +875,17 @@ def check_class_name(folder, name, class_names):
     problem = ""
     if same_form(name) in class_names:
         problem = "has the same name as another class"
-    elif len(name.splitlines()) > 1:  # a row of a csv file could not contain it
+    elif contains_line_break(name):  # a row of a csv file could not contain it
         problem = "has a line break in its name"
     if problem:
         raise UserError(
             f"--dataset imagefolder: {str(folder / name)!r} {problem}: rename or remove it"
         )
+
+
+def contains_line_break(name):
+    """Returns whether a name contains a line break, at its end too."""
+    return len(f"{name}.".splitlines()) > 1
 
 
 def list_files(folder, listed_before=frozenset()):
@@ -1040,8 +1045,8 @@ def read_image(path):
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
             # exif_transpose rotates by the EXIF tags. It also rewrites the EXIF bytes, and fails if
-            # they are malformed. So the tags are read first (those before a fault are kept), and
-            # the bytes are removed.
+            # they are malformed. So getexif reads the tags first: `image` keeps them, and of
+            # malformed bytes those before the fault. Then the bytes are removed.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1102,8 +1107,10 @@ def is_deep_tile(tile, image_format):
     raw_mode = str(values[0])
     if raw_mode.endswith((";16B", ";16L", ";16N")):
         return True
-    largest = values[-1]  # of a portable pixmap: the largest value that its header allows
-    return image_format == "PPM" and isinstance(largest, int) and largest > 255
+    if image_format != "PPM":
+        return False
+    largest = values[-1]  # the largest value that the header allows
+    return isinstance(largest, int) and largest > 255
 
 
 def load_digits(dataset_dir, split, cache_dir):
@@ -1832,12 +1839,12 @@ def margin(logits, labels):
 # A file may be edited during a run, while the imported code runs on. So the files are read at the
 # start of the run.
 
-SOURCES = {}  # the texts of Python files, by the name of the module
+MODULE_TEXTS = {}  # the texts of Python files, by the name of the module
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
 def read_own_sources():
-    """Reads the files of all imported modules into SOURCES, except those of installed packages."""
+    """Reads the files of imported modules into MODULE_TEXTS, but not of installed packages."""
     for name, module in list(sys.modules.items()):
         if is_of_library(name):
             continue
@@ -1878,6 +1885,7 @@ def code_digest(model, entry_points=()):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
+    # The headings. These two literals are no headings: they contain a backslash and an n.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -1889,16 +1897,16 @@ def source_of(name):
 
     Raises UserError if the module has no readable file.
     """
-    if name not in SOURCES:
+    if name not in MODULE_TEXTS:
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
         try:
-            SOURCES[name] = path.read_text(encoding="utf-8")
+            MODULE_TEXTS[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise UserError(
                 f"the code of the network is part of a hash, but its module '{name}' has no "
                 "readable file: put it into a .py file in UTF-8"
             ) from error
-    return SOURCES[name]
+    return MODULE_TEXTS[name]
 
 
 def settings_of(model):
@@ -2064,7 +2072,7 @@ def earlier_models(path, model, snapshots, num_models):
     num_kept = len(snapshots) + 1  # with the final network
     if num_models > num_kept:
         advice = f"give --snapshots {num_kept} or less"
-        if num_kept < 3:
+        if num_models <= 3:  # what a longer training keeps
             advice += ", or train for four epochs or more"
         raise UserError(
             f"--snapshots {num_models}: {path} keeps {num_kept} networks of its training: {advice}"
@@ -2175,8 +2183,8 @@ def computation_dtypes(dtype, strategy):
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
         # `products` is the dtype of per-sample gradients, of rotated gradients, and of each layer's
-        # pairwise scores. Self-influence also runs its forward and backward passes in it. All other
-        # stages run them in float32: in bfloat16, the ranking by pairwise scores would change.
+        # pairwise scores. Forward and backward passes run in it for self-influence only, and else
+        # in float32: with passes in bfloat16, the ranking by pairwise scores would change.
         products=dtype,
         # `covariances` is the dtype of the patches and gradients that form a covariance.
         # Rounding changes its small eigenvalues. EKFAC replaces the eigenvalues, but KFAC inverts
@@ -2372,15 +2380,15 @@ def squares(gradient, dtype):
 
 
 @contextlib.contextmanager
-def rounded_products(enabled):
-    """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `enabled`.
+def covariance_product_precision(round_on_cpu):
+    """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `round_on_cpu`.
 
     Sums stay float32. On CUDA the block rounds nothing: `CovarianceSums.input_dtype` has already
     converted what may be rounded, and TF32 is off.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = "bf16" if enabled else "ieee"
+    cpu.fp32_precision = "bf16" if round_on_cpu else "ieee"
     cuda.fp32_precision = "ieee"
     try:
         yield
@@ -2451,13 +2459,13 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
     def input_dtype(self, is_cuda):
         if is_cuda:
             return self.module.dtypes.covariances
-        # On a CPU, `rounded_products` rounds float32 to bfloat16 inside the product.
+        # On a CPU, `covariance_product_precision` lets the product round float32 to bfloat16.
         return self.module.dtypes.sums
 
     def update(self, a, g):
         activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
         gradients = g.flatten(0, 1)  # (B * T, O)
-        with rounded_products(self.module.dtypes.covariances == torch.bfloat16):
+        with covariance_product_precision(self.module.dtypes.covariances == torch.bfloat16):
             a_product = symmetric_product(activations)
             g_product = symmetric_product(gradients)
         self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
@@ -2574,10 +2582,10 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    `differentiate` runs one backward pass for each image. The pass changes only that image's rows
-    of the gradient, so the sum over the passes holds the rows of all images. The gradient of the
-    output comes from a hook on it: autograd.grad cannot be asked for it, because a later in-place
-    layer may overwrite the output.
+    `differentiate` runs one backward pass for each image. The gradient of this pass is zero in the
+    rows of all other images, so the sum over the passes holds the rows of all images. It comes from
+    a hook on the output: autograd.grad cannot be asked for it, because a later in-place layer may
+    overwrite the output.
     """
 
     def __init__(self, inputs, output):
@@ -2981,10 +2989,10 @@ class InfluenceRun(TrainedModel):
     def queries_computed(self, query_batch_size, eigenvector_fraction):
         """Returns for how many queries this process computes gradients at a time.
 
-        Queries that are held, on a CPU: as many as fit into CPU_QUERY_BYTES, or `query_batch_size`
-        if that is a smaller number. On a GPU: `query_batch_size`, or for "auto" GPU_QUERIES /
-        `eigenvector_fraction`. Each of N processes computes 1/N of them: the processes exchange
-        their gradients, and then each one holds all.
+        It is the number of queries held in memory, divided by the number of processes: these
+        exchange their gradients, so each one holds all. The number held on a CPU is what fits into
+        CPU_QUERY_BYTES, and at most `query_batch_size` if that is a number. On a GPU it is
+        `query_batch_size`, and for "auto" it is GPU_QUERIES / `eigenvector_fraction`.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
@@ -3198,7 +3206,9 @@ def full_recipe(metadata):
 
     An earlier train.py had no `--recipe`, and trained by what is now `published`.
     """
-    return {"recipe": "published", **metadata["recipe"]}
+    training_flags = dict(metadata["recipe"])
+    training_flags.setdefault("recipe", "published")
+    return training_flags
 
 
 # ---- Results -------------------------------------------------------------------------------------

@@ -173,9 +173,8 @@ def used_flags(args, recipe):
     network is trained.
     """
     hyperparameters = hyperparameters_of(recipe)
-    flags = {**vars(args), **hyperparameters}
-    flags["recipe"] = {"recipe": args.recipe, **hyperparameters}
-    return flags
+    training_flags = {"recipe": args.recipe, **hyperparameters}
+    return {**vars(args), **hyperparameters, "recipe": training_flags}
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -533,6 +533,7 @@ WRONG_LOADERS = {  # result of a loader, and part of the sentence
         "different class_names",
     ),
     "a line break": ({"class_names": ["cat", "wild\ncat", "owl"]}, "without line breaks"),
+    "a line break at the end": ({"class_names": ["cat\n", "owl"]}, "without line breaks"),
     "numbers of classes": ({"class_names": [0, 1, 2]}, "class_names, which are strings"),
     "too few paths": ({"paths": ["1.png"]}, "one path for each of its 12 labels"),
     "one mean": ({"channel_mean": (0.5,)}, "three means and three positive deviations"),

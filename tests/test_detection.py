@@ -215,6 +215,8 @@ def test_a_table_that_a_spreadsheet_saved_without_a_new_column_is_replaced(
     columns = [*detect.FIRST_COLUMNS, *detect.RANKINGS, *detect.LAST_COLUMNS]
     path.write_text(start + separator.join(columns) + "\n")
     detect.require_no_added_columns(path)
+    path.write_text(f"{start}sep={separator}\n{separator.join(columns)}\n")
+    detect.require_no_added_columns(path)
 
 
 @pytest.mark.parametrize(

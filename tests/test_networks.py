@@ -212,7 +212,7 @@ def build(num_classes, width=4):
 def import_source(monkeypatch, tmp_path):
     """A function that imports a source as the module own_network, as a new run of a script does."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(pipeline, "SOURCES", {})
+    monkeypatch.setattr(pipeline, "MODULE_TEXTS", {})
     path = tmp_path / "own_network.py"
 
     def import_source(source):
@@ -221,7 +221,7 @@ def import_source(monkeypatch, tmp_path):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "own_network", module)
         spec.loader.exec_module(module)
-        pipeline.SOURCES.clear()
+        pipeline.MODULE_TEXTS.clear()
         pipeline.read_own_sources()
         return module
 
@@ -421,8 +421,8 @@ def test_a_file_that_is_edited_during_the_run_does_not_change_the_hash(
 
 def test_the_sources_are_read_before_main_runs(import_source):
     import_source(OWN_NETWORK)
-    pipeline.SOURCES.clear()
-    assert pipeline.run(lambda: pipeline.SOURCES["own_network"]) == OWN_NETWORK
+    pipeline.MODULE_TEXTS.clear()
+    assert pipeline.run(lambda: pipeline.MODULE_TEXTS["own_network"]) == OWN_NETWORK
 
 
 def test_a_network_without_a_file_is_refused(monkeypatch):

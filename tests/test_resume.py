@@ -216,7 +216,7 @@ def test_a_training_by_other_code_of_train_is_another_one(monkeypatch, old, new,
     before = described()
     source = pipeline.source_of("train")
     assert old in source
-    monkeypatch.setitem(pipeline.SOURCES, "train", source.replace(old, new))
+    monkeypatch.setitem(pipeline.MODULE_TEXTS, "train", source.replace(old, new))
     after = described()
     assert (before.pop("code") != after.pop("code")) == is_another and before == after
 

@@ -312,6 +312,22 @@ def test_only_ctrl_z_without_shift_takes_back(browser, tmp_path):
 
 
 @in_browser
+def test_a_notice_disappears_when_it_is_no_longer_true(browser, tmp_path):
+    open_new_page(browser, tmp_path, ["cat", "dog"], count=2)
+    box = browser.find_element("css selector", "header input[type=checkbox]")
+    box.click()  # shows undecided suspects only
+    browser.find_element("css selector", "body").click()
+    press(browser, "k", "k")
+    assert notice(browser).startswith("No suspect matches the filter")
+    press(browser, "u")
+    assert notice(browser) == ""
+    press(browser, "k")
+    assert notice(browser).startswith("No suspect matches the filter")
+    box.click()
+    assert notice(browser) == ""
+
+
+@in_browser
 @pytest.mark.parametrize("typed", ["dog", "do"], ids=["a class", "no class"])
 def test_escape_drops_the_name_in_the_field(browser, tmp_path, typed):
     open_new_page(browser, tmp_path, ["cat", "dog", "owl"])
