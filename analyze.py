@@ -104,8 +104,8 @@ def add_model_flags(group):
         type=pipeline.number_or_word(pipeline.positive_int, "auto"),
         default="auto",
         metavar="N",
-        help="number of queries whose gradients are held in memory, on a CPU at most 2 GB; auto: "
-        "2 GB on a CPU, 1000 queries on a GPU, or more if --eigenvector_fraction is below 1 "
+        help="number of queries whose gradients are held in memory; on a CPU, only as many as fit "
+        "into 2 GB; auto: on a CPU as many as fit, on a GPU 1000 / eigenvector_fraction "
         "(default: %(default)s)",
     )
 
