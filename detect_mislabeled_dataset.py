@@ -1099,7 +1099,12 @@ function undo() {
     say("");
     readStorage();
     setRows(last.rows);
-    go(last.card);
+    current = last.card;
+    if (isShown(current)) {
+        go(current);
+    } else {
+        goToUndecided();
+    }
 }
 
 function decide(newLabel) {
@@ -1308,6 +1313,7 @@ function splitLine(line, separator) {
     const plainCell = `(?<plain>(?! *")[^${end}]*)`;
     // Either cell with the separator behind it: `a.png,`.
     const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})${end}`, "y");
+    // Then each cell has a separator behind it, the last one, too.
     const text = line + separator;
     const cells = [];
     while (nextCell.lastIndex < text.length) {
@@ -1419,12 +1425,14 @@ function findKey(lineName, name, cardsByKey) {
 // Throws a sentence if the label is not that of the card.
 function readRow(lineName, cells, card) {
     const label = cells.label?.trim() ? findClass(lineName, cells.label) : "";
-    if (label && card?.fileLabel && label !== card.fileLabel) {
-        throw new Error(`${lineName}: the label here is “${card.fileLabel}”, not “${label}”`);
+    // Empty if the image is not on this page, or if corrections were applied.
+    const known = card?.fileLabel ?? "";
+    if (label && known && label !== known) {
+        throw new Error(`${lineName}: the label here is “${known}”, not “${label}”`);
     }
     const isExcluded = cells.new_label.trim() === leaveOut;
     const newLabel = isExcluded ? leaveOut : findClass(lineName, cells.new_label);
-    return [card?.fileLabel || label, newLabel];
+    return [known || label, newLabel];
 }
 
 // Returns the rows by key, and the number of rows without a decision, whose new_label is empty.
@@ -1530,10 +1538,13 @@ document.addEventListener("keydown", (event) => {
     }
     const prefix = isWithCtrl ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
-    // Elements that handle keys themselves: buttons and links take Enter, and others take all keys.
+    // The lists and the field handle all keys but Escape; buttons and links handle Enter.
     const takesAllKeys = event.target.matches("select, #other");
     const takesEnter = takesAllKeys || event.target.matches("button, a");
-    const isTaken = event.key === "Enter" ? takesEnter : takesAllKeys && event.key !== "Escape";
+    let isTaken = takesAllKeys && event.key !== "Escape";
+    if (event.key === "Enter") {
+        isTaken = takesEnter;
+    }
     if (!action || isTaken) {
         return;
     }
@@ -1578,7 +1589,7 @@ byId("file").addEventListener("change", (event) => {
 
 byId("other").addEventListener("change", (event) => {
     const name = event.target.value;
-    // Ready for the next name; the list shows only classes that begin with the text in the field.
+    // An empty field lists all classes again; with a text, it lists only those that match.
     event.target.value = "";
     try {
         decide(findClass("Another class", name));

@@ -1044,9 +1044,9 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # exif_transpose rotates by the EXIF tags. It also rewrites the EXIF bytes, and fails if
-            # they are malformed. So getexif reads the tags first: `image` keeps them, and of
-            # malformed bytes those before the fault. Then the bytes are removed.
+            # getexif reads the EXIF tags and caches them in `image`; if the EXIF bytes are
+            # malformed, it caches the tags before the fault. Then the bytes are removed, so
+            # exif_transpose rotates by the cached tags, and has no bytes to rewrite.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1091,7 +1091,7 @@ def has_deep_colour(image, path):
     if image.format == "JPEG2000":
         # The code stream begins with two markers: its start, and the image size (SIZ) segment.
         _, _, size_segment = Path(path).read_bytes().partition(b"\xff\x4f\xff\x51")
-        depth_offset = 38  # of the first channel: behind length, profile, 8 sizes, channel count
+        depth_offset = 2 + 2 + 8 * 4 + 2  # bytes of length, profile, 8 sizes, channel count
         depth = size_segment[depth_offset]
         bits = (depth & 0x7F) + 1  # the highest bit states whether values have a sign
         return bits > 8
@@ -1370,7 +1370,7 @@ class ExampleFinder:
             named = index
             position = self.find_index(row_name, path, index)
         if position == HELD_OUT:
-            raise OtherImage(f"{row_name}: {path} is held out as the test split")
+            raise OtherImage(f"{row_name}: {path} is a test image")
         if position in self.used:
             raise UserError(f"{row_name}: image {named} has a row before this one")
         self.used.add(position)
@@ -1569,9 +1569,9 @@ def has_labels_of(metadata, path):
         return hashlib.sha256(content).hexdigest() == metadata["labels_sha256"]
     if Path(path).is_dir():
         raise unreadable_labels(path, "it is a folder")
-    is_pipe = Path(path).exists()
-    if not is_pipe and path != trained_path:
+    if not Path(path).exists() and path != trained_path:
         raise unreadable_labels(path, "no such file")
+    # It is a pipe, or the file that train.py read and that is gone.
     if is_main_process():
         print(f"{path} cannot be read again: the labels in the checkpoint are used")
     return True
@@ -1766,7 +1766,10 @@ def construct_model(name, num_classes):
 
 
 def check_parts(network):
-    """Raises ValueError if parts are missing; its text completes "must return ..."."""
+    """Raises ValueError if parts are missing.
+
+    The error's text continues the sentence "must return ..." of `construct_model`.
+    """
     for part in ("features", "head"):
         if not isinstance(getattr(network, part, None), nn.Module):
             raise ValueError(
@@ -1782,9 +1785,10 @@ def check_parts(network):
 
 @torch.no_grad()
 def check_shapes(network, num_classes):
-    """Raises ValueError, whose text is what a network must be, if a shape is wrong.
+    """Raises ValueError if a shape is wrong.
 
-    Checks it on a copy, because a forward pass may change the buffers of a module.
+    The error's text continues the sentence "must return ..." of `construct_model`. The check uses a
+    copy, because a forward pass may change the buffers of a module.
     """
     model = ImageClassifier(copy.deepcopy(network)).eval()
     try:
@@ -1885,7 +1889,8 @@ def code_digest(model, entry_points=()):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # The headings. These two literals are no headings: they contain a backslash and an n.
+    # Finds the headings, and not these two lines: in the text of this file, they contain a
+    # backslash and an n, and no line break.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -2071,9 +2076,9 @@ def earlier_models(path, model, snapshots, num_models):
     """
     num_kept = len(snapshots) + 1  # with the final network
     if num_models > num_kept:
-        advice = f"give --snapshots {num_kept} or less"
+        advice = f"give at most {num_kept}"
         if num_models <= 3:  # what a longer training keeps
-            advice += ", or train for four epochs or more"
+            advice += ", or train again, for four epochs or more"
         raise UserError(
             f"--snapshots {num_models}: {path} keeps {num_kept} networks of its training: {advice}"
         )
@@ -2465,7 +2470,8 @@ class CovarianceSums(BatchHooks, CovarianceTracker):
     def update(self, a, g):
         activations = a.flatten(0, -2)  # (B * T, or B * groups * T, I)
         gradients = g.flatten(0, 1)  # (B * T, O)
-        with covariance_product_precision(self.module.dtypes.covariances == torch.bfloat16):
+        round_on_cpu = self.module.dtypes.covariances == torch.bfloat16
+        with covariance_product_precision(round_on_cpu):
             a_product = symmetric_product(activations)
             g_product = symmetric_product(gradients)
         self.add(constants.ACTIVATION_COVARIANCE_MATRIX_NAME, a_product)
@@ -2582,10 +2588,10 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    `differentiate` runs one backward pass for each image. The gradient of this pass is zero in the
-    rows of all other images, so the sum over the passes holds the rows of all images. It comes from
-    a hook on the output: autograd.grad cannot be asked for it, because a later in-place layer may
-    overwrite the output.
+    `differentiate` runs one backward pass for each image. In each pass, the output's gradient is
+    zero except in the row of that image, so the sum over the passes holds the rows of all images.
+    This gradient comes from a hook on the output: autograd.grad cannot be asked for it, because a
+    later in-place layer may overwrite the output.
     """
 
     def __init__(self, inputs, output):
@@ -2854,10 +2860,11 @@ class InfluenceRun(TrainedModel):
     def cached_folder(self, prefix, kind, settings, compute):
         """Returns the folder of factors or scores; calls `compute(name, batch_size)` if needed.
 
-        The folder's name begins with `prefix`, "factors_" or "scores_". kronfluence adds it itself,
-        so `compute` gets a name without it. Then comes `kind`, "self_", "pairwise_" or nothing. The
-        name ends with a hash of `settings` and `depends_on`. The folder is created under another
-        name and renamed when it is complete: so a folder with this name is complete.
+        The folder's name is `<prefix><kind><strategy>-<dtype>-<hash>`: `prefix` is "factors_" or
+        "scores_", `kind` is "self_", "pairwise_" or nothing, and the hash is that of `settings` and
+        `depends_on`. `compute` gets a name without `prefix`, because kronfluence adds that itself.
+        The folder is created under another name and renamed when it is complete: so a folder with
+        this name is complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -2902,9 +2909,10 @@ class InfluenceRun(TrainedModel):
 
     @contextlib.contextmanager
     def phase(self, phase, name):
-        """Adds the seconds of the block to a phase, and checks the factors or scores of that name.
+        """Adds the seconds of the block to a phase, and checks the files that the block wrote.
 
-        Raises NumericalError if they contain a NaN or an infinity.
+        name: the one that `cached_folder` gave to `compute`; the files are in `factors_<name>` or
+        `scores_<name>`. Raises NumericalError if they contain a NaN or an infinity.
         """
         with timed(self.seconds, phase):
             yield
@@ -2989,10 +2997,11 @@ class InfluenceRun(TrainedModel):
     def queries_computed(self, query_batch_size, eigenvector_fraction):
         """Returns for how many queries this process computes gradients at a time.
 
-        It is the number of queries held in memory, divided by the number of processes: these
-        exchange their gradients, so each one holds all. The number held on a CPU is what fits into
-        CPU_QUERY_BYTES, and at most `query_batch_size` if that is a number. On a GPU it is
-        `query_batch_size`, and for "auto" it is GPU_QUERIES / `eigenvector_fraction`.
+        Each process computes a share of the queries, and receives the gradients of the others, so
+        it holds all of them. The share is the number of queries held, divided by the number of
+        processes. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at most
+        `query_batch_size` if that is a number. On a GPU: `query_batch_size`, or for "auto"
+        GPU_QUERIES / `eigenvector_fraction`.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
@@ -3089,12 +3098,12 @@ def remove_if_damaged(folder):
             return
 
 
-def load_runs(args, seconds, snapshots=1):
+def load_runs(args, seconds, models_per_checkpoint=1):
     """Returns an InfluenceRun for each model that the flags of `influence_parser` name.
 
     With `--factor_strategy none`, returns a TrainedModel for each. Also returns the metadata of
-    each checkpoint, and the training images, ImageData on the CPU. `snapshots` is the number of
-    models per checkpoint.
+    each checkpoint, and the training images, ImageData on the CPU. `models_per_checkpoint`: as in
+    `load_models`.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -3114,7 +3123,7 @@ def load_runs(args, seconds, snapshots=1):
         model_name=args.model,
         fraction=args.corrupt_percentage,
         labels_file=args.noisy_labels,
-        snapshots=snapshots,
+        models_per_checkpoint=models_per_checkpoint,
     )
     runs = construct_runs(
         models,
@@ -3166,10 +3175,10 @@ def require_different_models(runs):
         )
 
 
-def load_models(paths, device, clean, *, model_name, fraction, labels_file, snapshots):
+def load_models(paths, device, clean, *, model_name, fraction, labels_file, models_per_checkpoint):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    `snapshots` is the number of models per checkpoint: the last models that its training kept. The
+    Of each checkpoint, the last `models_per_checkpoint` models are used that its training kept. The
     other arguments are those of `load_trained`. Raises UserError if the models were not trained
     alike.
     """
@@ -3184,8 +3193,8 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, snap
             fraction=fraction,
             labels_file=labels_file,
         )
-        kept = model_metadata.get("snapshots", {})  # an earlier train.py kept none
-        models += [*earlier_models(path, model, kept, snapshots), model]
+        snapshots = model_metadata.get("snapshots", {})  # an earlier train.py kept none
+        models += [*earlier_models(path, model, snapshots, models_per_checkpoint), model]
         metadata.append(model_metadata)
     for path, model_metadata in zip(paths, metadata, strict=True):
         words = ""
@@ -3221,10 +3230,12 @@ MAX_NAME = 16  # characters of a class name in a figure
 def timed(seconds, phase):
     """Adds the wall-clock seconds of the block to `seconds[phase]`; `phase` is one of PHASES."""
     start = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+    try:
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    finally:  # the time also counts if memory was full, and the block runs again
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def result_folder(runs):

@@ -169,8 +169,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    Its entry `recipe` is not the name alone, but a dictionary of the flags that decide how a
-    network is trained.
+    Its entry `recipe` is a dictionary: the name of `--recipe`, and the hyperparameters. The
+    hyperparameters are also entries of their own.
     """
     hyperparameters = hyperparameters_of(recipe)
     training_flags = {"recipe": args.recipe, **hyperparameters}
@@ -534,6 +534,7 @@ class SavedTraining:
         self.run = run
         self.start = time.perf_counter()
         self.seconds_before = 0.0
+        self.is_written = False  # whether the file holds a state of this run
 
     @property
     def seconds(self):
@@ -546,6 +547,7 @@ class SavedTraining:
         if content is None:
             return
         training.load_state_dict(content["state"])
+        self.is_written = True
         self.seconds_before = content["seconds"]
         print(f"continuing after epoch {training.epochs_done} of {len(training.margins)}")
 
@@ -579,10 +581,15 @@ class SavedTraining:
         digest = hashlib.sha256(body.getbuffer()).digest()
         with pipeline.atomic_path(self.path) as temporary:
             temporary.write_bytes(digest + body.getvalue())
+        self.is_written = True
 
     def delete(self):
-        """Removes the file, after the training is complete or has diverged."""
-        self.path.unlink(missing_ok=True)
+        """Removes the file, after the training is complete or has diverged.
+
+        A file of another training stays: the training may have diverged in its first epoch.
+        """
+        if self.is_written:
+            self.path.unlink(missing_ok=True)
 
 
 def describe_run(settings, model, data, dtype):

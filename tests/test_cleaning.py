@@ -299,7 +299,7 @@ def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
 
 
 def test_the_sentence_says_that_an_image_is_in_the_test_split(written, photos):
-    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is held out as the test split"):
+    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is a test image"):
         read(written("path,new_label", f"{photos[1].paths[0]},cat"), *photos)
 
 

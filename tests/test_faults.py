@@ -238,6 +238,16 @@ def test_a_full_gpu_ends_the_run_in_one_sentence(capsys, sign):
     assert stop.value.code == 1 and "error: out of memory: free some" in capsys.readouterr().err
 
 
+def test_the_seconds_of_a_block_that_fails_count(monkeypatch):
+    """Such as those of a phase whose memory was full, and which runs again."""
+    seconds = {"scores": 1.0}
+    times = iter([10.0, 15.0])
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    with pytest.raises(MemoryError), pipeline.timed(seconds, "scores"):
+        raise MemoryError
+    assert seconds == {"scores": 6.0}
+
+
 def test_full_memory_is_not_reported_as_a_damaged_checkpoint(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")

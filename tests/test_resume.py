@@ -353,6 +353,16 @@ def test_a_training_that_diverged_is_not_continued(reference, tmp_path):
     assert content(tmp_path / CHECKPOINT) == reference
 
 
+def test_a_training_that_diverges_at_once_leaves_the_state_of_another_one(reference, tmp_path):
+    train_until(tmp_path, 8)
+    state = (tmp_path / STATE).read_bytes()
+    stopped = run(tmp_path, TRAIN, *FLAGS, "--learning_rate", 1e30)
+    assert stopped.status == 1 and "the training diverged in epoch 1" in stopped.err
+    assert (tmp_path / STATE).read_bytes() == state
+    assert f"\ncontinuing after epoch 2 of {EPOCHS}\n" in succeed(tmp_path, TRAIN, *FLAGS)
+    assert content(tmp_path / CHECKPOINT) == reference
+
+
 def test_after_a_full_disk_the_training_continues(reference, tmp_path):
     """There is no room for the state after epoch 3; that of epoch 2 is still there."""
     with pytest.MonkeyPatch.context() as patch:

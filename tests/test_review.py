@@ -328,6 +328,24 @@ def test_a_notice_disappears_when_it_is_no_longer_true(browser, tmp_path):
 
 
 @in_browser
+def test_undo_of_a_hidden_card_goes_to_a_card_that_is_shown(browser, tmp_path):
+    open_new_page(browser, tmp_path, ["cat", "dog"])
+    press(browser, "k")
+    first = texts(browser, "h2")[0]
+    labels = browser.execute_script("return cards.map((card) => card.label)")
+    other = next(label for label in labels if label != labels[0])
+    script = (
+        "const list = document.getElementById('filter'); list.value = arguments[0];"
+        "list.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
+    browser.execute_script(script, other)
+    assert first not in texts(browser, "h2")
+    press(browser, "u", "k")  # the second key decides a card that is shown
+    assert texts(browser, "#counts") == ["1 of 12 decided, 0 changed, 0 left out"]
+    assert "kept" in " ".join(texts(browser, "h2"))
+
+
+@in_browser
 @pytest.mark.parametrize("typed", ["dog", "do"], ids=["a class", "no class"])
 def test_escape_drops_the_name_in_the_field(browser, tmp_path, typed):
     open_new_page(browser, tmp_path, ["cat", "dog", "owl"])
