@@ -322,7 +322,8 @@ class Training:
     """The state of a training after a whole number of epochs, and what each step needs.
 
     generator: draws the batches. margins: float16 [epochs, N], NaN for epochs that are still to
-    come. snapshots: a dictionary from epochs of `snapshot_epochs` to weights on the CPU by name.
+    come. label_smoothing: as in Recipe. snapshots: a dictionary from epochs of `snapshot_epochs` to
+    weights on the CPU by name.
     """
 
     model: nn.Module

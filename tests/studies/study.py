@@ -249,10 +249,11 @@ def partner_of(label, names):
     return (label + 1) % len(names)
 
 
-def write_labels(trainer, store, args, *, noise, fraction):
-    """Writes labels with a kind of noise to a file for `--noisy_labels`."""
+def write_labels(trainer, store, args, *, noise):
+    """Writes labels with a noise of NOISES to a file for `--noisy_labels`."""
     clean = trainer.clean
-    data = corrupt(clean, noise, fraction, args.corruption_seed)
+    kind, fraction = noise
+    data = corrupt(clean, kind, fraction, args.corruption_seed)
     names = [clean.class_names[label] for label in data.labels]
     path = store.folder / "labels.csv"
     rows = zip(clean.dataset_index.tolist(), clean.paths, names, strict=True)
@@ -768,8 +769,8 @@ def spread(values, digits, unit=""):
 
 # For each study, the function that computes it, and the function that prints its table.
 STUDIES = {
-    "symmetric": (partial(write_labels, noise="symmetric", fraction=0.1), None),
-    "asymmetric": (partial(write_labels, noise="asymmetric", fraction=0.2), None),
+    "symmetric": (partial(write_labels, noise=NOISES[0]), None),
+    "asymmetric": (partial(write_labels, noise=NOISES[1]), None),
     "detection": (detection, print_detection),
     "cleaning": (cleaning, print_cleaning),
     "retraining": (retraining, print_retraining),
