@@ -2282,6 +2282,23 @@ def convolution_patches(layer, inputs):
     return windows.reshape(batch, layer.groups, height * width, -1)
 
 
+def rotated_patches(layer, inputs, q_a):
+    """Returns A Q_A: the patches in the basis of the eigenvectors, [B, T, c] or [B, groups, T, c].
+
+    inputs, patches A: as for `patches`; the columns of q_a [I, c] are eigenvectors. A convolution
+    with the eigenvectors as filters gives the same result, and copies no patches.
+    """
+    is_linear = isinstance(layer, nn.Linear)
+    if is_linear or layer.groups > 1 or layer.padding_mode != "zeros":
+        return patches(layer, inputs) @ q_a
+    rows, bias = q_a.T, None
+    if layer.bias is not None:
+        rows, bias = q_a[:-1].T, q_a[-1]
+    filters = rows.unflatten(1, (*layer.kernel_size, layer.in_channels)).permute(0, 3, 1, 2)
+    rotated = F.conv2d(inputs, filters, bias, layer.stride, layer.padding, layer.dilation)
+    return by_position(layer, rotated)
+
+
 def by_position(layer, gradient):
     """Returns the gradient of a layer's output, [B, O, H', W'] or [B, ..., O], as [B, T, O]."""
     if isinstance(layer, nn.Linear):
@@ -2419,13 +2436,17 @@ class BatchHooks:
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
             g = by_position(layer, gradient.to(dtype))
-            self.update(patches(layer, activation.to(dtype)), g)
+            self.update(self.layer_inputs(layer, activation.to(dtype)), g)
 
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
             outputs.register_hook(lambda gradient: backward_hook(activation, gradient))
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
+
+    def layer_inputs(self, layer, activation):
+        """Returns the patches a of a layer's input, for `update`."""
+        return patches(layer, activation)
 
     def factor(self, name, target):
         """Returns a factor after `factor.to(target)`, or None if the strategy has no such factor.
@@ -2439,7 +2460,10 @@ class BatchHooks:
         return storage[name]
 
     def eigenvectors(self, g):
-        """Returns Q_A [I, c] and Q_G [O, O] in the dtype of g; None if the strategy has none."""
+        """Returns Q_A [I, c] and Q_G [O, O] in the dtype of g; None if the strategy has none.
+
+        g: any tensor of the batch.
+        """
         q_a = self.factor(constants.ACTIVATION_EIGENVECTORS_NAME, g)
         q_g = self.factor(constants.GRADIENT_EIGENVECTORS_NAME, g)
         return q_a, q_g
@@ -2535,13 +2559,17 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 
 
 class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
+    """If only some eigenvectors are kept, a is A Q_A, with c columns, as in `rotated_patches`."""
+
+    def layer_inputs(self, layer, activation):
+        q_a, _ = self.eigenvectors(activation)
+        if is_truncated(q_a):
+            return rotated_patches(layer, activation, q_a)
+        return super().layer_inputs(layer, activation)
+
     def update(self, a, g):
         storage = self.module.storage
-        q_a, _ = self.eigenvectors(g)
-        if is_truncated(q_a):
-            gradient = input_rotated_gradient(a, g, q_a).flatten(1)  # (B, O*c)
-        else:
-            gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I)
+        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
         # A list, one tensor for each batch of queries: (queries, O, I), truncated (queries, O, c).
         batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([queries.flatten(1) @ gradient.T for queries in batches])
