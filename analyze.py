@@ -62,6 +62,12 @@ def parse_arguments():
         help="keep only this fraction of the eigenvectors of each layer's input covariance, those "
         "with the largest eigenvalues: faster, with less memory (default: %(default)s, all)",
     )
+    parser.groups["curvature"].add_argument(
+        "--index",
+        action="store_true",
+        help="keep the gradients of all training images in files: the next analyses, of any "
+        "queries, then take seconds; advisable with a low --eigenvector_fraction",
+    )
     args = parser.parse_args()
     has_eigenvectors = args.factor_strategy in pipeline.EIGENVECTOR_STRATEGIES
     if args.eigenvector_fraction < 1 and not has_eigenvectors:
@@ -69,6 +75,8 @@ def parse_arguments():
             f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
             "choose another strategy"
         )
+    if args.index and pipeline.number_of_processes() > 1:
+        parser.error("argument --index: one process makes the index; start it without torchrun")
     return args
 
 
@@ -257,6 +265,7 @@ def main():
             args.query_batch_size,
             args.damping_factor,
             args.eigenvector_fraction,
+            args.index,
         )
         for run in runs
     ]

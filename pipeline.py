@@ -51,9 +51,18 @@ from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.module.tracked_module import ModuleMode, TrackedModule
 from kronfluence.module.tracker.factor import CovarianceTracker, LambdaTracker
+from kronfluence.module.tracker.gradient import GradientTracker
 from kronfluence.module.tracker.pairwise_score import PairwiseScoreTracker
 from kronfluence.module.tracker.precondition import PreconditionTracker
 from kronfluence.module.tracker.self_score import SelfScoreTracker
+from kronfluence.module.utils import (
+    get_tracked_module_names,
+    prepare_modules,
+    set_factors,
+    set_mode,
+    update_factor_args,
+    update_score_args,
+)
 from kronfluence.task import Task
 from kronfluence.utils import constants
 from kronfluence.utils.dataset import DataLoaderKwargs, find_executable_batch_size
@@ -2215,6 +2224,7 @@ def computation_dtypes(dtype, strategy):
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
+# IndexedGradient      G, for an index                                  [B, O, I]
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
 # columns of lambda. Then P [Q, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
@@ -2558,8 +2568,8 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
 
 
-class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
-    """If only some eigenvectors are kept, a is A Q_A, with c columns, as in `rotated_patches`."""
+class TruncatedHooks(BatchHooks):
+    """If only some eigenvectors are kept, `update` gets A Q_A in place of the patches A."""
 
     def layer_inputs(self, layer, activation):
         q_a, _ = self.eigenvectors(activation)
@@ -2567,6 +2577,13 @@ class PairwiseInfluence(BatchHooks, PairwiseScoreTracker):
             return rotated_patches(layer, activation, q_a)
         return super().layer_inputs(layer, activation)
 
+
+class IndexedGradient(TruncatedHooks, GradientTracker):
+    def update(self, a, g):
+        self.module.storage[constants.AGGREGATED_GRADIENT_NAME] = per_sample_gradient(a, g)
+
+
+class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
     def update(self, a, g):
         storage = self.module.storage
         gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
@@ -2600,6 +2617,7 @@ def install_trackers(module, dtypes):
         ModuleMode.SELF_SCORE: SelfInfluence(module),
         ModuleMode.PRECONDITION_GRADIENT: PreconditionedQuery(module),
         ModuleMode.PAIRWISE_SCORE: PairwiseInfluence(module),
+        ModuleMode.GRADIENT_AGGREGATION: IndexedGradient(module),
     }
 
 
@@ -2765,6 +2783,7 @@ def fixed_parameters(model, tracked):
 FACTORS_SEED = 17  # draws the images of --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # with this limit, a run on the CPU stays below 6 GB
 GPU_QUERIES = 1000  # held on a GPU by default: 9 GB in float32
+INDEX_DTYPE = torch.bfloat16
 QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is the number held in memory
 
 
@@ -2987,6 +3006,12 @@ class InfluenceRun(TrainedModel):
         """Fits the factors, and returns the name by which kronfluence loads them."""
         return self.fit_factors().name.removeprefix("factors_")
 
+    def numbers_per_image(self, eigenvector_fraction):
+        """Returns how many numbers the gradient of one image has, over all layers."""
+        return sum(
+            outputs * num_kept(inputs, eigenvector_fraction) for outputs, inputs in self.layer_sizes
+        )
+
     def score_arguments(self, damping_factor, **settings):
         """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
 
@@ -3036,59 +3061,175 @@ class InfluenceRun(TrainedModel):
         elif self.data.images.is_cuda:
             held = query_batch_size
         else:
-            elements = sum(
-                outputs * num_kept(inputs, eigenvector_fraction)
-                for outputs, inputs in self.layer_sizes
-            )
-            held = CPU_QUERY_BYTES // (elements * self.dtype.itemsize)
+            numbers = self.numbers_per_image(eigenvector_fraction)
+            held = CPU_QUERY_BYTES // (numbers * self.dtype.itemsize)
             if query_batch_size != "auto":
                 held = min(held, query_batch_size)
         return max(1, held // self.analyzer.state.num_processes)
 
     def pairwise_influence(
-        self, query_data, query_batch_size, damping_factor, eigenvector_fraction=1.0
+        self,
+        query_data,
+        query_batch_size,
+        damping_factor,
+        eigenvector_fraction=1.0,
+        with_index=False,
     ):
         """Returns the influence of each training image on each query, and its file.
 
         Scores are float32 [num_query, num_train]. The gradients of `query_batch_size` queries (9 MB
         each in float32) are held at a time, on a CPU at most 2 GB of them; `queries_computed`
-        describes "auto". For each of these batches, all training gradients are computed again.
-        `damping_factor` is a number or "heuristic". `eigenvector_fraction` is the fraction of each
-        layer's input eigenvectors to keep, those with the largest eigenvalues; the gradients of
-        queries shrink by this factor. A fraction below 1 needs one of EIGENVECTOR_STRATEGIES.
-        Raises NumericalError if a score is NaN.
+        describes "auto". For each of these batches, all training gradients are computed again, or
+        read from a GradientIndex (`with_index`). `damping_factor` is a number or "heuristic".
+        `eigenvector_fraction` is the fraction of each layer's input eigenvectors to keep, those
+        with the largest eigenvalues; the gradients of queries shrink by this factor. A fraction
+        below 1 needs one of EIGENVECTOR_STRATEGIES. Raises NumericalError if a score is NaN, and
+        UserError if the disk has no space for the index.
         """
-        factors_name = self.factors_name()
-        # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`.
-        computed = self.queries_computed(query_batch_size, eigenvector_fraction)
-        steps = math.ceil(computed / QUERY_CHUNK)
-        chunk = min(computed // steps, len(query_data))
         queries = InfluenceDataset(query_data, self.dataset.seed)
-        args = self.score_arguments(
-            damping_factor,
-            query_gradient_accumulation_steps=steps,
-            eigenvector_fraction=eigenvector_fraction,
-        )
-
-        def compute(name, batch_size):
-            # If memory is full, batches of queries shrink as batches of training images do.
-            query_chunk = max(1, chunk * batch_size // self.batch_size)
-            with self.phase("scores", name):
-                self.analyzer.compute_pairwise_scores(
-                    name,
-                    factors_name,
-                    queries,
-                    self.dataset,
-                    query_chunk,
-                    batch_size,
-                    score_args=args,
-                )
-
+        computed = self.queries_computed(query_batch_size, eigenvector_fraction)
+        args = self.score_arguments(damping_factor, eigenvector_fraction=eigenvector_fraction)
         settings = ["pairwise", args.damping_factor, eigenvector_fraction, query_data.digest]
+        if with_index:
+            settings.append("index")
+            index = GradientIndex(self, args)
+            compute = partial(index.write_scores, queries, computed)
+        else:
+            compute = partial(
+                self.write_pairwise_scores, self.factors_name(), queries, computed, args
+            )
         folder = self.cached_folder("scores_", "pairwise_", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
+
+    def write_pairwise_scores(self, factors_name, queries, computed, args, name, batch_size):
+        """Computes pairwise scores by kronfluence, in the folder `scores_<name>`.
+
+        computed: for how many queries gradients are computed at a time; args: InfluenceArguments;
+        batch_size: number of training images.
+        """
+        # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
+        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`.
+        steps = math.ceil(computed / QUERY_CHUNK)
+        chunk = min(computed // steps, len(queries))
+        # If memory is full, batches of queries shrink as batches of training images do.
+        chunk = max(1, chunk * batch_size // self.batch_size)
+        with self.phase("scores", name):
+            self.analyzer.compute_pairwise_scores(
+                name,
+                factors_name,
+                queries,
+                self.dataset,
+                chunk,
+                batch_size,
+                score_args=replace(args, query_gradient_accumulation_steps=steps),
+            )
+
+
+class GradientIndex:
+    """The gradients of an InfluenceRun's training images, in files: [num_train, D] in INDEX_DTYPE.
+
+    A gradient has D numbers: the concatenated layers, each [O, c] of the kept eigenvectors. A score
+    is its dot product with the preconditioned gradient of a query. So the training images are
+    needed only once, for any number of queries. args: InfluenceArguments.
+    """
+
+    def __init__(self, run, args):
+        self.run = run
+        self.args = args
+        self.folder = self.built()
+
+    def built(self):
+        """Returns the folder of the index, which is built if it is missing."""
+        self.run.fit_factors()
+        return self.run.cached_folder("index_", "", [self.args.eigenvector_fraction], self.build)
+
+    def build(self, name, batch_size):
+        """Writes one file for each batch of training images to the folder `index_<name>`."""
+        run = self.run
+        self.require_space()
+        folder = run.folder / f"index_{name}"
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt with larger batches
+        make_folder(folder)
+        batches = self.gradients(run.dataset, batch_size, ModuleMode.GRADIENT_AGGREGATION)
+        with run.phase("index", name):
+            for number, gradients in enumerate(batches):
+                path = folder / f"gradients_{number:06d}.safetensors"
+                save_file({"gradients": gradients.to("cpu", INDEX_DTYPE)}, path)
+
+    def require_space(self):
+        """Prints the size of the index. Raises UserError if the disk has less space."""
+        run = self.run
+        numbers = len(run.dataset) * run.numbers_per_image(self.args.eigenvector_fraction)
+        size = numbers * INDEX_DTYPE.itemsize
+        free = shutil.disk_usage(run.folder).free
+        if size > free:
+            raise UserError(
+                f"--index needs {size / 1e9:.1f} GB in {run.folder}, but only {free / 1e9:.1f} GB "
+                "are free: choose a lower --eigenvector_fraction"
+            )
+        print(f"The index takes {size / 1e9:.1f} GB in {run.folder}")
+
+    def gradients(self, dataset, batch_size, mode):
+        """Yields the gradients of a data set's images, [B, D] for each batch.
+
+        mode: GRADIENT_AGGREGATION, for gradients of the training loss; PRECONDITION_GRADIENT, for
+        preconditioned gradients of the measurement.
+        """
+        model, task = self.run.analyzer.model, self.run.analyzer.task
+        compute, name = task.compute_train_loss, constants.AGGREGATED_GRADIENT_NAME
+        if mode == ModuleMode.PRECONDITION_GRADIENT:
+            compute, name = task.compute_measurement, constants.PRECONDITIONED_GRADIENT_NAME
+        self.load_factors(mode)
+        layers = [module for module in model.modules() if isinstance(module, TrackedModule)]
+        starts = range(0, len(dataset), batch_size)
+        for start in tqdm(starts, "Computing gradients", unit="batch", leave=False):
+            end = min(start + batch_size, len(dataset))
+            batch = dataset.__getitems__(range(start, end))
+            model.zero_grad(set_to_none=True)
+            compute(batch, model).backward()  # the trackers write to the storage of their layers
+            yield torch.cat([layer.storage[name].flatten(1) for layer in layers], 1)
+        set_mode(model, ModuleMode.DEFAULT, release_memory=True)
+
+    def load_factors(self, mode):
+        """Loads the factors into the storage of the layers, for trackers of a ModuleMode."""
+        analyzer, device = self.run.analyzer, self.run.analyzer.state.device
+        model = analyzer.model
+        update_factor_args(model, FactorArguments(strategy=self.run.strategy))
+        update_score_args(model, self.args)
+        set_mode(model, mode, release_memory=True)
+        for name, factors in analyzer.load_all_factors(self.run.factors_name()).items():
+            set_factors(model, name, factors, clone=True)
+        prepare_modules(model, get_tracked_module_names(model), device)
+
+    def write_scores(self, queries, computed, name, batch_size):
+        """Writes the scores of queries, a data set, to the folder `scores_<name>`.
+
+        computed: for how many queries gradients are held at a time, with full batches of training
+        images. If memory is full, they shrink as these batches do.
+        """
+        folder = self.run.folder / f"scores_{name}"
+        make_folder(folder)
+        held = max(1, computed * batch_size // self.run.batch_size)
+        with self.run.phase("scores", name):
+            rows = []
+            for start in range(0, len(queries), held):
+                indices = range(start, min(start + held, len(queries)))
+                rows.append(self.scores(torch.utils.data.Subset(queries, indices)))
+            scores = {constants.ALL_MODULE_NAME: torch.cat(rows)}
+            save_file(scores, folder / "pairwise_scores.safetensors")
+
+    def scores(self, queries):
+        """Returns scores, float32 [num_query, num_train], on the CPU, of queries in a data set."""
+        chunk = min(QUERY_CHUNK, len(queries))
+        batches = self.gradients(queries, chunk, ModuleMode.PRECONDITION_GRADIENT)
+        query_gradients = torch.cat(list(batches))
+        columns = []
+        files = sorted(self.folder.glob("*.safetensors"))
+        for path in tqdm(files, "Reading the index", unit="file", leave=False):
+            gradients = load_file(path)["gradients"].to(query_gradients)
+            columns.append((query_gradients @ gradients.T).to("cpu", self.run.dtypes.sums))
+        return torch.cat(columns, 1)
 
 
 @contextlib.contextmanager

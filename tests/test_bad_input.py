@@ -104,6 +104,11 @@ def test_a_wrong_number_of_processes_is_refused(fails, monkeypatch, processes):
     assert words in fails(name)
 
 
+def test_an_index_is_made_by_one_process_only(fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--index: one process makes the index" in fails(ANALYZE, "--index")
+
+
 # ---- Image folders -------------------------------------------------------------------------------
 
 

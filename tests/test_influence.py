@@ -207,6 +207,67 @@ def test_a_fraction_that_leaves_nothing_out_gives_the_full_scores(make_run, quer
     assert torch.equal(found, full) and other != path
 
 
+@pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
+def test_scores_by_an_index_are_those_without_it(make_run, queries, monkeypatch, strategy):
+    """The index is in float32. The gradients of three queries are held, then that of the last."""
+    monkeypatch.setattr(pipeline, "INDEX_DTYPE", torch.float32)
+    expected, path = make_run(strategy).pairwise_influence(queries, 3, 1e-3)
+    found, other = make_run(strategy).pairwise_influence(queries, 3, 1e-3, with_index=True)
+    assert relative_error(found, expected) < 1e-6 and other != path
+
+
+def test_scores_by_an_index_in_bfloat16_are_close(make_run, queries):
+    expected, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3)
+    found, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert 0 < relative_error(found, expected) < 1e-2
+    files = sorted(make_run().folder.glob("index_*/*"))
+    gradients = torch.cat([load_file(file)["gradients"] for file in files])
+    assert gradients.dtype == torch.bfloat16
+    assert gradients.shape == (NUM_TRAIN, make_run().numbers_per_image(0.3))
+
+
+def test_an_index_is_read_for_other_queries_and_dampings(make_run, queries, monkeypatch):
+    """Training gradients are computed once for each fraction of the eigenvectors."""
+    computed = []
+
+    class Counted(pipeline.IndexedGradient):
+        def update(self, a, g):
+            computed.append(len(g))
+            super().update(a, g)
+
+    monkeypatch.setattr(pipeline, "IndexedGradient", Counted)
+    others = queries.take(torch.arange(2))
+    for fraction, calls in ((0.3, 1), (0.2, 2)):
+        for damping in (1e-3, "heuristic"):
+            for data in (queries, others):
+                make_run().pairwise_influence(data, 3, damping, fraction, with_index=True)
+                assert sum(computed) == 3 * NUM_TRAIN * calls  # of three layers
+
+
+def test_an_index_that_the_disk_has_no_space_for_is_refused_before_it_is_written(
+    make_run, queries, monkeypatch
+):
+    run = make_run()
+    size = 2 * NUM_TRAIN * run.numbers_per_image(0.3)
+    usage = SimpleNamespace(free=size - 1)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(pipeline.UserError, match="choose a lower --eigenvector_fraction"):
+        run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert [path.name.partition("_")[0] for path in run.folder.iterdir()] == ["factors"]
+    usage.free = size
+    run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+
+
+def test_a_damaged_index_is_computed_again(make_run, queries, capsys):
+    first, path = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    first = first.clone()
+    shutil.rmtree(path.parent)
+    file = next(make_run().folder.glob("index_*/*"))
+    os.truncate(file, file.stat().st_size - 1)
+    again, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert torch.equal(first, again) and f"{file} is damaged" in capsys.readouterr().out
+
+
 def test_self_influence_keeps_all_eigenvectors(make_run, queries):
     expected = make_run().self_influence(1e-3)[0].clone()
     run = make_run(folder=make_run().folder / "other")
@@ -314,6 +375,7 @@ def test_a_nan_is_an_error_that_names_its_phase_and_keeps_complete_results(
 def test_the_batch_is_halved_if_it_does_not_fit_into_memory(make_run, queries, monkeypatch, capsys):
     """The CPU raises the error of a full GPU. Scores of smaller batches are the same."""
     expected = make_run().pairwise_influence(queries, 3, 1e-3)[0]
+    monkeypatch.setattr(pipeline, "INDEX_DTYPE", torch.float32)
     whole = pipeline.InfluenceDataset.__getitems__
 
     def limited(dataset, indices):
@@ -322,11 +384,13 @@ def test_the_batch_is_halved_if_it_does_not_fit_into_memory(make_run, queries, m
         return whole(dataset, indices)
 
     monkeypatch.setattr(pipeline.InfluenceDataset, "__getitems__", limited)
-    found, _ = make_run(batch_size=8, folder=make_run().folder / "other").pairwise_influence(
-        queries, 4, 1e-3
-    )
+    run = make_run(batch_size=8, folder=make_run().folder / "other")
+    found, _ = run.pairwise_influence(queries, 4, 1e-3)
     out = capsys.readouterr().out
     assert (
         out.count("going on with batches of 4\n") == out.count("going on with batches of 2\n") == 2
     )
     assert relative_error(found, expected) < 1e-5
+    found, _ = run.pairwise_influence(queries, 4, 1e-3, with_index=True)
+    assert relative_error(found, expected) < 1e-5
+    assert len(list(run.folder.glob("index_*/*"))) == NUM_TRAIN / 2

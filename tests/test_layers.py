@@ -224,28 +224,43 @@ def check_against_dense(folder, name, strategy):
     assert max(errors) < TOLERANCE
 
 
+@pytest.fixture
+def exact_index(monkeypatch):
+    """An index in float64."""
+    monkeypatch.setattr(pipeline, "INDEX_DTYPE", torch.float64)
+
+
 @EVERY_NETWORK
 def test_truncated_ekfac_equals_the_dense_computation_without_the_other_eigenvectors(
-    tmp_path, name
+    tmp_path, name, exact_index
 ):
     check_truncated(tmp_path, name, "ekfac")
 
 
 @pytest.mark.parametrize("name", ["two groups", "depthwise", "attention"])
-def test_truncated_kfac_equals_the_dense_computation_without_the_other_eigenvectors(tmp_path, name):
+def test_truncated_kfac_equals_the_dense_computation_without_the_other_eigenvectors(
+    tmp_path, name, exact_index
+):
     check_truncated(tmp_path, name, "kfac")
 
 
 def check_truncated(folder, name, strategy):
-    """Holds truncated scores to the dense reference, in float64, with both kinds of damping."""
+    """Holds truncated scores to the dense reference, in float64, with both kinds of damping.
+
+    They are computed without an index, and with an index.
+    """
     model = make_network(name)
     data, queries = random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
     layers = dense_layers(model, data, queries)
     run = make_run(folder, model, data, strategy)
     errors = []
     for damping, fraction in (("heuristic", 0.3), (1e-3, 0.3), ("heuristic", 0.8)):
-        found, _ = run.pairwise_influence(queries, QUERY_BATCH_SIZE, damping, fraction)
-        errors.append(relative_error(found, truncated_scores(layers, strategy, damping, fraction)))
+        expected = truncated_scores(layers, strategy, damping, fraction)
+        for with_index in (False, True):
+            found, _ = run.pairwise_influence(
+                queries, QUERY_BATCH_SIZE, damping, fraction, with_index
+            )
+            errors.append(relative_error(found, expected))
         full = dense_scores(layers, strategy, damping)
         assert relative_error(found, full) > 1e-3  # what is left out makes a difference
     print(f"{name:30}  {strategy}, truncated, float64: pairwise {max(errors):.0e}")
