@@ -303,7 +303,8 @@ def explain(runs, data, suspects, damping_factor):
     """Returns the training images that most oppose and most support the label of each suspect.
 
     data: ImageData on the CPU; suspects: positions in `data`, int64 array [M]. The result is a
-    dictionary: for each suspect a list of (rank, position, score), opposing images first. A score
+    dictionary from a suspect's position to a list of (rank, position, score), opposing images
+    first. A score
     is the influence on the log-odds of the label, averaged over the models. The influence of a
     suspect on itself is not used.
     """
@@ -429,7 +430,7 @@ def detection_curve(scores, is_corrupted):
 def mean_ranks(scores):
     """Returns the rank of each score [N], 1 for the lowest; equal scores share their mean rank."""
     _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
+    last = np.cumsum(sizes)  # the ranks of a group of equal scores are first, ..., last
     first = last - sizes + 1
     return ((first + last) / 2)[group]
 
@@ -669,8 +670,8 @@ def plot_curves(path, detection, results):
 def describe_suspects(detection, num_review, cleaned):
     """Returns a dictionary for the card of each suspect, and the positions of all images shown.
 
-    cleaned: whether corrections were applied to the labels. The tile of an image is its index in
-    the list of positions.
+    cleaned: whether corrections were applied to the labels. The page has one picture with all
+    images, in the order of the positions. A card names an image by its tile, its place there.
     """
     suspects = detection.order[:num_review].tolist()
     positions = list(suspects)
@@ -1403,6 +1404,12 @@ function decodePath(path) {
     }
 }
 
+// Whether one path is the end of the other: `train/cat/1.png` of `photos/train/cat/1.png`.
+function haveSameEnd(path, other) {
+    const inFolders = path.includes("/") && other.includes("/");
+    return inFolders && (path.endsWith(`/${other}`) || other.endsWith(`/${path}`));
+}
+
 // Returns the key of the image that a file calls `name`.
 function findKey(lineName, name, cardsByKey) {
     if (name.trim() === "") {
@@ -1413,12 +1420,19 @@ function findKey(lineName, name, cardsByKey) {
         const leadingZeros = /^0+(?=\d)/;
         return name.trim().replace(leadingZeros, "");
     }
-    const spellings = [name, name.trim(), decodePath(name.trim())];
-    const known = spellings.map(sameForm).find((spelled) => cardsByKey.has(spelled));
-    if (known === undefined) {
-        return name; // an image that is not on this page
+    const spellings = [name, name.trim(), decodePath(name.trim())].map(sameForm);
+    const known = spellings.find((spelled) => cardsByKey.has(spelled));
+    if (known !== undefined) {
+        return cardsByKey.get(known).key;
     }
-    return cardsByKey.get(known).key;
+    // The file may name images by absolute paths, or relative to another folder.
+    const similar = [...cardsByKey.keys()].filter((key) =>
+        spellings.some((spelled) => haveSameEnd(key, spelled)),
+    );
+    if (similar.length === 1) {
+        return cardsByKey.get(similar[0]).key;
+    }
+    return name; // an image that is not on this page
 }
 
 // Returns [label, new_label] of a row. card: that of the image, undefined if the page has none.
@@ -1541,11 +1555,9 @@ document.addEventListener("keydown", (event) => {
     // The lists and the field handle all keys but Escape; buttons and links handle Enter.
     const takesAllKeys = event.target.matches("select, #other");
     const takesEnter = takesAllKeys || event.target.matches("button, a");
-    let isTaken = takesAllKeys && event.key !== "Escape";
-    if (event.key === "Enter") {
-        isTaken = takesEnter;
-    }
-    if (!action || isTaken) {
+    const isEnterTaken = takesEnter && event.key === "Enter";
+    const isOtherTaken = takesAllKeys && event.key !== "Escape";
+    if (!action || isEnterTaken || isOtherTaken) {
         return;
     }
     event.preventDefault();

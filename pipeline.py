@@ -449,7 +449,7 @@ def print_machine(device, dtype):
 
 
 def code_of(*names):
-    """Returns the syntax trees of functions and classes of this file, as it was imported: a text.
+    """Returns one text: the syntax trees of functions and classes of this file, as imported.
 
     Decoded images and scores are cached by a hash that includes code (`read_images`,
     `score_code`). A changed comment or docstring leaves these caches valid.
@@ -824,7 +824,7 @@ def refuse_inside_data(flag, folder, dataset_dir):
         top = Path(dataset_dir) / split
         if not top.is_dir():
             continue
-        # All folders below are compared, since links may lead to folders elsewhere.
+        # The target is compared with every folder below, since links may lead to folders elsewhere.
         _, image_folders, _ = list_files(top)
         if any(target.is_relative_to(image_folder) for image_folder in image_folders):
             raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
@@ -894,7 +894,7 @@ def check_class_name(folder, name, class_names):
 
 def contains_line_break(name):
     """Returns whether a name contains a line break, at its end too."""
-    return len(f"{name}.".splitlines()) > 1
+    return len(f"{name}.".splitlines()) > 1  # the dot, because a break at the end is not counted
 
 
 def list_files(folder, listed_before=frozenset()):
@@ -1053,9 +1053,9 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # getexif reads the EXIF tags and caches them in `image`; if the EXIF bytes are
-            # malformed, it caches the tags before the fault. Then the bytes are removed, so
-            # exif_transpose rotates by the cached tags, and has no bytes to rewrite.
+            # exif_transpose also rewrites the EXIF bytes, which fails if they are malformed. So
+            # getexif first reads and caches the tags, as many as are readable. Then the bytes are
+            # removed: exif_transpose rotates by the cached tags, and has nothing to rewrite.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1211,11 +1211,11 @@ def training_examples(clean, fraction, given_labels=None, cleaning=None):
 # ---- Labels and decisions in csv files -----------------------------------------------------------
 
 LEAVE_OUT = "leave out"  # in the column new_label: excludes the image from the training
-HELD_OUT = -1  # in place of the position of a training image: an image of the test split
+TEST_IMAGE = -1  # in place of the position of a training image: an image of the test split
 
 
 class OtherImage(UserError):
-    """A row names an image that is not trained on: a test image, or an image that was not drawn."""
+    """A row names another file: a test image, an image that was not drawn, or no image of these."""
 
 
 class NoSuchImage(UserError):
@@ -1340,7 +1340,7 @@ class ExampleFinder:
         self.num_indices = num_indices
         self.position_of = {index: position for position, index in enumerate(indices.tolist())}
         self.images = [(path, position) for position, path in enumerate(data.paths) if path]
-        self.images += [(path, HELD_OUT) for path in test.paths if path]
+        self.images += [(path, TEST_IMAGE) for path in test.paths if path]
         self.used = set()  # positions of images that had a row
         self.matched_by_last_parts = []  # a text for each row whose path was found by its end
 
@@ -1357,7 +1357,7 @@ class ExampleFinder:
         return unique_positions(self.images, os.path.realpath)
 
     @cached_property
-    def by_last_parts(self):
+    def by_relative_path(self):
         """Positions of images by path relative to `--dataset_dir`."""
 
         def below(path):
@@ -1378,7 +1378,7 @@ class ExampleFinder:
         else:
             named = index
             position = self.find_index(row_name, path, index)
-        if position == HELD_OUT:
+        if position == TEST_IMAGE:
             raise OtherImage(f"{row_name}: {path} is a test image")
         if position in self.used:
             raise UserError(f"{row_name}: image {named} has a row before this one")
@@ -1411,7 +1411,7 @@ class ExampleFinder:
         raise OtherImage(f"{row_name}: training image {index} was not drawn")
 
     def find_path(self, row_name, path):
-        """Returns the position of the training image with a path, or HELD_OUT for a test image.
+        """Returns the position of the training image with a path, or TEST_IMAGE for a test image.
 
         Raises OtherImage for any other file, NoSuchImage if there is no such file, and UserError
         without a path.
@@ -1434,14 +1434,14 @@ class ExampleFinder:
         return self.find_last_parts(path, problem)
 
     def find_last_parts(self, path, problem):
-        """Returns the position of the image that the last parts of a path name, or HELD_OUT.
+        """Returns the position of the image that the last parts of a path name, or TEST_IMAGE.
 
         problem: the first part of the message. Raises OtherImage if they name another file below
         `--dataset_dir`, and NoSuchImage if they name no file.
         """
         endings = [ending for spelled in spellings(path) for ending in last_parts(spelled)]
         for ending in endings:
-            position = self.by_last_parts.get(same_form(ending))
+            position = self.by_relative_path.get(same_form(ending))
             if position is not None:
                 self.matched_by_last_parts.append(f"{path} as {ending}")
                 return position
@@ -1451,7 +1451,7 @@ class ExampleFinder:
         raise NoSuchImage(f"{problem}, and there is no such file")
 
     def look_up(self, file):
-        """Returns the position of the image in a file, HELD_OUT for a test image, or None."""
+        """Returns the position of the image in a file, TEST_IMAGE for a test image, or None."""
         if "\0" in file:  # a URL may encode it; no file has such a name
             return None
         position = self.by_name.get(same_form(path_in_real_folder(file)))
@@ -1779,6 +1779,8 @@ def check_parts(network):
 
     The error's text continues the sentence "must return ..." of `construct_model`.
     """
+    if not isinstance(network, nn.Module):
+        raise ValueError("a module of torch.nn")
     for part in ("features", "head"):
         if not isinstance(getattr(network, part, None), nn.Module):
             raise ValueError(
@@ -1802,8 +1804,10 @@ def check_shapes(network, num_classes):
     model = ImageClassifier(copy.deepcopy(network)).eval()
     try:
         features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        if not isinstance(features, Tensor):
+            raise ValueError(f"features returned a {type(features).__name__}")
         logits = model.logits(features)
-    except RuntimeError as error:  # shapes that do not fit
+    except (RuntimeError, ValueError) as error:  # for example, shapes that do not fit
         raise ValueError(
             "features that take images [B, 3, 32, 32], and a head that takes these features "
             f"({first_line(error)})"
@@ -1853,7 +1857,7 @@ def margin(logits, labels):
 # start of the run.
 
 MODULE_TEXTS = {}  # the texts of Python files, by the name of the module
-SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+SETTING_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
 def read_own_sources():
@@ -1940,7 +1944,7 @@ def is_setting(value):
     """Returns whether a value is a number, a string, None, a dtype, or a sequence of these."""
     if isinstance(value, (tuple, list)):
         return all(is_setting(item) for item in value)
-    return isinstance(value, SETTINGS)
+    return isinstance(value, SETTING_TYPES)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -2078,20 +2082,21 @@ def other_data_error(path, metadata):
 
 
 def earlier_models(path, model, snapshots, num_models):
-    """Returns the `num_models` - 1 newest snapshots of a training as networks, the oldest first.
+    """Returns the snapshots that make `num_models` networks together with the final one.
 
-    model: the final network; with it, there are `num_models`. snapshots: a dictionary from epoch to
-    weights by name. Raises UserError if there are fewer.
+    They are the newest ones, as networks, the oldest first. model: the final network. snapshots: a
+    dictionary from epoch to weights by name. Raises UserError if there are fewer.
     """
-    num_kept = len(snapshots) + 1  # with the final network
-    if num_models > num_kept:
-        advice = f"give at most {num_kept}"
+    num_networks = len(snapshots) + 1
+    if num_models > num_networks:
+        advice = f"give at most {num_networks}"
         if num_models <= 3:  # what a longer training keeps
             advice += ", or train again, for four epochs or more"
         raise UserError(
-            f"--snapshots {num_models}: {path} keeps {num_kept} networks of its training: {advice}"
+            f"--snapshots {num_models}: {path} keeps {num_networks} networks of its training: "
+            f"{advice}"
         )
-    num_skipped = num_kept - num_models
+    num_skipped = num_networks - num_models
     epochs = sorted(snapshots)[num_skipped:]
     if epochs and is_main_process():
         print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
@@ -2197,15 +2202,14 @@ def computation_dtypes(dtype, strategy):
     sums = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
         # `products` is the dtype of per-sample gradients, of rotated gradients, and of each layer's
-        # pairwise scores. Forward and backward passes run in it for self-influence only, and else
-        # in float32: with passes in bfloat16, the ranking by pairwise scores would change.
+        # pairwise scores.
         products=dtype,
         # `covariances` is the dtype of the patches and gradients that form a covariance.
         # Rounding changes its small eigenvalues. EKFAC replaces the eigenvalues, but KFAC inverts
         # them.
         covariances=dtype if strategy == "ekfac" else sums,
-        # `sums` is the dtype of sums over positions, images and layers. After a few hundred terms,
-        # a sum in bfloat16 stops growing, and scores become equal.
+        # `sums` is the dtype of factors, and of sums over positions, images and layers. After a few
+        # hundred terms, a sum in bfloat16 stops growing, and scores become equal.
         sums=sums,
     )
 
@@ -2415,8 +2419,8 @@ def squares(gradient, dtype):
 def covariance_product_precision(round_on_cpu):
     """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `round_on_cpu`.
 
-    Sums stay float32. On CUDA the block rounds nothing: `CovarianceSums.input_dtype` has already
-    converted what may be rounded, and TF32 is off.
+    Sums stay float32. On CUDA, `CovarianceSums.input_dtype` has already rounded the inputs; the
+    block only turns TF32 off.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
@@ -2634,14 +2638,12 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    `differentiate` runs one backward pass for each image. In each pass, the output's gradient is
-    zero except in the row of that image, so the sum over the passes holds the rows of all images.
-    This gradient comes from a hook on the output: autograd.grad cannot be asked for it, because a
-    later in-place layer may overwrite the output.
+    arguments: those without a keyword. `inputs` is the first one, None if there is none. The
+    gradient has rows of all images, summed over the backward passes of `differentiate`.
     """
 
-    def __init__(self, inputs, output):
-        self.inputs = inputs.detach()
+    def __init__(self, arguments, output):
+        self.inputs = arguments[0].detach() if arguments else None
         self.gradient = torch.zeros_like(output.detach())
         if output.requires_grad:
             output.register_hook(self.add)
@@ -2682,13 +2684,17 @@ def differentiate(model, layers, images):
 
     An image's gradient is that of a weighted sum of its logits. The gradient of the loss would be
     zero if the network were certain of the class.
+
+    The gradient of a layer's output comes from a hook, once for each image. In each backward pass,
+    it is zero except in the row of that image. autograd.grad cannot be asked for it, because a
+    later in-place layer may overwrite the output.
     """
     model.requires_grad_(True)
     calls = {name: [] for name in layers}
 
     def record(name):
-        def forward_hook(module, inputs, output):
-            calls[name].append(LayerCall(inputs[0], output))
+        def forward_hook(module, arguments, output):
+            calls[name].append(LayerCall(arguments, output))
 
         return forward_hook
 
@@ -2738,6 +2744,8 @@ def reason_to_refuse(model, layer, calls, exact):
     if len(calls) != 1:
         return f"it is called {len(calls)} times in one pass; call each layer exactly once"
     call = calls[0]
+    if call.inputs is None:
+        return "its input is passed by keyword; pass it as the first argument, without a keyword"
     rows = len(call.inputs)
     if rows != len(exact):
         return (
@@ -2795,12 +2803,12 @@ class InfluenceArguments(ScoreArguments):
 
 
 class TrainedModel:
-    """A model, the images that it was trained on, and the path of the folder for its results.
+    """A model, the images that it was trained on, and the folder for its results.
 
-    `model`, on the device of `data`, is not changed. `folder` is `<path>-<fingerprint>`; it is not
-    created. The fingerprint is a hash of weights, images and labels. `batch_size` is 64 by default,
-    on CUDA 1,024. `seconds` collects the seconds by phase. `fixed` names the parameters that
-    influence takes as fixed.
+    `model`, on the device of `data`, is not changed. `folder` is `<path>-<hash>`, with the first
+    eight digits of the fingerprint; it is not created. The fingerprint is a hash of weights, images
+    and labels. `batch_size` is 64 by default, on CUDA 1,024. `seconds` collects the seconds by
+    phase. `fixed` is a text for InfluenceRun: the parameters that influence takes as fixed.
     """
 
     strategy = NO_INFLUENCE
@@ -3032,6 +3040,8 @@ class InfluenceRun(TrainedModel):
         `damping_factor` is a number or "heuristic". Raises NumericalError if a score is NaN.
         """
         factors_name = self.factors_name()
+        # Forward and backward passes may run in bfloat16 here. For pairwise scores they run in
+        # float32, because their ranking would change.
         autocast_dtype = None  # no autocast
         if self.dtypes.products != self.dtypes.sums:
             autocast_dtype = self.dtypes.products
@@ -3050,10 +3060,9 @@ class InfluenceRun(TrainedModel):
     def queries_computed(self, query_batch_size, eigenvector_fraction):
         """Returns for how many queries this process computes gradients at a time.
 
-        Each process computes a share of the queries, and receives the gradients of the others, so
-        it holds all of them. The share is the number of queries held, divided by the number of
-        processes. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at most
-        `query_batch_size` if that is a number. On a GPU: `query_batch_size`, or for "auto"
+        Each process holds the gradients of the same queries. It computes its share of them, and
+        receives the others. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at
+        most `query_batch_size` if that is a number. On a GPU: `query_batch_size`, or for "auto"
         GPU_QUERIES / `eigenvector_fraction`.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
@@ -3109,7 +3118,8 @@ class InfluenceRun(TrainedModel):
         batch_size: number of training images.
         """
         # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`.
+        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`: for 51
+        # queries, 2 steps of 25.
         steps = math.ceil(computed / QUERY_CHUNK)
         chunk = min(computed // steps, len(queries))
         # If memory is full, batches of queries shrink as batches of training images do.

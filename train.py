@@ -226,7 +226,7 @@ def batch_generator(seed):
     """
     if seed == pipeline.CORRUPTION_SEED:
         # The corruption and the first epoch both draw randperm(N) first, and the same seed gives
-        # the same permutation. The first batches would then hold all corrupted labels.
+        # the same permutation. Its first images are the corrupted ones, and the first batches.
         seed = -seed
     return torch.Generator().manual_seed(seed)
 
@@ -409,7 +409,7 @@ def train(model, data, recipe, *, seed, dtype, saved=None):
                 training.snapshots[training.epochs_done] = copy_weights(model)
             if saved:
                 saved.save(training)
-    print_without_margin(training.margins)
+    print_images_without_margin(training.margins)
     return training.margins.cpu(), training.snapshots
 
 
@@ -472,7 +472,7 @@ def require_finite(model, mean_loss, epoch):
         )
 
 
-def print_without_margin(margins):
+def print_images_without_margin(margins):
     """Prints how many images were in no training batch, unless there are none.
 
     margins: [epochs, N].
@@ -587,7 +587,8 @@ class SavedTraining:
     def delete(self):
         """Removes the file, after the training is complete or has diverged.
 
-        A file of another training stays: the training may have diverged in its first epoch.
+        If this training diverged before it wrote the file, the file is that of another training,
+        and stays.
         """
         if self.is_written:
             self.path.unlink(missing_ok=True)
@@ -612,7 +613,10 @@ def describe_run(settings, model, data, dtype):
 
 
 def choose_checkpoint(args):
-    """Returns the path of the checkpoint to write. Raises UserError if it is among the images."""
+    """Returns the path of the checkpoint to write.
+
+    Raises UserError if `--checkpoint_dir` lies among the images.
+    """
     if args.dataset == "imagefolder":
         pipeline.refuse_inside_data("--checkpoint_dir", args.checkpoint_dir, args.dataset_dir)
     return pipeline.checkpoint_path(

@@ -345,6 +345,15 @@ class RowsAsImages(nn.Module):
         return rows.unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
 
 
+class KeywordInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x):
+        return self.mix(input=x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ImagesMixed(nn.Module):
     """Mixes the images of a batch, so that a gradient depends on several images."""
 
@@ -358,6 +367,7 @@ REFUSED = {
     "a weight of two layers": (TiedWeights, "'3.one': its gradients do not follow"),
     "a weight used without its layer": (WeightUsedDirectly, "'3.filters': it is called 0 times"),
     "another first dimension": (RowsAsImages, "'3.mix': the first dimension of its input is 14"),
+    "an input by keyword": (KeywordInput, "'3.mix': its input is passed by keyword"),
     "images mixed": (ImagesMixed, "'0': its gradients do not follow"),
 }
 

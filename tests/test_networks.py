@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,18 @@ NO_NETWORKS = {  # what a function returns, and what the sentence must say
     "parts that do not fit": (
         lambda: two_parts(flat_linear(), nn.Linear(5, 10)),
         "a head that takes these features",
+    ),
+    "a layer for other shapes": (
+        lambda: two_parts(nn.Sequential(nn.Flatten(), nn.BatchNorm2d(3072)), nn.Linear(3072, 10)),
+        r"features that take images \[B, 3, 32, 32\].*expected 4D input",
+    ),
+    "features that are a tuple": (
+        lambda: two_parts(nn.MaxPool2d(2, return_indices=True), nn.Flatten()),
+        "features returned a tuple",
+    ),
+    "no module": (
+        lambda: SimpleNamespace(features=flat_linear(), head=nn.Linear(4, 10)),
+        "must return a module of torch.nn",
     ),
 }
 

@@ -553,6 +553,8 @@ FILES = {
     "a name within quotes": PLAIN.replace("owl\n", '"owl"\n'),
     "decomposed letters": unicodedata.normalize("NFD", PLAIN),
     "percent-encoded": PLAIN.replace("photos/3", "file:photos/%33"),
+    "absolute": PLAIN.replace("photos/", "/data/photos/"),
+    "relative to this folder": PLAIN.replace("photos/", "./photos/"),
     "nothing decided": PLAIN + "photos/5.png,\nphotos/6.png, \n",
 }
 
@@ -596,6 +598,23 @@ def test_a_file_with_a_mistake_is_refused(browser, tmp_path, lines, problem):
     (tmp_path / "decided.csv").write_text("\n".join(lines))
     assert problem in load(browser, tmp_path / "decided.csv", "Nothing was loaded: ")
     assert texts(browser, "#counts") == ["0 of 12 decided, 0 changed, 0 left out"]
+
+
+@in_browser
+def test_the_page_finds_paths_that_are_relative_to_the_data_set(browser, tmp_path):
+    """`y/cat/4.png` is the end of two paths, and `3.png` is no path."""
+    found = detection(["cat", "owl"])
+    found.data.paths[:] = [f"photos/train/cat/{i}.png" for i in range(12)]
+    found.data.paths[5:7] = ["photos/a/y/cat/4.png", "photos/b/y/cat/4.png"]
+    detect.write_page(tmp_path / "page.html", found, num_review=12, cleaned=False)
+    open_page(browser, tmp_path / "page.html")
+    names = ["train/cat/1.png", "cat/2.png", "y/cat/4.png", "3.png", "test/cat/7.png"]
+    path = tmp_path / "decided.csv"
+    path.write_text("path,new_label\n" + "".join(f"{name},owl\n" for name in names))
+    load(browser, path, "Loaded 5 decisions, 2 of them for images on this page.")
+    rows = save(browser).read_text().splitlines()[1:]
+    saved = ["photos/train/cat/1.png", "photos/train/cat/2.png", *names[2:]]
+    assert [row.split(",")[0] for row in rows] == saved
 
 
 @in_browser

@@ -7,8 +7,9 @@
     python tests/studies/study.py retraining --dataset cifar10
     python tests/studies/study.py factors --dataset cifar10
 
-Each result is a line of `results.jsonl`. A study that was stopped continues after its last result.
-At the end, each study prints a table of its results for each kind of machine.
+The first two write corrupted labels to `labels.csv`. For the others, each result is a line of
+`results.jsonl`. A study that was stopped continues after its last result. At the end, it prints a
+table of its results for each kind of machine.
 """
 
 import argparse
@@ -68,7 +69,7 @@ NUM_HELPFUL = 10  # most helpful images of a query, which truncated scores shoul
 
 @dataclass(frozen=True)
 class Prediction:
-    """Whose scores predict retraining: their settings, and the networks they are the mean over.
+    """Settings of scores that are to predict retraining, and the networks they are the mean over.
 
     models: number of trainings; trained_on: `all` images or `halves`; snapshots: networks of each
     training, the last ones.
@@ -145,7 +146,7 @@ class Store:
         return row
 
     def arrays(self, name, key, compute):
-        """Returns arrays by name from the file of a key, a list.
+        """Returns a dictionary of arrays from a file; `key`, a list, identifies it.
 
         If the file is missing, `compute()` makes the arrays.
         """
@@ -475,7 +476,7 @@ def cleaning_line(kind, accuracies, baselines):
 
 
 def retraining(trainer, store, args):
-    """Measures how well scores predict the margins of networks that were trained on halves."""
+    """Measures how well scores predict the log-odds of networks that were trained on halves."""
     if args.halves < 2:
         reason = f"{args.halves} networks have no order to predict"
         raise pipeline.UserError(f"argument --halves: {reason}: give 50")
@@ -496,12 +497,13 @@ def study_sizes(trainer, args):
 
 
 def prediction(trainer, store, settings, **sizes):
-    """Returns the mean linear datamodeling score of the mean scores of some networks.
+    """Returns a dictionary: `lds`, the linear datamodeling score (mean over queries), and others.
 
-    settings: a Prediction. The networks are those of all images, or of halves that are not among
-    the predicted ones. lds_by_half: the means over every second query, and over the other
-    queries; agreement: Spearman's correlation of two trainings on the same halves, None if there
-    is only one; full_spearman, full_helpful: agreement with the scores by all eigenvectors.
+    The scores are means over some networks. settings: a Prediction. The networks are those of all
+    images, or of halves that are not among the predicted ones. lds_by_half: the means over every
+    second query, and over the other queries; agreement: Spearman's correlation of two trainings on
+    the same halves, None if there is only one; full_spearman, full_helpful: agreement with the
+    scores by all eigenvectors.
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
@@ -511,11 +513,11 @@ def prediction(trainer, store, settings, **sizes):
     full, _ = mean_scores(
         trainer, store, queries, seeds, replace(settings, eigenvector_fraction=1.0)
     )
-    members, margins = retrained(trainer, store, data, **sizes)
-    lds = linear_datamodeling_scores(scores, members, margins.mean(0))
+    members, log_odds = retrained(trainer, store, data, **sizes)
+    lds = linear_datamodeling_scores(scores, members, log_odds.mean(0))
     agreement = None
-    if len(margins) > 1:
-        agreement = mean_spearman(margins[0].T, margins[1].T)
+    if len(log_odds) > 1:
+        agreement = mean_spearman(log_odds[0].T, log_odds[1].T)
     return {
         "lds": lds.mean(),
         **spread_over_queries(lds),
@@ -561,7 +563,7 @@ def shared_helpful(scores, others):
 
 
 def pairwise(trainer, store, queries, settings, seed, back):
-    """Returns scores, float32 [num_query, num_train], of a network of a training, and seconds.
+    """Returns `scores`, float32 [num_query, num_train], of a network of a training, and `seconds`.
 
     A seed below FIRST_SEED is the number of the half that it is trained on. back: 0 for the final
     network, 1 for the one that was kept before it, and so on.
@@ -613,42 +615,42 @@ def half_of(total, half_index):
 def retrained(trainer, store, data, *, num_queries, halves, trainings):
     """Trains `trainings` times on each half, each time with another seed.
 
-    Returns which images each half contains, bool [halves, N], and the margins of the queries,
+    Returns which images each half contains, bool [halves, N], and the log-odds of the queries,
     float32 [trainings, halves, num_queries].
     """
     queries = trainer.test.take(torch.arange(num_queries)).to("cpu")
     members = np.zeros((halves, len(data)), bool)
-    margins = np.zeros((trainings, halves, num_queries), np.float32)
+    log_odds = np.zeros((trainings, halves, num_queries), np.float32)
     turns = list(product(range(trainings), range(halves)))
     for turn, half_index in tqdm(turns, "Halves", leave=False):
         half = half_of(len(data), half_index)
         seed = half_index + turn * FIRST_SEED
         members[half_index, half] = True
-        compute = partial(half_margins, trainer, data.take(half), queries, seed)
+        compute = partial(half_log_odds, trainer, data.take(half), queries, seed)
         key = [data.digest, queries.digest, half_index, seed]
-        margins[turn, half_index] = store.arrays("half", key, compute)["margins"]
-    return members, margins
+        log_odds[turn, half_index] = store.arrays("half", key, compute)["log_odds"]
+    return members, log_odds
 
 
-def half_margins(trainer, half, queries, seed):
-    """Trains on a half of the images. Returns the margins of queries, [num_query]."""
+def half_log_odds(trainer, half, queries, seed):
+    """Trains on a half of the images. Returns `log_odds`: the log-odds of queries, [num_query]."""
     model, _, _ = trainer.train(half, seed)
-    return {"margins": pipeline.log_odds(trainer.logits(model, queries), queries.labels).numpy()}
+    return {"log_odds": pipeline.log_odds(trainer.logits(model, queries), queries.labels).numpy()}
 
 
-def linear_datamodeling_scores(scores, members, margins):
+def linear_datamodeling_scores(scores, members, log_odds):
     """Returns the linear datamodeling score of each query, float64 [Q].
 
-    It is Spearman's correlation over M retrained networks between two values: the query's margin,
-    and the sum of the query's scores over the training images of the network (Park et al. 2023,
-    "TRAK", section 2). It is 0 if one of the values is the same for all networks.
-    scores: [Q, N]; members: which images each network was trained on, bool [M, N]; margins: [M, Q].
+    It is Spearman's correlation over M retrained networks between two values: the log-odds of the
+    query's label, and the sum of the query's scores over the training images of the network (Park
+    et al. 2023, "TRAK", section 2). It is 0 if one of the values is the same for all networks.
+    scores: [Q, N]; members: which images each network was trained on, bool [M, N]; log_odds: [M, Q]
     """
-    predicted = members.astype(float) @ scores.astype(float).T  # (M, Q)
+    sums = members.astype(float) @ scores.astype(float).T  # (M, Q)
     with np.errstate(invalid="ignore"):  # the correlation with a constant is 0 / 0
         lds = [
-            spearman(predicted_margins, query_margins)
-            for predicted_margins, query_margins in zip(predicted.T, margins.T, strict=True)
+            spearman(predicted, measured)
+            for predicted, measured in zip(sums.T, log_odds.T, strict=True)
         ]
     return np.nan_to_num(lds)
 
@@ -662,12 +664,13 @@ def mean_spearman(first, second):
 def print_retraining(rows, args):
     """Prints linear datamodeling scores (LDS); ± is the standard error over queries."""
     rows = select(rows, {"study": "retraining", "halves": args.halves, "trainings": args.trainings})
-    columns = ["strategy", "eigenvectors", "damping", "trainings", "of", "networks of each"]
+    columns = ["queries", "strategy", "eigenvectors", "damping"]
+    columns += ["trainings", "of", "networks of each"]
     columns += ["LDS", "by half of the queries", "Spearman with all", "ten most helpful", "seconds"]
     print(f"\n| {' | '.join(columns)} |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"|{'---|' * len(columns)}")
     for row in rows:
-        cells = [row["strategy"], f"{100 * row['eigenvector_fraction']:.0f} %"]
+        cells = [row["num_queries"], row["strategy"], f"{100 * row['eigenvector_fraction']:.0f} %"]
         cells += [row["damping_factor"], row["models"], row["trained_on"], row["snapshots"]]
         cells.append(f"{row['lds']:.3f} ± {row['standard_error']:.3f}")
         cells.append(", ".join(f"{value:.3f}" for value in row["lds_by_half"]))
@@ -716,14 +719,14 @@ def factor_agreement(trainer, store, examples, seed, **sizes):
     result["self_spearman"] = spearman(scores["self"], reference["self"])
     result["pairwise_spearman"] = mean_spearman(scores["pairwise"], reference["pairwise"])
     if sizes["halves"]:
-        members, margins = retrained(trainer, store, data, **sizes)
-        lds = linear_datamodeling_scores(scores["pairwise"], members, margins.mean(0))
+        members, log_odds = retrained(trainer, store, data, **sizes)
+        lds = linear_datamodeling_scores(scores["pairwise"], members, log_odds.mean(0))
         result["lds"] = lds.mean()
     return result
 
 
 def factor_scores(trainer, model, data, queries, examples, seed):
-    """Returns self-influence, pairwise scores, and the seconds for the factors."""
+    """Returns `self` (self-influence), `pairwise` scores, and `seconds` for the factors."""
     with trainer.influence(model, data, seed=seed, factor_examples=examples) as run:
         self_influence, _ = run.self_influence("heuristic")
         scores, _ = run.pairwise_influence(queries, 1000, "heuristic")
@@ -738,20 +741,25 @@ def factor_scores(trainer, model, data, queries, examples, seed):
 def print_factors(rows, args):
     """Prints the agreement with scores by factors of all images, the recall, and the LDS."""
     rows = select(rows, {"study": "factors", "halves": args.halves, "trainings": args.trainings})
-    columns = ["factors of", "pairwise Spearman", "self-influence Spearman"]
+    columns = ["queries", "factors of", "pairwise Spearman", "self-influence Spearman"]
     columns += ["recall at 10, 20 %", "AUROC", "LDS", "seconds"]
     print(f"\n| {' | '.join(columns)} |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"|{'---|' * len(columns)}")
     for row in rows:
         name = str(row["examples"])
         if row["pseudo_label_seed"] != FIRST_SEED:
             name += ", other pseudo-labels"
-        cells = [name, f"{row['pairwise_spearman']:.4f}", f"{row['self_spearman']:.5f}"]
+        cells = [
+            row["num_queries"],
+            name,
+            f"{row['pairwise_spearman']:.4f}",
+            f"{row['self_spearman']:.5f}",
+        ]
         cells.append(f"{100 * row['recall_at_10']:.1f}, {100 * row['recall_at_20']:.1f} %")
         cells.append(f"{row['auroc']:.4f}")
         cells.append(f"{row['lds']:.3f}" if "lds" in row else "")
         cells.append(f"{row['factor_seconds']:.1f}")
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -795,7 +803,7 @@ def add_study_flags(flag):
     positive = pipeline.positive_int
     folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
     seeds = "number of training seeds; 0 prints the existing results"
-    draws = "number of draws of the corrupted labels"
+    draws = "number of draws of the corrupted labels, at most 100"
     first_draw = "seed of the first draw of the corrupted labels: symmetric, asymmetric, detection"
     noises = f"use only the first N of {NOISES}"
     queries = "number of test images to use as queries"
@@ -803,7 +811,8 @@ def add_study_flags(flag):
     trainings = "number of trainings on each half; the mean of their log-odds is predicted"
     folder = "directory for results.jsonl and for intermediate arrays"
     flag("--seeds", type=count, default=3, metavar="N", help=seeds)
-    flag("--corruption_seeds", type=count, default=3, metavar="N", help=draws)
+    up_to_100 = pipeline.number(int, "a number from 0 to 100", lambda value: 0 <= value <= 100)
+    flag("--corruption_seeds", type=up_to_100, default=3, metavar="N", help=draws)
     # The first batches of a training with the same seed would hold all corrupted labels.
     seed = pipeline.number(int, "a seed from 0 to 899", lambda value: 0 <= value < 900)
     default_seed = pipeline.CORRUPTION_SEED
@@ -811,7 +820,9 @@ def add_study_flags(flag):
     flag("--num_noises", type=count, default=len(NOISES), metavar="N", help=noises)
     flag("--folds", type=folds, nargs="*", default=[], help="cross-validations to run, such as 2 5")
     flag("--num_query_examples", type=positive, default=200, metavar="N", help=queries)
-    flag("--halves", type=count, default=50, metavar="N", help=halves)
+    # Below FIRST_SEED, a seed is the number of a half; ten halves follow for networks that score.
+    up_to_900 = pipeline.number(int, "a number from 0 to 900", lambda value: 0 <= value <= 900)
+    flag("--halves", type=up_to_900, default=50, metavar="N", help=halves)
     flag("--trainings", type=positive, default=1, metavar="N", help=trainings)
     flag("--folder", type=Path, default=FOLDER, help=folder)
 
