@@ -565,6 +565,8 @@ def shared_helpful(scores, others):
 def pairwise(trainer, store, queries, settings, seed, back):
     """Returns `scores`, float32 [num_query, num_train], of a network of a training, and `seconds`.
 
+    The seconds are those of the scores, without the factors.
+
     A seed below FIRST_SEED is the number of the half that it is trained on. back: 0 for the final
     network, 1 for the one that was kept before it, and so on.
     """
@@ -575,7 +577,7 @@ def pairwise(trainer, store, queries, settings, seed, back):
         scores, _ = run.pairwise_influence(
             queries, 1000, settings.damping_factor, settings.eigenvector_fraction
         )
-    return {"scores": scores.numpy(), "seconds": np.array(sum(run.seconds.values()))}
+    return {"scores": scores.numpy(), "seconds": np.array(run.seconds["scores"])}
 
 
 def trained_model(trainer, store, data, seed, back=0):
