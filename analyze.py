@@ -65,8 +65,9 @@ def parse_arguments():
     parser.groups["curvature"].add_argument(
         "--index",
         action="store_true",
-        help="keep the gradients of all training images in files: the next analyses, of any "
-        "queries, then take seconds; advisable with a low --eigenvector_fraction",
+        help="keep the gradients of all training images in files, in bfloat16: the next analyses "
+        "read them and need no pass over the images, so a few queries take seconds; advisable "
+        "with a low --eigenvector_fraction",
     )
     args = parser.parse_args()
     has_eigenvectors = args.factor_strategy in pipeline.EIGENVECTOR_STRATEGIES

@@ -304,9 +304,8 @@ def explain(runs, data, suspects, damping_factor):
 
     data: ImageData on the CPU; suspects: positions in `data`, int64 array [M]. The result is a
     dictionary from a suspect's position to a list of (rank, position, score), opposing images
-    first. A score
-    is the influence on the log-odds of the label, averaged over the models. The influence of a
-    suspect on itself is not used.
+    first. A score is the influence on the log-odds of the label, averaged over the models. The
+    influence of a suspect on itself is not used.
     """
     if len(suspects) == 0:
         return {}
@@ -1404,10 +1403,10 @@ function decodePath(path) {
     }
 }
 
-// Whether one path is the end of the other: `train/cat/1.png` of `photos/train/cat/1.png`.
-function haveSameEnd(path, other) {
-    const inFolders = path.includes("/") && other.includes("/");
-    return inFolders && (path.endsWith(`/${other}`) || other.endsWith(`/${path}`));
+// Whether a path is the absolute path of a key, or relative to --dataset_dir: `train/cat/1.png`.
+function isLongerOrShorter(path, key) {
+    const isRelative = path.startsWith("train/") && key.endsWith(`/${path}`);
+    return isRelative || path.endsWith(`/${key}`);
 }
 
 // Returns the key of the image that a file calls `name`.
@@ -1425,9 +1424,8 @@ function findKey(lineName, name, cardsByKey) {
     if (known !== undefined) {
         return cardsByKey.get(known).key;
     }
-    // The file may name images by absolute paths, or relative to another folder.
     const similar = [...cardsByKey.keys()].filter((key) =>
-        spellings.some((spelled) => haveSameEnd(key, spelled)),
+        spellings.some((spelled) => isLongerOrShorter(spelled, key)),
     );
     if (similar.length === 1) {
         return cardsByKey.get(similar[0]).key;

@@ -46,7 +46,7 @@ SOURCE = __spec__.loader.get_source(__name__)
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.module.tracked_module import ModuleMode, TrackedModule
@@ -1807,7 +1807,9 @@ def check_shapes(network, num_classes):
         if not isinstance(features, Tensor):
             raise ValueError(f"features returned a {type(features).__name__}")
         logits = model.logits(features)
-    except (RuntimeError, ValueError) as error:  # for example, shapes that do not fit
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"head returned a {type(logits).__name__}")
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # they do not fit
         raise ValueError(
             "features that take images [B, 3, 32, 32], and a head that takes these features "
             f"({first_line(error)})"
@@ -2228,7 +2230,7 @@ def computation_dtypes(dtype, strategy):
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [Q, B]
-# IndexedGradient      G, for an index                                  [B, O, I]
+# IndexedGradient      G, for a GradientIndex                           [B, O, I]
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
 # columns of lambda. Then P [Q, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
@@ -2300,7 +2302,7 @@ def rotated_patches(layer, inputs, q_a):
     """Returns A Q_A: the patches in the basis of the eigenvectors, [B, T, c] or [B, groups, T, c].
 
     inputs, patches A: as for `patches`; the columns of q_a [I, c] are eigenvectors. A convolution
-    with the eigenvectors as filters gives the same result, and copies no patches.
+    with the eigenvectors as filters gives the same result, and is faster.
     """
     is_linear = isinstance(layer, nn.Linear)
     if is_linear or layer.groups > 1 or layer.padding_mode != "zeros":
@@ -2340,13 +2342,21 @@ def input_rotated_gradient(a, g, q_a):
     """
     if a.dim() == 4:
         return per_sample_gradient(a, g) @ q_a
+    if rotates_first(g, q_a):
+        return g.mT @ (a @ q_a)
+    return g.mT @ a @ q_a
+
+
+def rotates_first(g, q_a):
+    """Returns whether G Q_A needs fewer multiplications as g^T (A Q_A) than as (g^T A) Q_A.
+
+    g: [B, T, O]; q_a: [I, c]. Groups are not considered.
+    """
     positions, outputs = g.shape[1:]
     inputs, kept = q_a.shape
     rotation_first = positions * kept * (inputs + outputs)
     rotation_last = outputs * inputs * (positions + kept)
-    if rotation_first < rotation_last:
-        return g.mT @ (a @ q_a)
-    return g.mT @ a @ q_a
+    return rotation_first < rotation_last
 
 
 def rotated_gradient(a, g, q_a, q_g):
@@ -2450,7 +2460,7 @@ class BatchHooks:
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
             g = by_position(layer, gradient.to(dtype))
-            self.update(self.layer_inputs(layer, activation.to(dtype)), g)
+            self.update(self.layer_inputs(layer, activation.to(dtype), g), g)
 
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
@@ -2458,8 +2468,8 @@ class BatchHooks:
 
         self.registered_hooks.append(self.module.register_forward_hook(forward_hook))
 
-    def layer_inputs(self, layer, activation):
-        """Returns the patches a of a layer's input, for `update`."""
+    def layer_inputs(self, layer, activation, g):
+        """Returns what `update` gets besides g: the patches a of a layer's input."""
         return patches(layer, activation)
 
     def factor(self, name, target):
@@ -2573,24 +2583,35 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
 
 
 class TruncatedHooks(BatchHooks):
-    """If only some eigenvectors are kept, `update` gets A Q_A in place of the patches A."""
+    """Computes G, or G Q_A if only some eigenvectors are kept.
 
-    def layer_inputs(self, layer, activation):
-        q_a, _ = self.eigenvectors(activation)
-        if is_truncated(q_a):
+    Then `update` gets A Q_A in place of the patches A, if that needs fewer multiplications.
+    """
+
+    def layer_inputs(self, layer, activation, g):
+        q_a, _ = self.eigenvectors(g)
+        if is_truncated(q_a) and rotates_first(g, q_a):
             return rotated_patches(layer, activation, q_a)
-        return super().layer_inputs(layer, activation)
+        return super().layer_inputs(layer, activation, g)
+
+    def gradient(self, a, g):
+        """Returns G [B, O, I], or G Q_A [B, O, c]."""
+        gradient = per_sample_gradient(a, g)
+        q_a, _ = self.eigenvectors(g)
+        if is_truncated(q_a) and not rotates_first(g, q_a):
+            gradient = gradient @ q_a
+        return gradient
 
 
 class IndexedGradient(TruncatedHooks, GradientTracker):
     def update(self, a, g):
-        self.module.storage[constants.AGGREGATED_GRADIENT_NAME] = per_sample_gradient(a, g)
+        self.module.storage[constants.AGGREGATED_GRADIENT_NAME] = self.gradient(a, g)
 
 
 class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
     def update(self, a, g):
         storage = self.module.storage
-        gradient = per_sample_gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
+        gradient = self.gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
         # A list, one tensor for each batch of queries: (queries, O, I), truncated (queries, O, c).
         batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         scores = torch.cat([queries.flatten(1) @ gradient.T for queries in batches])
@@ -2792,6 +2813,7 @@ FACTORS_SEED = 17  # draws the images of --factor_examples
 CPU_QUERY_BYTES = 2 * 2**30  # with this limit, a run on the CPU stays below 6 GB
 GPU_QUERIES = 1000  # held on a GPU by default: 9 GB in float32
 INDEX_DTYPE = torch.bfloat16
+INDEX_ROWS = 64  # images per file of an index
 QUERY_CHUNK = 50  # queries per backward pass; --query_batch_size is the number held in memory
 
 
@@ -2913,13 +2935,13 @@ class InfluenceRun(TrainedModel):
         return values[0]
 
     def cached_folder(self, prefix, kind, settings, compute):
-        """Returns the folder of factors or scores; calls `compute(name, batch_size)` if needed.
+        """Returns a folder in the cache; calls `compute(name, batch_size)` if needed.
 
-        The folder's name is `<prefix><kind><strategy>-<dtype>-<hash>`: `prefix` is "factors_" or
-        "scores_", `kind` is "self_", "pairwise_" or nothing, and the hash is that of `settings` and
-        `depends_on`. `compute` gets a name without `prefix`, because kronfluence adds that itself.
-        The folder is created under another name and renamed when it is complete: so a folder with
-        this name is complete.
+        The folder's name is `<prefix><kind><strategy>-<dtype>-<hash>`: `prefix` is "factors_",
+        "scores_" or "index_", `kind` is "self_", "pairwise_" or nothing, and the hash is that of
+        `settings` and `depends_on`. `compute` gets a name without `prefix`, because kronfluence
+        adds that itself. The folder is created under another name and renamed when it is complete:
+        so a folder with this name is complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -3014,11 +3036,11 @@ class InfluenceRun(TrainedModel):
         """Fits the factors, and returns the name by which kronfluence loads them."""
         return self.fit_factors().name.removeprefix("factors_")
 
-    def numbers_per_image(self, eigenvector_fraction):
-        """Returns how many numbers the gradient of one image has, over all layers."""
-        return sum(
+    def gradient_sizes(self, eigenvector_fraction):
+        """Returns how many numbers the gradient of one image has in each layer, a list."""
+        return [
             outputs * num_kept(inputs, eigenvector_fraction) for outputs, inputs in self.layer_sizes
-        )
+        ]
 
     def score_arguments(self, damping_factor, **settings):
         """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
@@ -3070,7 +3092,7 @@ class InfluenceRun(TrainedModel):
         elif self.data.images.is_cuda:
             held = query_batch_size
         else:
-            numbers = self.numbers_per_image(eigenvector_fraction)
+            numbers = sum(self.gradient_sizes(eigenvector_fraction))
             held = CPU_QUERY_BYTES // (numbers * self.dtype.itemsize)
             if query_batch_size != "auto":
                 held = min(held, query_batch_size)
@@ -3100,8 +3122,8 @@ class InfluenceRun(TrainedModel):
         args = self.score_arguments(damping_factor, eigenvector_fraction=eigenvector_fraction)
         settings = ["pairwise", args.damping_factor, eigenvector_fraction, query_data.digest]
         if with_index:
-            settings.append("index")
             index = GradientIndex(self, args)
+            settings += ["index", index.basis]
             compute = partial(index.write_scores, queries, computed)
         else:
             compute = partial(
@@ -3137,48 +3159,77 @@ class InfluenceRun(TrainedModel):
 
 
 class GradientIndex:
-    """The gradients of an InfluenceRun's training images, in files: [num_train, D] in INDEX_DTYPE.
+    """The gradients of an InfluenceRun's training images, in files.
 
-    A gradient has D numbers: the concatenated layers, each [O, c] of the kept eigenvectors. A score
-    is its dot product with the preconditioned gradient of a query. So the training images are
-    needed only once, for any number of queries. args: InfluenceArguments.
+    A file holds the gradients of some images, INDEX_DTYPE [rows, D]. D counts the numbers of all
+    layers: O x c each, with c kept eigenvectors. A score is the dot product of such a row with the
+    preconditioned gradient of a query, so the training images are needed once for all queries.
+
+    args: InfluenceArguments. The factors are fitted, but nothing else is computed before
+    `write_scores`. `basis` is a hash of the eigenvectors: another fit may have other ones. Raises
+    UserError if the disk has no space for the index.
     """
 
     def __init__(self, run, args):
         self.run = run
         self.args = args
-        self.folder = self.built()
+        self.row_sizes = run.gradient_sizes(args.eigenvector_fraction)
+        if not any(run.folder.glob("index_*")):
+            self.require_space()
+        factors = run.fit_factors()
+        self.factors_name = factors.name.removeprefix("factors_")
+        self.basis = None
+        eigenvectors = factors / "activation_eigenvectors.safetensors"
+        if eigenvectors.exists():
+            with eigenvectors.open("rb") as file:
+                self.basis = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def num_bytes(self):
+        """Returns the size of the index in bytes."""
+        return len(self.run.dataset) * sum(self.row_sizes) * INDEX_DTYPE.itemsize
+
+    def require_space(self):
+        """Raises UserError if the disk has no space for the index."""
+        size, free = self.num_bytes(), shutil.disk_usage(self.run.folder).free
+        if size > free:
+            raise UserError(
+                f"--index needs {size / 1e9:.1f} GB in {self.run.folder}, but only "
+                f"{free / 1e9:.1f} GB are free: choose a lower --eigenvector_fraction"
+            )
 
     def built(self):
         """Returns the folder of the index, which is built if it is missing."""
-        self.run.fit_factors()
-        return self.run.cached_folder("index_", "", [self.args.eigenvector_fraction], self.build)
+        folder = self.run.folder
+        lock = FileLock(folder / ".index.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("Another run builds an index; waiting for it")
+            lock.acquire()
+        with lock:
+            for leftover in folder.glob("index_unfinished-*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            settings = [self.args.eigenvector_fraction, self.basis]
+            return self.run.cached_folder("index_", "", settings, self.build)
 
     def build(self, name, batch_size):
-        """Writes one file for each batch of training images to the folder `index_<name>`."""
-        run = self.run
-        self.require_space()
-        folder = run.folder / f"index_{name}"
+        """Writes the files to the folder `index_<name>`. Raises NumericalError for a NaN."""
+        folder = self.run.folder / f"index_{name}"
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt with larger batches
+        self.require_space()
         make_folder(folder)
-        batches = self.gradients(run.dataset, batch_size, ModuleMode.GRADIENT_AGGREGATION)
-        with run.phase("index", name):
-            for number, gradients in enumerate(batches):
-                path = folder / f"gradients_{number:06d}.safetensors"
-                save_file({"gradients": gradients.to("cpu", INDEX_DTYPE)}, path)
-
-    def require_space(self):
-        """Prints the size of the index. Raises UserError if the disk has less space."""
-        run = self.run
-        numbers = len(run.dataset) * run.numbers_per_image(self.args.eigenvector_fraction)
-        size = numbers * INDEX_DTYPE.itemsize
-        free = shutil.disk_usage(run.folder).free
-        if size > free:
-            raise UserError(
-                f"--index needs {size / 1e9:.1f} GB in {run.folder}, but only {free / 1e9:.1f} GB "
-                "are free: choose a lower --eigenvector_fraction"
-            )
-        print(f"The index takes {size / 1e9:.1f} GB in {run.folder}")
+        print(f"The index takes {self.num_bytes() / 1e9:.1f} GB in {self.run.folder}")
+        batches = self.gradients(self.run.dataset, batch_size, ModuleMode.GRADIENT_AGGREGATION)
+        number = 0
+        with timed(self.run.seconds, "index"):
+            for gradients in batches:
+                if not gradients.isfinite().all():
+                    remedy = "train with a lower --learning_rate"
+                    raise NumericalError(f"NaN or infinity in the phase 'index': {remedy}")
+                for rows in gradients.to("cpu", INDEX_DTYPE).split(INDEX_ROWS):
+                    path = folder / f"gradients_{number:06d}.safetensors"
+                    save_file({"gradients": rows}, path)
+                    number += 1
 
     def gradients(self, dataset, batch_size, mode):
         """Yields the gradients of a data set's images, [B, D] for each batch.
@@ -3203,14 +3254,14 @@ class GradientIndex:
 
     def load_factors(self, mode):
         """Loads the factors into the storage of the layers, for trackers of a ModuleMode."""
-        analyzer, device = self.run.analyzer, self.run.analyzer.state.device
+        analyzer = self.run.analyzer
         model = analyzer.model
         update_factor_args(model, FactorArguments(strategy=self.run.strategy))
         update_score_args(model, self.args)
         set_mode(model, mode, release_memory=True)
-        for name, factors in analyzer.load_all_factors(self.run.factors_name()).items():
+        for name, factors in analyzer.load_all_factors(self.factors_name).items():
             set_factors(model, name, factors, clone=True)
-        prepare_modules(model, get_tracked_module_names(model), device)
+        prepare_modules(model, get_tracked_module_names(model), analyzer.state.device)
 
     def write_scores(self, queries, computed, name, batch_size):
         """Writes the scores of queries, a data set, to the folder `scores_<name>`.
@@ -3218,6 +3269,7 @@ class GradientIndex:
         computed: for how many queries gradients are held at a time, with full batches of training
         images. If memory is full, they shrink as these batches do.
         """
+        index = self.built()
         folder = self.run.folder / f"scores_{name}"
         make_folder(folder)
         held = max(1, computed * batch_size // self.run.batch_size)
@@ -3225,21 +3277,38 @@ class GradientIndex:
             rows = []
             for start in range(0, len(queries), held):
                 indices = range(start, min(start + held, len(queries)))
-                rows.append(self.scores(torch.utils.data.Subset(queries, indices)))
+                some_queries = torch.utils.data.Subset(queries, indices)
+                rows.append(self.scores(index, self.query_gradients(some_queries)))
             scores = {constants.ALL_MODULE_NAME: torch.cat(rows)}
             save_file(scores, folder / "pairwise_scores.safetensors")
 
-    def scores(self, queries):
-        """Returns scores, float32 [num_query, num_train], on the CPU, of queries in a data set."""
+    def query_gradients(self, queries):
+        """Returns the preconditioned gradients of queries in a data set, [num_query, D]."""
         chunk = min(QUERY_CHUNK, len(queries))
-        batches = self.gradients(queries, chunk, ModuleMode.PRECONDITION_GRADIENT)
-        query_gradients = torch.cat(list(batches))
+        result, start = None, 0
+        for gradients in self.gradients(queries, chunk, ModuleMode.PRECONDITION_GRADIENT):
+            if result is None:
+                result = gradients.new_empty(len(queries), gradients.shape[1])
+            result[start : start + len(gradients)] = gradients
+            start += len(gradients)
+        return result
+
+    def scores(self, index, query_gradients):
+        """Returns scores, float32 [num_query, num_train], on the CPU; index: its folder."""
+        queries_by_layer = query_gradients.split(self.row_sizes, 1)
         columns = []
-        files = sorted(self.folder.glob("*.safetensors"))
+        files = sorted(index.glob("gradients_*.safetensors"))
         for path in tqdm(files, "Reading the index", unit="file", leave=False):
             gradients = load_file(path)["gradients"].to(query_gradients)
-            columns.append((query_gradients @ gradients.T).to("cpu", self.run.dtypes.sums))
-        return torch.cat(columns, 1)
+            sums = 0
+            rows_by_layer = gradients.split(self.row_sizes, 1)
+            for queries, rows in zip(queries_by_layer, rows_by_layer, strict=True):
+                sums += (queries @ rows.T).to(self.run.dtypes.sums)
+            columns.append(sums.cpu())
+        scores = torch.cat(columns, 1)
+        if scores.shape[1] != len(self.run.dataset):
+            raise UserError(f"{index} lacks some of its files: delete this folder")
+        return scores
 
 
 @contextlib.contextmanager
@@ -3258,7 +3327,7 @@ def no_compiler_reset():
 
 
 def remove_if_damaged(folder):
-    """Removes a folder of factors or scores if one of its files is damaged, and prints the file.
+    """Removes a folder of the cache if one of its files is damaged, and prints the file.
 
     For tensors, only the file's header and size are checked. Hidden files and files of other kinds,
     which a person may have added, are ignored.
@@ -3273,7 +3342,9 @@ def remove_if_damaged(folder):
                     pass
         except (SafetensorError, ValueError):
             print(f"{path} is damaged: it is computed again")
-            shutil.rmtree(folder)
+            # Renamed first: if the removal is interrupted, the rest is not taken as complete.
+            removed = folder.rename(folder.with_name(f"damaged-{secrets.token_hex(8)}"))
+            shutil.rmtree(removed)
             return
 
 
@@ -3401,7 +3472,7 @@ def full_recipe(metadata):
 
 # ---- Results -------------------------------------------------------------------------------------
 
-PHASES = ("load", "covariance", "eigendecomposition", "lambda", "scores", "report")
+PHASES = ("load", "covariance", "eigendecomposition", "lambda", "index", "scores", "report")
 MAX_NAME = 16  # characters of a class name in a figure
 
 

@@ -226,7 +226,7 @@ def batch_generator(seed):
     """
     if seed == pipeline.CORRUPTION_SEED:
         # The corruption and the first epoch both draw randperm(N) first, and the same seed gives
-        # the same permutation. Its first images are the corrupted ones, and the first batches.
+        # the same permutation. Its first images are corrupted, and would form the first batches.
         seed = -seed
     return torch.Generator().manual_seed(seed)
 

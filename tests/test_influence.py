@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import digits, influence_run, minus_margin, relative_error, tiny_network
 from dense import per_sample_gradients
 from kronfluence.utils import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pipeline
@@ -223,7 +223,7 @@ def test_scores_by_an_index_in_bfloat16_are_close(make_run, queries):
     files = sorted(make_run().folder.glob("index_*/*"))
     gradients = torch.cat([load_file(file)["gradients"] for file in files])
     assert gradients.dtype == torch.bfloat16
-    assert gradients.shape == (NUM_TRAIN, make_run().numbers_per_image(0.3))
+    assert gradients.shape == (NUM_TRAIN, sum(make_run().gradient_sizes(0.3)))
 
 
 def test_an_index_is_read_for_other_queries_and_dampings(make_run, queries, monkeypatch):
@@ -248,14 +248,61 @@ def test_an_index_that_the_disk_has_no_space_for_is_refused_before_it_is_written
     make_run, queries, monkeypatch
 ):
     run = make_run()
-    size = 2 * NUM_TRAIN * run.numbers_per_image(0.3)
+    size = 2 * NUM_TRAIN * sum(run.gradient_sizes(0.3))
     usage = SimpleNamespace(free=size - 1)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(pipeline.UserError, match="choose a lower --eigenvector_fraction"):
         run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
-    assert [path.name.partition("_")[0] for path in run.folder.iterdir()] == ["factors"]
+    assert not list(run.folder.iterdir())  # not even factors
     usage.free = size
     run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+
+
+def test_an_index_in_another_basis_is_not_used(make_run, queries):
+    """Another fit of the factors may find the eigenvectors with other signs."""
+    expected, path = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    expected = expected.clone()
+    shutil.rmtree(path.parent)
+    eigenvectors = make_run().fit_factors() / "activation_eigenvectors.safetensors"
+    negated = {name: -tensor for name, tensor in load_file(eigenvectors).items()}
+    save_file(negated, eigenvectors)
+    found, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert relative_error(found, expected) < 1e-2
+    assert len(list(make_run().folder.glob("index_*"))) == 2
+
+
+def test_an_index_without_one_of_its_files_is_refused(make_run, queries):
+    _, path = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    shutil.rmtree(path.parent)
+    next(make_run().folder.glob("index_*/*")).unlink()
+    with pytest.raises(pipeline.UserError, match="lacks some of its files"):
+        make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+
+
+def test_an_index_is_built_only_for_scores_that_are_missing(make_run, queries):
+    make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    (index,) = make_run().folder.glob("index_*")
+    (index / "._gradients_000000.safetensors").write_bytes(b"\xff")  # by a network drive
+    make_run().pairwise_influence(queries.take(torch.arange(2)), 3, 1e-3, 0.3, with_index=True)
+    shutil.rmtree(index)
+    make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert not index.exists()
+
+
+def test_files_of_a_killed_run_are_removed_before_an_index_is_built(make_run, queries):
+    leftover = make_run().folder / "index_unfinished-0"
+    leftover.mkdir()
+    make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    assert not leftover.exists()
+
+
+def test_a_nan_stops_an_index_and_leaves_nothing(make_run, queries):
+    model = network()
+    model.linear.weight.data[:] = torch.nan
+    run = make_run("identity", model=model)
+    with pytest.raises(pipeline.NumericalError, match="phase 'index'"):
+        run.pairwise_influence(queries, 3, 1e-3, with_index=True)
+    assert not list(run.folder.glob("index_*")) and not list(run.folder.glob("scores_*"))
 
 
 def test_a_damaged_index_is_computed_again(make_run, queries, capsys):

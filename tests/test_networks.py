@@ -146,6 +146,16 @@ NO_NETWORKS = {  # what a function returns, and what the sentence must say
         lambda: two_parts(nn.MaxPool2d(2, return_indices=True), nn.Flatten()),
         "features returned a tuple",
     ),
+    "a head that returns a tuple": (
+        lambda: two_parts(nn.Flatten(), nn.MaxPool1d(2, return_indices=True)),
+        "head returned a tuple",
+    ),
+    "a tuple between layers": (
+        lambda: two_parts(
+            nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Flatten()), nn.Linear(768, 10)
+        ),
+        "features that take images",
+    ),
     "no module": (
         lambda: SimpleNamespace(features=flat_linear(), head=nn.Linear(4, 10)),
         "must return a module of torch.nn",

@@ -602,18 +602,17 @@ def test_a_file_with_a_mistake_is_refused(browser, tmp_path, lines, problem):
 
 @in_browser
 def test_the_page_finds_paths_that_are_relative_to_the_data_set(browser, tmp_path):
-    """`y/cat/4.png` is the end of two paths, and `3.png` is no path."""
+    """`cat/2.png` could also be the end of the path of an image that the page lacks."""
     found = detection(["cat", "owl"])
     found.data.paths[:] = [f"photos/train/cat/{i}.png" for i in range(12)]
-    found.data.paths[5:7] = ["photos/a/y/cat/4.png", "photos/b/y/cat/4.png"]
     detect.write_page(tmp_path / "page.html", found, num_review=12, cleaned=False)
     open_page(browser, tmp_path / "page.html")
-    names = ["train/cat/1.png", "cat/2.png", "y/cat/4.png", "3.png", "test/cat/7.png"]
+    names = ["train/cat/1.png", "cat/2.png", "3.png", "test/cat/7.png"]
     path = tmp_path / "decided.csv"
     path.write_text("path,new_label\n" + "".join(f"{name},owl\n" for name in names))
-    load(browser, path, "Loaded 5 decisions, 2 of them for images on this page.")
+    load(browser, path, "Loaded 4 decisions, 1 of them for images on this page.")
     rows = save(browser).read_text().splitlines()[1:]
-    saved = ["photos/train/cat/1.png", "photos/train/cat/2.png", *names[2:]]
+    saved = ["photos/train/cat/1.png", *names[1:]]
     assert [row.split(",")[0] for row in rows] == saved
 
 

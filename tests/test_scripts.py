@@ -28,7 +28,16 @@ import analyze
 import detect_mislabeled_dataset as detect
 import pipeline
 
-SECONDS = {"load", "covariance", "eigendecomposition", "lambda", "scores", "report", "total"}
+SECONDS = {
+    "load",
+    "covariance",
+    "eigendecomposition",
+    "lambda",
+    "index",
+    "scores",
+    "report",
+    "total",
+}
 NUM_TRAIN = 60
 NUM_CORRUPTED = 6
 # Fields of both json files, before and after those of one script.

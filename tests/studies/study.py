@@ -524,7 +524,7 @@ def prediction(trainer, store, settings, **sizes):
         "agreement": agreement,
         "full_spearman": mean_spearman(scores, full),
         "full_helpful": shared_helpful(scores, full),
-        "score_seconds": seconds,
+        "seconds_of_scores": seconds,
     }
 
 
@@ -565,10 +565,9 @@ def shared_helpful(scores, others):
 def pairwise(trainer, store, queries, settings, seed, back):
     """Returns `scores`, float32 [num_query, num_train], of a network of a training, and `seconds`.
 
-    The seconds are those of the scores, without the factors.
-
-    A seed below FIRST_SEED is the number of the half that it is trained on. back: 0 for the final
-    network, 1 for the one that was kept before it, and so on.
+    The seconds are those of the scores, without the factors. A seed below FIRST_SEED is the number
+    of the half that it is trained on. back: 0 for the final network, 1 for the one that was kept
+    before it, and so on.
     """
     data = corrupt(trainer.clean)
     trained_on = data if seed >= FIRST_SEED else data.take(half_of(len(data), seed))
@@ -630,7 +629,7 @@ def retrained(trainer, store, data, *, num_queries, halves, trainings):
         members[half_index, half] = True
         compute = partial(half_log_odds, trainer, data.take(half), queries, seed)
         key = [data.digest, queries.digest, half_index, seed]
-        log_odds[turn, half_index] = store.arrays("half", key, compute)["log_odds"]
+        log_odds[turn, half_index] = store.arrays("half-log-odds", key, compute)["log_odds"]
     return members, log_odds
 
 
@@ -668,7 +667,13 @@ def print_retraining(rows, args):
     rows = select(rows, {"study": "retraining", "halves": args.halves, "trainings": args.trainings})
     columns = ["queries", "strategy", "eigenvectors", "damping"]
     columns += ["trainings", "of", "networks of each"]
-    columns += ["LDS", "by half of the queries", "Spearman with all", "ten most helpful", "seconds"]
+    columns += [
+        "LDS",
+        "by half of the queries",
+        "Spearman with all",
+        "ten most helpful",
+        "seconds of scores",
+    ]
     print(f"\n| {' | '.join(columns)} |")
     print(f"|{'---|' * len(columns)}")
     for row in rows:
@@ -677,7 +682,9 @@ def print_retraining(rows, args):
         cells.append(f"{row['lds']:.3f} ± {row['standard_error']:.3f}")
         cells.append(", ".join(f"{value:.3f}" for value in row["lds_by_half"]))
         cells += [f"{row['full_spearman']:.3f}", f"{row['full_helpful']:.1f}"]
-        cells.append(f"{row['score_seconds']:.0f}")
+        # Earlier rows have `score_seconds`, which include the seconds of the factors.
+        seconds = row.get("seconds_of_scores")
+        cells.append("" if seconds is None else f"{seconds:.0f}")
         print(f"| {' | '.join(map(str, cells))} |")
     if rows and rows[0].get("agreement"):
         agreement = f"{rows[0]['agreement']:.3f}"
