@@ -113,8 +113,8 @@ def add_model_flags(group):
         type=pipeline.number_or_word(pipeline.positive_int, "auto"),
         default="auto",
         metavar="N",
-        help="number of queries whose gradients are held in memory; on a CPU, only as many as fit "
-        "into 2 GB; auto: on a CPU as many as fit, on a GPU 1000 / eigenvector_fraction "
+        help="number of queries whose gradients are held in memory; on a CPU, N is lowered if they "
+        "need more than 2 GB; auto: on a CPU 2 GB, on a GPU 1000 / eigenvector_fraction queries "
         "(default: %(default)s)",
     )
 

@@ -104,8 +104,8 @@ RANKINGS = {
         suspicion=lambda signals: -signals["margin"],
     ),
     "vote": Ranking(
-        description="k-NN vote, among the nearest images the largest share of another label, "
-        "minus the share of this label",
+        description="among the nearest images, the largest share of any other label, minus the "
+        "share of the image's own label (k-NN vote)",
         caption="k-NN vote",
         colour="#009e73",
         line="--",
