@@ -1403,8 +1403,9 @@ function decodePath(path) {
     }
 }
 
-// Whether a path is the absolute path of a key, or relative to --dataset_dir: `train/cat/1.png`.
-function isLongerOrShorter(path, key) {
+// Whether a path in a file names the image `key`, such as `photos/train/cat/1.png`: as an absolute
+// path, or relative to --dataset_dir, as `train/cat/1.png`.
+function namesKey(path, key) {
     const isRelative = path.startsWith("train/") && key.endsWith(`/${path}`);
     return isRelative || path.endsWith(`/${key}`);
 }
@@ -1425,7 +1426,7 @@ function findKey(lineName, name, cardsByKey) {
         return cardsByKey.get(known).key;
     }
     const similar = [...cardsByKey.keys()].filter((key) =>
-        spellings.some((spelled) => isLongerOrShorter(spelled, key)),
+        spellings.some((spelled) => namesKey(spelled, key)),
     );
     if (similar.length === 1) {
         return cardsByKey.get(similar[0]).key;
@@ -1552,10 +1553,9 @@ document.addEventListener("keydown", (event) => {
     const action = actionsOfKeys[prefix + nameOfKey(event)];
     // The lists and the field handle all keys but Escape; buttons and links handle Enter.
     const takesAllKeys = event.target.matches("select, #other");
-    const takesEnter = takesAllKeys || event.target.matches("button, a");
-    const isEnterTaken = takesEnter && event.key === "Enter";
-    const isOtherTaken = takesAllKeys && event.key !== "Escape";
-    if (!action || isEnterTaken || isOtherTaken) {
+    const takesEnter = event.target.matches("button, a");
+    const isTaken = takesAllKeys ? event.key !== "Escape" : takesEnter && event.key === "Enter";
+    if (!action || isTaken) {
         return;
     }
     event.preventDefault();

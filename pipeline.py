@@ -1,6 +1,6 @@
-"""What train.py, analyze.py and detect_mislabeled_dataset.py share, in the order data meets it.
+"""Code that train.py, analyze.py and detect_mislabeled_dataset.py share. Its sections are:
 
-Command line ► code in hashes ► files ► images and labels ► label corruption and cleaning ► csv
+command line ► code in hashes ► files ► images and labels ► label corruption and cleaning ► csv
 files ► networks ► code that scores depend on ► checkpoints ► influence ► results.
 """
 # ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
@@ -348,7 +348,8 @@ def add_curvature_flags(group, strategies):
         "--seed",
         type=whole_number,
         default=1004,
-        help="seed of the pseudo-labels that estimate the Fisher matrix (default: %(default)s)",
+        help="seed of the labels that are sampled to estimate the Fisher matrix "
+        "(default: %(default)s)",
     )
 
 
@@ -366,9 +367,12 @@ def command(script, args, **values):
     for name, value in flags.items():
         if value is None or value is False or value == defaults.get(name):
             continue
-        words.append(f"--{name}")
-        if value is not True:
-            words.append(str(value))
+        if value is True:
+            words.append(f"--{name}")
+        elif str(value).startswith("-"):  # argparse would take it for a flag
+            words.append(f"--{name}={value}")
+        else:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -516,7 +520,7 @@ def sha256(*parts):
 IMAGE_SIZE = 32
 # Seeds of random choices that must be the same in every script, so --seed does not change them.
 ORDER_SEED, EXAMPLES_SEED, CORRUPTION_SEED = 11, 12, 13
-# The seed of a digit is three numbers: these two and the position of the digit.
+# The seed of a digit is three numbers: these two and the index of the digit in its split.
 SYNTHETIC_SEEDS = {"train": (14, 5), "test": (14, 4)}
 NUM_SYNTHETIC = {"train": 5000, "test": 500}
 # Names, in lower case, of folders and files that operating systems create beside images. Hidden
@@ -1215,11 +1219,14 @@ TEST_IMAGE = -1  # in place of the position of a training image: an image of the
 
 
 class OtherImage(UserError):
-    """A row names another file: a test image, an image that was not drawn, or no image of these."""
+    """A row names something that exists, but no loaded training image.
+
+    It may be a test image, a training image that was not drawn, or a file outside the data set.
+    """
 
 
 class NoSuchImage(UserError):
-    """A row names an image that does not exist."""
+    """A row names a file or an index that does not exist."""
 
 
 def read_csv(flag, path, column):
@@ -1316,7 +1323,8 @@ def split_cells(row_name, line, delimiter):
         ) from error
     for cell in cells:
         stripped = cell.lstrip()
-        if stripped.startswith('"') and stripped != cell:
+        # In a correctly quoted cell, such quotes are doubled: then the line does not contain it.
+        if stripped.startswith('"') and stripped != cell and cell in line:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
@@ -1347,7 +1355,7 @@ class ExampleFinder:
     # The following dictionaries are slow to build, so each one is built when it is first needed.
 
     @cached_property
-    def by_name(self):
+    def by_path(self):
         """Positions of images by path, with links to folders resolved."""
         return unique_positions(self.images, path_in_real_folder)
 
@@ -1454,7 +1462,7 @@ class ExampleFinder:
         """Returns the position of the image in a file, TEST_IMAGE for a test image, or None."""
         if "\0" in file:  # a URL may encode it; no file has such a name
             return None
-        position = self.by_name.get(same_form(path_in_real_folder(file)))
+        position = self.by_path.get(same_form(path_in_real_folder(file)))
         if position is None:
             position = self.by_target.get(same_form(os.path.realpath(file)))
         return position
@@ -1904,7 +1912,7 @@ def code_digest(model, entry_points=()):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # Finds the headings, and not these two lines: in the text of this file, they contain a
+    # Finds the headings, and not the next two lines: in the text of this file, these contain a
     # backslash and an n, and no line break.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
@@ -2084,10 +2092,10 @@ def other_data_error(path, metadata):
 
 
 def earlier_models(path, model, snapshots, num_models):
-    """Returns the snapshots that make `num_models` networks together with the final one.
+    """Returns the last `num_models` - 1 snapshots as networks, in the order of the training.
 
-    They are the newest ones, as networks, the oldest first. model: the final network. snapshots: a
-    dictionary from epoch to weights by name. Raises UserError if there are fewer.
+    model: the final network. snapshots: a dictionary from epoch to weights by name. Raises
+    UserError if there are fewer.
     """
     num_networks = len(snapshots) + 1
     if num_models > num_networks:
@@ -2621,8 +2629,9 @@ class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
 def install_trackers(module, dtypes):
     """Gives a TrackedModule the trackers above and changes how it prepares its factors.
 
-    Eigenvalues below zero are rounding errors and become zero. Eigenvectors are dropped
-    after the damping, because the heuristic needs the mean over all eigenvalues.
+    Eigenvalues below zero are rounding errors and become zero. For a fraction of the eigenvectors,
+    the others are dropped after the damping, because the heuristic needs the mean over all
+    eigenvalues.
     """
     prepare_by_kronfluence = module.prepare_storage
 
@@ -2659,8 +2668,9 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    arguments: those without a keyword. `inputs` is the first one, None if there is none. The
-    gradient has rows of all images, summed over the backward passes of `differentiate`.
+    arguments: those without a keyword. `inputs` is the first one, None if there is none. Each
+    backward pass of `differentiate` is nonzero only in the row of its image. So the sum over the
+    passes holds the gradient of each image in its own row.
     """
 
     def __init__(self, arguments, output):
@@ -3063,7 +3073,7 @@ class InfluenceRun(TrainedModel):
         """
         factors_name = self.factors_name()
         # Forward and backward passes may run in bfloat16 here. For pairwise scores they run in
-        # float32, because their ranking would change.
+        # float32, because passes in bfloat16 would change the order of these scores.
         autocast_dtype = None  # no autocast
         if self.dtypes.products != self.dtypes.sums:
             autocast_dtype = self.dtypes.products
@@ -3080,10 +3090,10 @@ class InfluenceRun(TrainedModel):
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
     def queries_computed(self, query_batch_size, eigenvector_fraction):
-        """Returns for how many queries this process computes gradients at a time.
+        """Returns for how many queries this process computes gradients at a time: its share.
 
-        Each process holds the gradients of the same queries. It computes its share of them, and
-        receives the others. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at
+        Every process holds the gradients of all queries in a batch. It computes its share of them,
+        and receives the others. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at
         most `query_batch_size` if that is a number. On a GPU: `query_batch_size`, or for "auto"
         GPU_QUERIES / `eigenvector_fraction`.
         """
@@ -3140,8 +3150,8 @@ class InfluenceRun(TrainedModel):
         batch_size: number of training images.
         """
         # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`: for 51
-        # queries, 2 steps of 25.
+        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`: 2 * 25
+        # for 51, so that 50 queries are held at a time.
         steps = math.ceil(computed / QUERY_CHUNK)
         chunk = min(computed // steps, len(queries))
         # If memory is full, batches of queries shrink as batches of training images do.
@@ -3165,9 +3175,9 @@ class GradientIndex:
     layers: O x c each, with c kept eigenvectors. A score is the dot product of such a row with the
     preconditioned gradient of a query, so the training images are needed once for all queries.
 
-    args: InfluenceArguments. The factors are fitted, but nothing else is computed before
-    `write_scores`. `basis` is a hash of the eigenvectors: another fit may have other ones. Raises
-    UserError if the disk has no space for the index.
+    args: InfluenceArguments. The constructor fits the factors; `write_scores` computes all else.
+    `basis` is a hash of the eigenvectors: another fit may have other ones. Raises UserError if the
+    disk has no space for the index.
     """
 
     def __init__(self, run, args):
@@ -3206,11 +3216,13 @@ class GradientIndex:
         except Timeout:
             print("Another run builds an index; waiting for it")
             lock.acquire()
-        with lock:
+        try:
             for leftover in folder.glob("index_unfinished-*"):  # of a run that was killed
                 shutil.rmtree(leftover)
             settings = [self.args.eigenvector_fraction, self.basis]
             return self.run.cached_folder("index_", "", settings, self.build)
+        finally:
+            lock.release()
 
     def build(self, name, batch_size):
         """Writes the files to the folder `index_<name>`. Raises NumericalError for a NaN."""
@@ -3263,16 +3275,16 @@ class GradientIndex:
             set_factors(model, name, factors, clone=True)
         prepare_modules(model, get_tracked_module_names(model), analyzer.state.device)
 
-    def write_scores(self, queries, computed, name, batch_size):
+    def write_scores(self, queries, largest, name, batch_size):
         """Writes the scores of queries, a data set, to the folder `scores_<name>`.
 
-        computed: for how many queries gradients are held at a time, with full batches of training
+        largest: for how many queries gradients are held at a time, with full batches of training
         images. If memory is full, they shrink as these batches do.
         """
         index = self.built()
         folder = self.run.folder / f"scores_{name}"
         make_folder(folder)
-        held = max(1, computed * batch_size // self.run.batch_size)
+        held = max(1, largest * batch_size // self.run.batch_size)
         with self.run.phase("scores", name):
             rows = []
             for start in range(0, len(queries), held):

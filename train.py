@@ -181,8 +181,8 @@ def used_flags(args, recipe):
 
 CROP_PADDING = 4
 LARGEST_MARGIN = 6e4  # float16 is finite up to 65,504
-# Added to the seed of the training for alternating flips. So they and the batch order are drawn
-# from different random numbers.
+# Alternating flips are drawn with the training's seed plus this number, so that they do not use
+# the random numbers of the batch order.
 FLIP_SEED = 10_000
 
 
@@ -535,7 +535,7 @@ class SavedTraining:
         self.run = run
         self.start = time.perf_counter()
         self.seconds_before = 0.0
-        self.is_written = False  # whether the file holds a state of this run
+        self.holds_this_run = False  # whether the state in the file is one of this training
 
     @property
     def seconds(self):
@@ -548,7 +548,7 @@ class SavedTraining:
         if content is None:
             return
         training.load_state_dict(content["state"])
-        self.is_written = True
+        self.holds_this_run = True
         self.seconds_before = content["seconds"]
         print(f"continuing after epoch {training.epochs_done} of {len(training.margins)}")
 
@@ -582,15 +582,14 @@ class SavedTraining:
         digest = hashlib.sha256(body.getbuffer()).digest()
         with pipeline.atomic_path(self.path) as temporary:
             temporary.write_bytes(digest + body.getvalue())
-        self.is_written = True
+        self.holds_this_run = True
 
     def delete(self):
         """Removes the file, after the training is complete or has diverged.
 
-        If this training diverged before it wrote the file, the file is that of another training,
-        and stays.
+        A file of another training, which `load` refused and this training has not replaced, stays.
         """
-        if self.is_written:
+        if self.holds_this_run:
             self.path.unlink(missing_ok=True)
 
 
@@ -605,6 +604,7 @@ def describe_run(settings, model, data, dtype):
         "device": data.images.device.type,
         "data": data.digest,
         "torch": str(torch.__version__),
+        # The hash includes the whole file that defines `train`.
         "code": pipeline.code_digest(model, entry_points=[train]),
     }
 

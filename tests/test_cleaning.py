@@ -506,13 +506,18 @@ def test_the_printed_commands_train_each_model_as_before(monkeypatch, capsys):
 
 def test_a_command_is_quoted_for_the_shell(monkeypatch):
     monkeypatch.setattr(
-        "sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--num_train_examples", "7"]
+        "sys.argv", ["analyze.py", "--dataset_dir", "my $images", "--output_dir=-out"]
     )
     text = pipeline.command(
         "x.py", analyze.parse_arguments(), cleaned=True, seed=3, corrections=None
     )
-    words = ["--dataset_dir", "my $images", "--num_train_examples", "7", "--cleaned", "--seed", "3"]
+    words = ["--dataset_dir", "my $images", "--output_dir=-out", "--cleaned", "--seed", "3"]
     assert shlex.split(text) == ["python", "x.py", *words]
+
+
+def test_a_quoted_cell_may_begin_with_a_blank_and_a_quote():
+    """The page writes the name of such a class so."""
+    assert pipeline.split_cells("line 2", '1,"x"," ""a"""', ",") == ["1", "x", ' "a"']
 
 
 # ---- Figures of few images, many classes and long names ------------------------------------------
