@@ -2580,7 +2580,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Appends a batch of queries to a list; kronfluence's way would copy all batches."""
+        """Appends a batch of queries to a list; kronfluence would copy all batches each time."""
         storage = self.module.storage
         batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
         if batches is None:
@@ -2618,12 +2618,20 @@ class IndexedGradient(TruncatedHooks, GradientTracker):
 
 class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
     def update(self, a, g):
-        storage = self.module.storage
         gradient = self.gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
-        # A list, one tensor for each batch of queries: (queries, O, I), truncated (queries, O, c).
-        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
-        scores = torch.cat([queries.flatten(1) @ gradient.T for queries in batches])
-        storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores.to(self.module.dtypes.sums)
+        scores = (self.query_gradients() @ gradient.T).to(self.module.dtypes.sums)
+        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores
+
+    def query_gradients(self):
+        """Returns the preconditioned gradients of the queries held, [Q, O*I], truncated [Q, O*c].
+
+        The first call joins the list of batches, for one large product in place of many small ones.
+        """
+        storage = self.module.storage
+        name = constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
+        if isinstance(storage[name], list):
+            storage[name] = torch.cat(storage[name]).flatten(1)
+        return storage[name]
 
 
 def install_trackers(module, dtypes):

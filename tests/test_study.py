@@ -255,6 +255,8 @@ def test_truncated_scores_and_snapshots_predict_retraining_too(run, monkeypatch,
     assert full["full_spearman"] == pytest.approx(1) and full["full_helpful"] == 10
     for row in (truncated, of_three):
         assert 0 < row["full_spearman"] < 0.9999 and 0 < row["full_helpful"] <= 10
+        assert row["gain"] == pytest.approx(row["lds"] - full["lds"]) and row["gain_error"] > 0
+    assert full["gain"] == full["gain_error"] == 0
     assert truncated["full_spearman"] != of_three["full_spearman"]
     assert len(list(tmp_path.glob("networks-*.npz"))) == 1
     assert len(list(tmp_path.glob("pairwise-*.npz"))) == 6  # three networks by two fractions

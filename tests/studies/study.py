@@ -502,8 +502,9 @@ def prediction(trainer, store, settings, **sizes):
     The scores are means over some networks. settings: a Prediction. The networks are those of all
     images, or of halves that are not among the predicted ones. lds_by_half: the means over every
     second query, and over the other queries; agreement: Spearman's correlation of two trainings on
-    the same halves, None if there is only one; full_spearman, full_helpful: agreement with the
-    scores by all eigenvectors.
+    the same halves, None if there is only one; gain: lds minus that of the final networks with all
+    eigenvectors, with its standard error; full_spearman, full_helpful: agreement with the scores by
+    all eigenvectors.
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
@@ -513,14 +514,19 @@ def prediction(trainer, store, settings, **sizes):
     full, _ = mean_scores(
         trainer, store, queries, seeds, replace(settings, eigenvector_fraction=1.0)
     )
+    final = replace(settings, eigenvector_fraction=1.0, snapshots=1)
+    final_scores, _ = mean_scores(trainer, store, queries, seeds, final)
     members, log_odds = retrained(trainer, store, data, **sizes)
     lds = linear_datamodeling_scores(scores, members, log_odds.mean(0))
+    gains = lds - linear_datamodeling_scores(final_scores, members, log_odds.mean(0))
     agreement = None
     if len(log_odds) > 1:
         agreement = mean_spearman(log_odds[0].T, log_odds[1].T)
     return {
         "lds": lds.mean(),
         **spread_over_queries(lds),
+        "gain": gains.mean(),
+        "gain_error": standard_error(gains),
         "agreement": agreement,
         "full_spearman": mean_spearman(scores, full),
         "full_helpful": shared_helpful(scores, full),
@@ -530,12 +536,18 @@ def prediction(trainer, store, settings, **sizes):
 
 def spread_over_queries(lds):
     """Returns how much the linear datamodeling score, float64 [Q], differs between queries."""
-    if len(lds) == 1:
-        return {"lds_by_half": [], "standard_error": 0.0}
+    halves = [lds[::2].mean(), lds[1::2].mean()] if len(lds) > 1 else []
     return {
-        "lds_by_half": [lds[::2].mean(), lds[1::2].mean()],
-        "standard_error": lds.std(ddof=1) / len(lds) ** 0.5,
+        "lds_by_half": halves,
+        "standard_error": standard_error(lds),
     }
+
+
+def standard_error(values):
+    """Returns the standard error of the mean of values [N], 0 for a single one."""
+    if len(values) == 1:
+        return 0.0
+    return values.std(ddof=1) / len(values) ** 0.5
 
 
 def mean_scores(trainer, store, queries, seeds, settings):
@@ -670,6 +682,7 @@ def print_retraining(rows, args):
     columns += [
         "LDS",
         "by half of the queries",
+        "gain",
         "Spearman with all",
         "ten most helpful",
         "seconds of scores",
@@ -681,6 +694,7 @@ def print_retraining(rows, args):
         cells += [row["damping_factor"], row["models"], row["trained_on"], row["snapshots"]]
         cells.append(f"{row['lds']:.3f} ± {row['standard_error']:.3f}")
         cells.append(", ".join(f"{value:.3f}" for value in row["lds_by_half"]))
+        cells.append(f"{row['gain']:+.4f} ± {row['gain_error']:.4f}" if "gain" in row else "")
         cells += [f"{row['full_spearman']:.3f}", f"{row['full_helpful']:.1f}"]
         # Earlier rows have `score_seconds`, which include the seconds of the factors.
         seconds = row.get("seconds_of_scores")
