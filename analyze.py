@@ -66,7 +66,7 @@ def parse_arguments():
         "--index",
         action="store_true",
         help="keep the gradients of all training images in files, in bfloat16: the next analyses "
-        "read them and need no pass over the images, so a few queries take seconds; advisable "
+        "read them and need no pass over the images; advisable for few queries at a time, and "
         "with a low --eigenvector_fraction",
     )
     args = parser.parse_args()
@@ -114,7 +114,8 @@ def add_model_flags(group):
         default="auto",
         metavar="N",
         help="number of queries whose gradients are held in memory; on a CPU, N is lowered if they "
-        "need more than 2 GB; auto: on a CPU 2 GB, on a GPU 1000 / eigenvector_fraction queries "
+        "need more than 2 GB; auto: on a CPU, as many as fit into 2 GB; on a GPU, "
+        "1000 / eigenvector_fraction "
         "(default: %(default)s)",
     )
 

@@ -1221,7 +1221,7 @@ TEST_IMAGE = -1  # in place of the position of a training image: an image of the
 class OtherImage(UserError):
     """A row names something that exists, but no loaded training image.
 
-    It may be a test image, a training image that was not drawn, or a file outside the data set.
+    It may be a test image, a training image that was not drawn, or a file that is none of both.
     """
 
 
@@ -1323,7 +1323,7 @@ def split_cells(row_name, line, delimiter):
         ) from error
     for cell in cells:
         stripped = cell.lstrip()
-        # In a correctly quoted cell, such quotes are doubled: then the line does not contain it.
+        # In a correctly quoted cell, such quotes are doubled: then most lines do not contain it.
         if stripped.startswith('"') and stripped != cell and cell in line:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
@@ -2580,14 +2580,35 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         self.module.storage[constants.PRECONDITIONED_GRADIENT_NAME] = gradient
 
     def accumulate_iterations(self):
-        """Appends a batch of queries to a list; kronfluence would copy all batches each time."""
+        """Adds a batch of queries to those held; kronfluence would copy all of them each time."""
         storage = self.module.storage
-        batches = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
-        if batches is None:
-            batches = []
-        batches.append(storage[constants.PRECONDITIONED_GRADIENT_NAME])
-        storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = batches
+        gradients = storage[constants.PRECONDITIONED_GRADIENT_NAME].flatten(1)
+        held = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
+        if held is None:  # then this is the largest batch
+            num_batches = self.module.score_args.query_gradient_accumulation_steps
+            rows = gradients.new_empty(num_batches * len(gradients), gradients.shape[1])
+            held = HeldQueries(rows)
+        held.append(gradients)
+        storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = held
         storage[constants.PRECONDITIONED_GRADIENT_NAME] = None
+
+
+class HeldQueries:
+    """The gradients of the queries held: the first `count` of the rows [Q, D], allocated once."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.count = 0
+
+    def append(self, gradients):
+        """Copies gradients [B, D] into the next rows."""
+        end = self.count + len(gradients)
+        self.rows[self.count : end] = gradients
+        self.count = end
+
+    def gradients(self):
+        """Returns the gradients, [count, D]."""
+        return self.rows[: self.count]
 
 
 class TruncatedHooks(BatchHooks):
@@ -2619,19 +2640,10 @@ class IndexedGradient(TruncatedHooks, GradientTracker):
 class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
     def update(self, a, g):
         gradient = self.gradient(a, g).flatten(1)  # (B, O*I), truncated (B, O*c)
-        scores = (self.query_gradients() @ gradient.T).to(self.module.dtypes.sums)
-        self.module.storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores
-
-    def query_gradients(self):
-        """Returns the preconditioned gradients of the queries held, [Q, O*I], truncated [Q, O*c].
-
-        The first call joins the list of batches, for one large product in place of many small ones.
-        """
         storage = self.module.storage
-        name = constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
-        if isinstance(storage[name], list):
-            storage[name] = torch.cat(storage[name]).flatten(1)
-        return storage[name]
+        queries = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME].gradients()
+        scores = (queries @ gradient.T).to(self.module.dtypes.sums)
+        storage[constants.PAIRWISE_SCORE_MATRIX_NAME] = scores
 
 
 def install_trackers(module, dtypes):
@@ -2676,9 +2688,9 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    arguments: those without a keyword. `inputs` is the first one, None if there is none. Each
-    backward pass of `differentiate` is nonzero only in the row of its image. So the sum over the
-    passes holds the gradient of each image in its own row.
+    arguments: those without a keyword. `inputs` is the first one, None if there is none.
+    `differentiate` runs one backward pass for each image; its gradient is zero in all other rows.
+    So the sum over the passes holds the gradient of each image in its own row.
     """
 
     def __init__(self, arguments, output):
@@ -3098,12 +3110,12 @@ class InfluenceRun(TrainedModel):
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
     def queries_computed(self, query_batch_size, eigenvector_fraction):
-        """Returns for how many queries this process computes gradients at a time: its share.
+        """Returns for how many queries this process computes gradients at a time.
 
-        Every process holds the gradients of all queries in a batch. It computes its share of them,
-        and receives the others. Queries held, on a CPU: as many as fit into CPU_QUERY_BYTES, and at
-        most `query_batch_size` if that is a number. On a GPU: `query_batch_size`, or for "auto"
-        GPU_QUERIES / `eigenvector_fraction`.
+        It is the number of queries held, divided by the number of processes: each process computes
+        its share, and receives the gradients of the others. Queries held, on a CPU: as many as fit
+        into CPU_QUERY_BYTES, and at most `query_batch_size` if that is a number. On a GPU:
+        `query_batch_size`, or for "auto" GPU_QUERIES / `eigenvector_fraction`.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
@@ -3160,8 +3172,10 @@ class InfluenceRun(TrainedModel):
         # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
         # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`: 2 * 25
         # for 51, so that 50 queries are held at a time.
+        share = math.ceil(len(queries) / self.analyzer.state.num_processes)
+        computed = min(computed, share)
         steps = math.ceil(computed / QUERY_CHUNK)
-        chunk = min(computed // steps, len(queries))
+        chunk = computed // steps
         # If memory is full, batches of queries shrink as batches of training images do.
         chunk = max(1, chunk * batch_size // self.batch_size)
         with self.phase("scores", name):

@@ -364,6 +364,7 @@ def test_pairwise_influence_is_float32_on_the_gpu(fake_cuda, kind, dtype, strate
     """There are two batches of queries. Their gradients are held in the dtype of the run."""
     layer = Layer(kind, dtype, strategy)
     layer.add_factors(strategy)
+    layer.module.score_args.query_gradient_accumulation_steps = 2
     tracker = layer.module._trackers[ModuleMode.PRECONDITION_GRADIENT]
     for _ in range(2):
         layer.train_on_batch(ModuleMode.PRECONDITION_GRADIENT, torch.float32)

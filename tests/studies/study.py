@@ -502,9 +502,9 @@ def prediction(trainer, store, settings, **sizes):
     The scores are means over some networks. settings: a Prediction. The networks are those of all
     images, or of halves that are not among the predicted ones. lds_by_half: the means over every
     second query, and over the other queries; agreement: Spearman's correlation of two trainings on
-    the same halves, None if there is only one; gain: lds minus that of the final networks with all
-    eigenvectors, with its standard error; full_spearman, full_helpful: agreement with the scores by
-    all eigenvectors.
+    the same halves, None if there is only one; gain: lds minus that of the final networks of the
+    same trainings with all eigenvectors; gain_error: its standard error; full_spearman,
+    full_helpful: agreement with the scores by all eigenvectors.
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
