@@ -412,7 +412,7 @@ def test_squares_are_taken_in_one_part_on_the_gpu(fake_cuda, monkeypatch, dtype)
 def test_the_memory_of_a_cpu_does_not_limit_the_queries_of_a_gpu(fake_cuda):
     run = SimpleNamespace(
         data=fake_data(),
-        layer_sizes=[(2**20, 2**20)],
+        gradient_sizes=lambda fraction: [2**40],
         dtype=torch.float32,
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
