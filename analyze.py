@@ -266,8 +266,8 @@ def main():
             queries_on_device,
             args.query_batch_size,
             args.damping_factor,
-            args.eigenvector_fraction,
-            args.index,
+            eigenvector_fraction=args.eigenvector_fraction,
+            with_index=args.index,
         )
         for run in runs
     ]

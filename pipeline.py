@@ -1,4 +1,4 @@
-"""Code that train.py, analyze.py and detect_mislabeled_dataset.py share. Its sections are:
+"""Code that the scripts share. Its sections stand in the order in which a run needs them:
 
 command line ► code in hashes ► files ► images and labels ► label corruption and cleaning ► csv
 files ► networks ► code that scores depend on ► checkpoints ► influence ► results.
@@ -1221,7 +1221,7 @@ TEST_IMAGE = -1  # in place of the position of a training image: an image of the
 class OtherImage(UserError):
     """A row names something that exists, but no loaded training image.
 
-    It may be a test image, a training image that was not drawn, or a file that is none of both.
+    It may be a test image, a training image that was not drawn, or another file.
     """
 
 
@@ -1323,7 +1323,8 @@ def split_cells(row_name, line, delimiter):
         ) from error
     for cell in cells:
         stripped = cell.lstrip()
-        # In a correctly quoted cell, such quotes are doubled: then most lines do not contain it.
+        # Quotes inside a correctly quoted cell are doubled in the line. So the line hardly ever
+        # contains the text of such a cell.
         if stripped.startswith('"') and stripped != cell and cell in line:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
@@ -1817,7 +1818,7 @@ def check_shapes(network, num_classes):
         logits = model.logits(features)
         if not isinstance(logits, Tensor):
             raise ValueError(f"head returned a {type(logits).__name__}")
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # they do not fit
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # layers do not fit
         raise ValueError(
             "features that take images [B, 3, 32, 32], and a head that takes these features "
             f"({first_line(error)})"
@@ -3156,9 +3157,8 @@ class InfluenceRun(TrainedModel):
             settings += ["index", index.basis]
             compute = partial(index.write_scores, queries, computed)
         else:
-            compute = partial(
-                self.write_pairwise_scores, self.factors_name(), queries, computed, args
-            )
+            factors_name = self.factors_name()
+            compute = partial(self.write_pairwise_scores, factors_name, queries, computed, args)
         folder = self.cached_folder("scores_", "pairwise_", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
@@ -3206,11 +3206,13 @@ class GradientIndex:
         self.run = run
         self.args = args
         self.row_sizes = run.gradient_sizes(args.eigenvector_fraction)
+        # Factors take minutes, so the disk is checked before. An index that is there may be this
+        # one, which needs no more space.
         if not any(run.folder.glob("index_*")):
             self.require_space()
-        factors = run.fit_factors()
-        self.factors_name = factors.name.removeprefix("factors_")
-        self.basis = None
+        self.factors_name = run.factors_name()
+        self.basis = None  # for a strategy without eigenvectors
+        factors = run.folder / f"factors_{self.factors_name}"
         eigenvectors = factors / "activation_eigenvectors.safetensors"
         if eigenvectors.exists():
             with eigenvectors.open("rb") as file:
@@ -3249,7 +3251,7 @@ class GradientIndex:
     def build(self, name, batch_size):
         """Writes the files to the folder `index_<name>`. Raises NumericalError for a NaN."""
         folder = self.run.folder / f"index_{name}"
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt with larger batches
+        shutil.rmtree(folder, ignore_errors=True)  # frees the space of an attempt before
         self.require_space()
         make_folder(folder)
         print(f"The index takes {self.num_bytes() / 1e9:.1f} GB in {self.run.folder}")
@@ -3300,8 +3302,8 @@ class GradientIndex:
     def write_scores(self, queries, largest, name, batch_size):
         """Writes the scores of queries, a data set, to the folder `scores_<name>`.
 
-        largest: for how many queries gradients are held at a time, with full batches of training
-        images. If memory is full, they shrink as these batches do.
+        largest: for how many queries gradients are held at a time. If memory is full, they shrink
+        as batches of training images do.
         """
         index = self.built()
         folder = self.run.folder / f"scores_{name}"
@@ -3318,14 +3320,16 @@ class GradientIndex:
 
     def query_gradients(self, queries):
         """Returns the preconditioned gradients of queries in a data set, [num_query, D]."""
-        chunk = min(QUERY_CHUNK, len(queries))
-        result, start = None, 0
-        for gradients in self.gradients(queries, chunk, ModuleMode.PRECONDITION_GRADIENT):
-            if result is None:
-                result = gradients.new_empty(len(queries), gradients.shape[1])
-            result[start : start + len(gradients)] = gradients
-            start += len(gradients)
-        return result
+        rows = torch.empty(
+            len(queries),
+            sum(self.row_sizes),
+            dtype=self.run.dtypes.products,
+            device=self.run.data.images.device,
+        )
+        held = HeldQueries(rows)
+        for gradients in self.gradients(queries, QUERY_CHUNK, ModuleMode.PRECONDITION_GRADIENT):
+            held.append(gradients)
+        return held.gradients()
 
     def scores(self, index, query_gradients):
         """Returns scores, float32 [num_query, num_train], on the CPU; index: its folder."""

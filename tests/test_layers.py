@@ -258,7 +258,7 @@ def check_truncated(folder, name, strategy):
         expected = truncated_scores(layers, strategy, damping, fraction)
         for with_index in (False, True):
             found, _ = run.pairwise_influence(
-                queries, QUERY_BATCH_SIZE, damping, fraction, with_index
+                queries, QUERY_BATCH_SIZE, damping, fraction, with_index=with_index
             )
             errors.append(relative_error(found, expected))
         full = dense_scores(layers, strategy, damping)

@@ -44,7 +44,6 @@ ALL = ("--factor_examples", "all")  # the reference, too, fits its factors on al
 RUNS = {
     "auto": ALL,
     "fp32": ("--precision", "fp32", *ALL),
-    "truncated": ("--precision", "fp32", "--eigenvector_fraction", "0.1", *ALL),
     "as-run": (),
     "as-run-fp32": ("--precision", "fp32"),
 }
@@ -438,8 +437,6 @@ def main():
     # Part of the time of pairwise scores does not depend on the number of training images.
     if args.reference_examples and args.parts != ["self"]:
         raise pipeline.UserError("argument --reference_examples: give --parts self")
-    if "truncated" in args.runs and args.parts != ["pairwise"]:
-        raise pipeline.UserError("argument --runs: truncated needs --parts pairwise")
     device = pipeline.choose_device(args.device, several_processes=False)
     dtypes = {torch.float32, pipeline.configure_precision(args.precision, device)}
     speeds = {str(dtype): product_speed(device, dtype) for dtype in dtypes}

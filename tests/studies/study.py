@@ -517,8 +517,9 @@ def prediction(trainer, store, settings, **sizes):
     final = replace(settings, eigenvector_fraction=1.0, snapshots=1)
     final_scores, _ = mean_scores(trainer, store, queries, seeds, final)
     members, log_odds = retrained(trainer, store, data, **sizes)
-    lds = linear_datamodeling_scores(scores, members, log_odds.mean(0))
-    gains = lds - linear_datamodeling_scores(final_scores, members, log_odds.mean(0))
+    measured = log_odds.mean(0)
+    lds = linear_datamodeling_scores(scores, members, measured)
+    gains = lds - linear_datamodeling_scores(final_scores, members, measured)
     agreement = None
     if len(log_odds) > 1:
         agreement = mean_spearman(log_odds[0].T, log_odds[1].T)
@@ -536,11 +537,10 @@ def prediction(trainer, store, settings, **sizes):
 
 def spread_over_queries(lds):
     """Returns how much the linear datamodeling score, float64 [Q], differs between queries."""
-    halves = [lds[::2].mean(), lds[1::2].mean()] if len(lds) > 1 else []
-    return {
-        "lds_by_half": halves,
-        "standard_error": standard_error(lds),
-    }
+    by_half = []
+    if len(lds) > 1:
+        by_half = [lds[::2].mean(), lds[1::2].mean()]
+    return {"lds_by_half": by_half, "standard_error": standard_error(lds)}
 
 
 def standard_error(values):
