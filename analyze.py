@@ -54,30 +54,9 @@ def parse_arguments():
     parser.set_defaults(damping_factor=1e-6)
     add_query_flags(parser.groups["data"])
     add_model_flags(parser.groups["model"])
-    parser.groups["curvature"].add_argument(
-        "--eigenvector_fraction",
-        type=pipeline.kept_fraction,
-        default=1.0,
-        metavar="FRACTION",
-        help="keep only this fraction of the eigenvectors of each layer's input covariance, those "
-        "with the largest eigenvalues: faster, with less memory (default: %(default)s, all)",
-    )
-    parser.groups["curvature"].add_argument(
-        "--index",
-        action="store_true",
-        help="keep the gradients of all training images in files, in bfloat16: the next analyses "
-        "read them and need no pass over the images; advisable for few queries at a time, and "
-        "with a low --eigenvector_fraction",
-    )
+    pipeline.add_pairwise_flags(parser.groups["curvature"], purpose="for the influence on queries")
     args = parser.parse_args()
-    has_eigenvectors = args.factor_strategy in pipeline.EIGENVECTOR_STRATEGIES
-    if args.eigenvector_fraction < 1 and not has_eigenvectors:
-        parser.error(
-            f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
-            "choose another strategy"
-        )
-    if args.index and pipeline.number_of_processes() > 1:
-        parser.error("argument --index: one process makes the index; start it without torchrun")
+    pipeline.check_pairwise_flags(parser, args)
     return args
 
 

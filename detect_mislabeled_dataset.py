@@ -140,6 +140,7 @@ def parse_arguments():
     strategies = (*pipeline.STRATEGIES, pipeline.NO_INFLUENCE)
     parser = pipeline.influence_parser(__doc__, strategies)
     parser.set_defaults(factor_examples=1000)
+    pipeline.add_pairwise_flags(parser.groups["curvature"], purpose="for --explain")
     report = parser.groups["report"]
     meanings = "; ".join(f"{name}: {ranking.description}" for name, ranking in RANKINGS.items())
     report.add_argument(
@@ -166,17 +167,36 @@ def parse_arguments():
     )
     args = parser.parse_args()
     if args.factor_strategy == pipeline.NO_INFLUENCE:
-        refuse_what_needs_influence(parser, args.method, args.explain)
+        refuse_what_needs_influence(parser, args)
+    if args.explain == 0:
+        refuse_what_needs_explanations(parser, args.eigenvector_fraction, args.index)
+    pipeline.check_pairwise_flags(parser, args)
     return args
 
 
-def refuse_what_needs_influence(parser, method, num_explained):
+def refuse_what_needs_influence(parser, args):
     """Ends the script with status 2 if a flag needs the influence that is not computed."""
-    skipped = f"needs influence, but --factor_strategy {pipeline.NO_INFLUENCE} skips it"
-    if num_explained > 0:
-        parser.error(f"--explain {skipped}: choose another strategy")
-    if RANKINGS[method].needs_influence:
-        parser.error(f"--method {method} {skipped}: choose another strategy")
+    given = {
+        "--explain": args.explain > 0,
+        f"--method {args.method}": RANKINGS[args.method].needs_influence,
+        "--eigenvector_fraction": args.eigenvector_fraction < 1,
+        "--index": args.index,
+    }
+    for flag, needs_influence in given.items():
+        if needs_influence:
+            parser.error(
+                f"{flag} needs influence, but --factor_strategy {pipeline.NO_INFLUENCE} skips it: "
+                "choose another strategy"
+            )
+
+
+def refuse_what_needs_explanations(parser, eigenvector_fraction, with_index):
+    """Ends the script with status 2 if a flag is of no use without `--explain`."""
+    useless = "has an effect only with --explain: add it, or remove this flag"
+    if eigenvector_fraction < 1:
+        parser.error(f"argument --eigenvector_fraction {useless}")
+    if with_index:
+        parser.error(f"argument --index {useless}")
 
 
 # ---- Signals: what rankings are computed from ----------------------------------------------------
@@ -299,10 +319,11 @@ NUM_EXPLAINING = 3  # images on either side
 NUM_QUERIES_HELD = 1000
 
 
-def explain(runs, data, suspects, damping_factor):
+def explain(runs, data, suspects, damping_factor, **pairwise_flags):
     """Returns the training images that most oppose and most support the label of each suspect.
 
-    data: ImageData on the CPU; suspects: positions in `data`, int64 array [M]. The result is a
+    data: ImageData on the CPU; suspects: positions in `data`, int64 array [M]; pairwise_flags:
+    eigenvector_fraction and with_index of `InfluenceRun.pairwise_influence`. The result is a
     dictionary from a suspect's position to a list of (rank, position, score), opposing images
     first. A score is the influence on the log-odds of the label, averaged over the models. The
     influence of a suspect on itself is not used.
@@ -315,7 +336,9 @@ def explain(runs, data, suspects, damping_factor):
     queries_on_device = queries.to(runs[0].data.images.device)
     influence_by_model = []
     for run in runs:
-        scores, _ = run.pairwise_influence(queries_on_device, NUM_QUERIES_HELD, damping_factor)
+        scores, _ = run.pairwise_influence(
+            queries_on_device, NUM_QUERIES_HELD, damping_factor, **pairwise_flags
+        )
         influence_by_model.append(scores)
     explanations = {}
     for suspect, influence in zip(positions, mean_of(influence_by_model), strict=True):
@@ -381,11 +404,11 @@ class Detection(NamedTuple):
         return self.logits.argmax(1)
 
 
-def detect(runs, metadata, data, *, method, damping_factor, num_explained):
+def detect(runs, metadata, data, *, method, damping_factor, num_explained, **pairwise_flags):
     """Ranks the training images of the runs by a method of RANKINGS.
 
-    runs, metadata, data: as `pipeline.load_runs` returns them. Returns the Detection, and the files
-    of self-influence that were computed.
+    runs, metadata, data: as `pipeline.load_runs` returns them; pairwise_flags: as for `explain`.
+    Returns the Detection, and the files of self-influence that were computed.
     """
     signals_by_model, logits_by_model, influence_paths = [], [], []
     for run, model_metadata in zip(runs, metadata, strict=True):
@@ -396,6 +419,7 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
             influence_paths.append(influence_path)
     scores = suspicion_by_ranking(signals_by_model)
     order = most_suspicious_first(scores[method])
+    explained = order[:num_explained]
     detection = Detection(
         data=data,
         method=method,
@@ -403,7 +427,7 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained):
         scores=scores,
         order=order,
         logits=mean_of(logits_by_model),
-        explanations=explain(runs, data, order[:num_explained], damping_factor),
+        explanations=explain(runs, data, explained, damping_factor, **pairwise_flags),
     )
     return detection, influence_paths
 
@@ -491,7 +515,7 @@ def print_recall(results, method, num_corrupted):
         print("No label is known to be wrong, so there is no recall: review the suspects.")
         return
     if not results:
-        print("All labels are known to be wrong, so there is no correct label to rank them above.")
+        print("All labels are known to be wrong: recall and AUROC need a correct label, too.")
         return
     percents = (1, 5, 10, 20, 30, 50)
     print(f"{'inspected':16}" + "".join(f"{percent:6} %" for percent in percents) + "    AUROC")
@@ -543,11 +567,11 @@ def require_no_added_columns(path):
         return
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
-        if header.lower().startswith("sep="):  # states the separator to Excel
+        if pipeline.stated_delimiter(header) is not None:
             header = file.readline().rstrip("\r\n")
     if not header:
         return
-    # A spreadsheet may have saved the table with another separator, or a column without a name.
+    # A spreadsheet may have saved the table with another separator.
     columns = re.split("[,;\t]", header.replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
     added = [column or "unnamed" for column in columns if column not in written]
@@ -670,7 +694,8 @@ def describe_suspects(detection, num_review, cleaned):
     """Returns a dictionary for the card of each suspect, and the positions of all images shown.
 
     cleaned: whether corrections were applied to the labels. The page has one picture with all
-    images, in the order of the positions. A card names an image by its tile, its place there.
+    images, in the order of the positions. A card names an image by its tile, the number of its
+    place in the picture.
     """
     suspects = detection.order[:num_review].tolist()
     positions = list(suspects)
@@ -1403,11 +1428,13 @@ function decodePath(path) {
     }
 }
 
-// Whether a path in a file names the image `key`, such as `photos/train/cat/1.png`: as an absolute
-// path, or relative to --dataset_dir, as `train/cat/1.png`.
+// Whether `path`, from a loaded file, means the image `key` of this page. Two paths mean the key
+// `photos/train/cat/1.png`: the absolute path `/home/me/photos/train/cat/1.png`, and
+// `train/cat/1.png`, which is relative to --dataset_dir.
 function namesKey(path, key) {
-    const isRelative = path.startsWith("train/") && key.endsWith(`/${path}`);
-    return isRelative || path.endsWith(`/${key}`);
+    const isAbsolute = path.endsWith(`/${key}`);
+    const isInDataset = path.startsWith("train/") && key.endsWith(`/${path}`);
+    return isAbsolute || isInDataset;
 }
 
 // Returns the key of the image that a file calls `name`.
@@ -1521,7 +1548,8 @@ const actionsOfKeys = {
     arrowdown: () => move(countColumns()),
 };
 
-// Goes back to the suspect. It drops an unfinished name: leaving the field would decide by it.
+// Goes back to the suspect. First it empties the field, because a field that loses the focus with
+// a name in it decides by that name.
 function leaveField() {
     byId("other").value = "";
     go(current);
@@ -1678,13 +1706,13 @@ def print_next_steps(args, metadata, page_html):
     """Prints for each model the command that trains it again with the user's corrections."""
     if args.num_review > 0:
         print(
-            f"Open {page_html} in a browser, review the suspects, and save corrections.csv here. "
-            "Then train with it:"
+            f"Open {page_html} in a browser, review the suspects, save corrections.csv, and "
+            "move it to the folder in which you run the scripts. Then train with it:"
         )
     else:
         print(
-            "Write corrections.csv with the columns path (or index) and new_label "
-            f"(a class, or '{pipeline.LEAVE_OUT}'). Then train with it:"
+            "Write corrections.csv with the columns path (index if there are no files) and "
+            f"new_label (a class, or '{pipeline.LEAVE_OUT}'). Then train with it:"
         )
     for checkpoint_dir, model_metadata in zip(args.checkpoint_dir, metadata, strict=True):
         recipe_and_hyperparameters = model_metadata["recipe"]
@@ -1699,6 +1727,14 @@ def print_next_steps(args, metadata, page_html):
             corrections="corrections.csv",
         )
         print(f"  {command}")
+
+
+def write_tables_and_page(files, detection, num_review, cleaned):
+    """Writes the csv files, and the page for the review; files: as `result_files` returns them."""
+    require_no_added_columns(files.suspects)  # a user may have added some while the run computed
+    write_suspects(files.suspects, detection)
+    write_explanations(files.explanations, detection)
+    write_page(files.page, detection, num_review, cleaned)
 
 
 def main():
@@ -1717,6 +1753,8 @@ def main():
         method=args.method,
         damping_factor=args.damping_factor,
         num_explained=args.explain,
+        eigenvector_fraction=args.eigenvector_fraction,
+        with_index=args.index,
     )
     if not pipeline.is_main_process():
         return
@@ -1725,9 +1763,7 @@ def main():
     results = evaluate_rankings(detection.scores, data.is_corrupted.numpy())
     fields = {"num_train": len(data), "num_corrupted": num_corrupted, "rankings": results}
     with pipeline.timed(seconds, "report"):
-        write_suspects(files.suspects, detection)
-        write_explanations(files.explanations, detection)
-        write_page(files.page, detection, args.num_review, args.cleaned)
+        write_tables_and_page(files, detection, args.num_review, args.cleaned)
     with (
         pipeline.recorded(
             files.record,

@@ -1,7 +1,7 @@
 """Code that the scripts share. Its sections stand in the order in which a run needs them:
 
-command line ► code in hashes ► files ► images and labels ► label corruption and cleaning ► csv
-files ► networks ► code that scores depend on ► checkpoints ► influence ► results.
+command line ► code as part of hashes ► files ► images and labels ► label corruption and cleaning ►
+csv files ► networks ► code that scores depend on ► checkpoints ► influence ► results.
 """
 # ruff: noqa: E402 (SOURCE is read before the imports that take seconds)
 
@@ -91,7 +91,7 @@ LARGEST_C_INT = 2**31 - 1
 
 
 class UserError(Exception):
-    """A mistake that only the user can correct. Its text is one sentence that states what to do."""
+    """A mistake that only the user can correct. Its text is one sentence that shows what to do."""
 
     status = 2
 
@@ -214,7 +214,9 @@ non_negative_float = number(float, "a number of at least 0", lambda value: 0 <= 
 corrupt_fraction = number(
     float, "a fraction below 1, such as 0.1 (0 means none)", lambda value: 0 <= value < 1
 )
-kept_fraction = number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
+# A layer keeps at least one eigenvector. With fewer than 10,000 inputs, 0.0001 already keeps just
+# one, so a smaller fraction would change nothing.
+kept_fraction = number(float, "a fraction from 0.0001 to 1", lambda value: 1e-4 <= value <= 1)
 
 
 def shared_parser(docstring):
@@ -288,8 +290,9 @@ def add_data_flags(group):
     labels.add_argument(
         "--noisy_labels",
         metavar="CSV",
-        help="file with the labels to train on: columns label, and path or index; index is the "
-        "position in the complete data set, from 0 (default: the labels of the data set)",
+        help="file with the labels to train on: columns path and label; if the images have no "
+        "files, give the column index instead of path: the position in the complete data set, "
+        "counted from 0 (default: the labels of the data set)",
     )
 
 
@@ -302,8 +305,8 @@ def influence_parser(docstring, strategies=STRATEGIES):
         nargs="+",
         default=[CHECKPOINT_DIR],
         metavar="DIR",
-        help="directory of the trained model; the scores of several models are averaged "
-        f"(default: {CHECKPOINT_DIR})",
+        help="directory of the trained model; with several directories, results are means over "
+        f"their models (default: {CHECKPOINT_DIR})",
     )
     model.add_argument(
         "--cleaned",
@@ -351,6 +354,38 @@ def add_curvature_flags(group, strategies):
         help="seed of the labels that are sampled to estimate the Fisher matrix "
         "(default: %(default)s)",
     )
+
+
+def add_pairwise_flags(group, purpose):
+    """Adds the flags that make pairwise scores faster; purpose: what the scores are for."""
+    group.add_argument(
+        "--eigenvector_fraction",
+        type=kept_fraction,
+        default=1.0,
+        metavar="FRACTION",
+        help=f"{purpose}, keep only this fraction of the eigenvectors of each layer's input "
+        "covariance, those with the largest eigenvalues: faster, with less memory "
+        "(default: %(default)s, all)",
+    )
+    group.add_argument(
+        "--index",
+        action="store_true",
+        help=f"{purpose}, keep the gradients of all training images in files, in bfloat16: later "
+        "runs with the same --factor_examples read them in place of passing over the images; "
+        "advisable with a low --eigenvector_fraction",
+    )
+
+
+def check_pairwise_flags(parser, args):
+    """Ends the script with status 2 if the flags for pairwise scores cannot be combined."""
+    has_eigenvectors = args.factor_strategy in EIGENVECTOR_STRATEGIES
+    if args.eigenvector_fraction < 1 and not has_eigenvectors:
+        parser.error(
+            f"argument --eigenvector_fraction: {args.factor_strategy} has no eigenvectors; "
+            "choose another strategy"
+        )
+    if args.index and number_of_processes() > 1:
+        parser.error("argument --index: one process makes the index; start it without torchrun")
 
 
 def command(script, args, **values):
@@ -404,15 +439,18 @@ def choose_device(name, several_processes):
         raise UserError(
             f"WORLD_SIZE is {count}, but {what} uses one process only: start it without torchrun"
         )
+    if not on_gpu:
+        return torch.device("cpu")
+    if count == 1:
+        # An earlier torchrun may have left LOCAL_RANK. With it, kronfluence waits for processes.
+        os.environ.pop("LOCAL_RANK", None)
+        return torch.device("cuda", 0)
     local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it: which GPU the process may use
-    has_own_gpu = bool(local_rank) and int(local_rank) < torch.cuda.device_count()
-    if count > 1 and not has_own_gpu:
+    if not local_rank or int(local_rank) >= torch.cuda.device_count():
         raise UserError(
             "each process needs its own GPU: start them with torchrun, as many as there are GPUs"
         )
-    if not on_gpu:
-        return torch.device("cpu")
-    return torch.device("cuda", int(local_rank or 0))
+    return torch.device("cuda", int(local_rank))
 
 
 def unusable_gpu():
@@ -428,7 +466,7 @@ def unusable_gpu():
         torch.cuda.init()
     except Exception as error:  # torch states the reason in its own words
         reason = first_line(error).rstrip(".")
-    remedy = "install torch for its driver, and unset CUDA_VISIBLE_DEVICES"
+    remedy = "install the torch for the driver of this GPU, and unset CUDA_VISIBLE_DEVICES"
     return f"torch cannot use the NVIDIA GPU ({reason}): {remedy}"
 
 
@@ -571,7 +609,7 @@ class ImageData:
     the labels without corruption: those of the data set, or of corrections. class_names: one per
     class. paths: one per image, empty if images have no files of their own.
     indices: int64 [N] on the CPU, positions among the loaded images, for tables and corrections.
-    dataset_index: int64 [N] on the CPU, positions in the whole data set, for `--noisy_labels`.
+    dataset_indices: int64 [N] on the CPU, positions in the whole data set, for `--noisy_labels`.
     num_available: number of images in the whole data set.
     channel_mean, channel_std: of red, green and blue, by which images are standardised.
     """
@@ -582,7 +620,7 @@ class ImageData:
     class_names: list
     paths: list
     indices: Tensor
-    dataset_index: Tensor
+    dataset_indices: Tensor
     num_available: int
     channel_mean: tuple = CHANNEL_MEAN
     channel_std: tuple = CHANNEL_STD
@@ -617,7 +655,7 @@ class ImageData:
             true_labels=self.true_labels[positions],
             paths=[self.paths[position] for position in positions.tolist()],
             indices=self.indices[positions],
-            dataset_index=self.dataset_index[positions],
+            dataset_indices=self.dataset_indices[positions],
         )
 
     def without(self, positions):
@@ -662,7 +700,7 @@ def load_data(dataset, dataset_dir, split, num_examples=None, cache_dir=None):
         class_names=[same_form(name) for name in source.class_names],
         paths=[paths[i] for i in chosen.tolist()],
         indices=torch.arange(len(chosen)),
-        dataset_index=chosen,
+        dataset_indices=chosen,
         num_available=total,
         channel_mean=tuple(source.channel_mean),
         channel_std=tuple(source.channel_std),
@@ -684,7 +722,10 @@ def check_source(source, loader):
     require(are_strings and len(names) >= 2, "at least two class_names, which are strings")
     are_different = len(set(map(same_form, names))) == len(names)
     has_line_break = any(map(contains_line_break, names))
-    require(are_different and not has_line_break, "different class_names without line breaks")
+    require(are_different, "class_names that all differ")
+    require(not has_line_break, "class_names without line breaks")
+    is_decision = LEAVE_OUT in [name.strip() for name in names]
+    require(not is_decision, f"no class named '{LEAVE_OUT}', which in reviews excludes an image")
     in_range = labels.min() >= 0 and labels.max() < len(names)
     require(in_range, f"labels from 0 to {len(names) - 1}, since it has {len(names)} class_names")
     has_paths = source.paths is None or len(source.paths) == len(labels)
@@ -748,6 +789,14 @@ def hash_images(data):
     return [hashlib.sha256(image).digest() for image in data.images.cpu().numpy()]
 
 
+def count_examples(data):
+    """Returns, as text, the number of training images, and of labels that are known to be wrong."""
+    num_corrupted = int(data.is_corrupted.sum())
+    if num_corrupted == 0:
+        return f"{len(data)} training images"
+    return f"{len(data)} training images ({num_corrupted} with a wrong label)"
+
+
 def print_duplicates(data, test):
     """Prints the numbers of copies with another label, and of test images that are training images.
 
@@ -803,7 +852,9 @@ def load_imagefolder(dataset_dir, split, cache_dir):
     samples, class_names = split_samples(Path(dataset_dir), split)
     if split == "train" and is_main_process():
         counts = Counter(class_names[label] for _, label in samples)
-        print(f"{len(class_names)} classes in {dataset_dir}: {ten_largest(counts)}")
+        # Every class is listed: a folder that is there by mistake is most likely a small one.
+        listed = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        print(f"{len(class_names)} classes in {dataset_dir}: {listed}")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(ORDER_SEED))
     paths = [samples[i][0] for i in order.tolist()]
 
@@ -823,13 +874,14 @@ def refuse_inside_data(flag, folder, dataset_dir):
 
     The next run would read the files written there as images, or as a class.
     """
-    target = Path(folder).resolve()
+    target = Path(os.path.realpath(folder))  # `resolve` fails for links in a circle
     for split in ("train", "test"):
         top = Path(dataset_dir) / split
-        if not top.is_dir():
-            continue
-        # The target is compared with every folder below, since links may lead to folders elsewhere.
-        _, image_folders, _ = list_files(top)
+        # `top` counts even if it does not exist yet: a file written there would create it.
+        image_folders = {Path(os.path.realpath(top))}
+        if top.is_dir():  # links inside may lead to folders elsewhere
+            _, listed, _ = list_files(top)
+            image_folders |= listed
         if any(target.is_relative_to(image_folder) for image_folder in image_folders):
             raise UserError(f"{flag} {folder} lies among the images of {top}: name another folder")
 
@@ -850,23 +902,28 @@ def same_form(name):
 def list_samples(folder, verbose):
     """Returns (path, label) of every file in class folders, sorted, and the names of the classes.
 
-    Hidden and system folders and files are skipped. If `verbose`, skipped folders are printed.
-    Raises UserError if there are fewer than two classes, or if a folder cannot be listed. Also
-    raises it if a class has no file, or if two classes have the same name.
+    Hidden and system folders and files are skipped, and files outside classes. If `verbose`, what
+    is skipped is printed. Raises UserError if there are fewer than two classes, or if a folder
+    cannot be listed. Also raises it if a class has no file, if `check_class_name` refuses its name,
+    or if a link puts a folder into two classes.
     """
     if not folder.is_dir():
         raise UserError(
             f"--dataset imagefolder: {folder} must be a folder with a folder of images per class"
         )
-    _, class_folders, _ = next(os.walk(folder, onerror=refuse_unlisted))
+    _, class_folders, stray_files = next(os.walk(folder, onerror=refuse_unlisted))
     skipped = set(class_folders) - set(visible(class_folders))
     samples, class_names, listed = [], [], set()
     for name in visible(class_folders):
-        files, listed_here, skipped_here = list_files(folder / name, listed)
+        files, listed_here, skipped_here = list_files(folder / name)
+        if listed_here & listed:
+            raise UserError(
+                f"--dataset imagefolder: {min(listed_here & listed)} belongs to {name} and to "
+                "another class, by a link: remove the link"
+            )
         if not files:
             raise UserError(
-                f"--dataset imagefolder: {folder / name} holds no image of its own: "
-                "fill or remove it"
+                f"--dataset imagefolder: {folder / name} holds no image: fill or remove it"
             )
         check_class_name(folder, name, class_names)
         samples.extend((path, len(class_names)) for path in files)
@@ -878,18 +935,22 @@ def list_samples(folder, verbose):
             f"--dataset imagefolder: {folder} must hold at least 2 class folders, "
             f"not {len(class_names)}"
         )
+    if visible(stray_files):
+        skipped.add(f"{len(visible(stray_files))} files beside the class folders")
     if skipped and verbose:
         print(f"Skipped in {folder}: {', '.join(sorted(skipped))}")
     return samples, class_names
 
 
 def check_class_name(folder, name, class_names):
-    """Raises UserError if a class has the name of an earlier class, or a line break in its name."""
+    """Raises UserError if a class name is there twice, has a line break, or is LEAVE_OUT."""
     problem = ""
     if same_form(name) in class_names:
         problem = "has the same name as another class"
     elif contains_line_break(name):  # a row of a csv file could not contain it
         problem = "has a line break in its name"
+    elif name.strip() == LEAVE_OUT:
+        problem = "has the name by which a review leaves images out"
     if problem:
         raise UserError(
             f"--dataset imagefolder: {str(folder / name)!r} {problem}: rename or remove it"
@@ -901,17 +962,17 @@ def contains_line_break(name):
     return len(f"{name}.".splitlines()) > 1  # the dot, because a break at the end is not counted
 
 
-def list_files(folder, listed_before=frozenset()):
+def list_files(folder):
     """Returns all files below a folder, the folders it lists, and the names of skipped folders.
 
     Files: a list of paths. Listed folders: a set of paths without links. Hidden and system folders
-    are skipped. A folder that is reached again by a link, or that is in `listed_before`, is not
-    listed, and is in none of the results. Raises UserError if a folder cannot be listed.
+    are skipped. A folder that is reached again by a link is not listed again. Raises UserError if a
+    folder cannot be listed.
     """
     paths, listed, skipped = [], set(), set()
     for parent, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
         real = Path(parent).resolve()
-        if real in listed or real in listed_before:
+        if real in listed:
             folders.clear()  # os.walk then goes no deeper here
             continue
         listed.add(real)
@@ -1219,7 +1280,7 @@ TEST_IMAGE = -1  # in place of the position of a training image: an image of the
 
 
 class OtherImage(UserError):
-    """A row names something that exists, but no loaded training image.
+    """A row names something that exists, but is not a loaded training image.
 
     It may be a test image, a training image that was not drawn, or another file.
     """
@@ -1240,7 +1301,7 @@ def read_csv(flag, path, column):
     name = f"{flag} {path}"
     content, lines = read_lines(name, path)
     delimiters = ",;\t"
-    stated = stated_delimiter(lines)
+    stated = stated_delimiter(lines[0][1]) if lines else None
     if stated is not None:
         delimiters = stated
         lines = lines[1:]
@@ -1278,16 +1339,10 @@ def read_lines(name, path):
     return content, [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def stated_delimiter(lines):
-    """Returns the delimiter that the first line states to Excel, or None if it states none.
-
-    lines: pairs of line number and text.
-    """
-    if not lines:
-        return None
-    _, first = lines[0]
-    # Such as `sep=;`, or `"sep=;",,` after a spreadsheet saved the file again.
-    match = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', first, re.IGNORECASE)
+def stated_delimiter(line):
+    """Returns the delimiter that a first line such as `sep=;` states to Excel, or None."""
+    # A spreadsheet that saves the file again may write `"sep=;",,`.
+    match = re.fullmatch(r'"?sep=([^\w"])"?[,;\t]*', line, re.IGNORECASE)
     return match[1] if match else None
 
 
@@ -1322,10 +1377,12 @@ def split_cells(row_name, line, delimiter):
             f"({error}): remove line breaks and stray quotes"
         ) from error
     for cell in cells:
-        stripped = cell.lstrip()
-        # Quotes inside a correctly quoted cell are doubled in the line. So the line hardly ever
-        # contains the text of such a cell.
-        if stripped.startswith('"') and stripped != cell and cell in line:
+        # `1, "x"` has the cell ` "x"`: the blank before the quote is most likely a mistake.
+        has_blank_before_quote = cell[:1] != '"' and cell.lstrip().startswith('"')
+        # It is no mistake if the file has quotes around the whole cell: `1," ""x"""`.
+        quoted = '"' + cell.replace('"', '""') + '"'
+        is_quoted_as_a_whole = quoted in line
+        if has_blank_before_quote and not is_quoted_as_a_whole:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
@@ -1404,11 +1461,11 @@ class ExampleFinder:
         if path.strip():
             raise NoSuchImage(
                 f"{row_name}: {path} is not among the {len(self.data)} training images, which "
-                "have no files: name them by index"
+                "have an index in place of a file"
             )
         if not text:
             raise UserError(f"{row_name}: needs an index, a whole number from 0 on")
-        # Such as `17` or `017`. Longer numbers are no index, and int() fails above 4,300 digits.
+        # Such as `17` or `017`. With more than 18 digits it is no index; int() fails above 4,300.
         index = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
         if index in self.position_of:
             return self.position_of[index]
@@ -1427,8 +1484,8 @@ class ExampleFinder:
         """
         if not path.strip():
             raise UserError(
-                f"{row_name}: needs a path; an index would mean another image after files are "
-                "added or removed"
+                f"{row_name}: needs a path; an index is not accepted, since it means another image "
+                "after files are added or removed"
             )
         files = []
         for spelled in spellings(path):
@@ -1534,7 +1591,7 @@ def read_noisy_labels(path, data, test, dataset_dir):
     image of an earlier row, and if no row is about a training image.
     """
     rows, file_hash = read_csv("--noisy_labels", path, "label")
-    finder = ExampleFinder(data, test, dataset_dir, data.dataset_index, data.num_available)
+    finder = ExampleFinder(data, test, dataset_dir, data.dataset_indices, data.num_available)
     labels = data.labels.clone()
     changes = Counter()
     num_others = 0
@@ -1560,8 +1617,8 @@ def read_noisy_labels(path, data, test, dataset_dir):
             f"--noisy_labels {path}: none of its {num_others} rows is about a training image"
         )
     finder.print_matches()
-    summary = ten_largest(changes) if changes else "no label differs"
-    print(f"{path}: {len(finder.used)} rows, and {num_others} of other images; {summary}")
+    summary = f"changed labels: {ten_largest(changes)}" if changes else "no label is changed"
+    print(f"{path}: {len(finder.used)} rows of training images, {num_others} of others; {summary}")
     return labels, file_hash
 
 
@@ -1609,13 +1666,9 @@ def read_corrections(path, data, test, dataset_dir):
     `new_label` are ignored. Prints what changes.
 
     Raises UserError, naming the line, for an unknown image or class, for the image of an earlier
-    row, and if a column `label` differs from the label before any cleaning.
+    row, and if a column `label` differs from the label before any cleaning. Prints how many rows
+    without a label name an image by index, because nothing checks these.
     """
-    if LEAVE_OUT in [name.strip() for name in data.class_names]:
-        raise UserError(
-            f"--corrections {path}: '{LEAVE_OUT}' excludes an image, and a class has that name: "
-            "rename the class"
-        )
     rows, _ = read_csv("--corrections", path, "new_label")
     finder = ExampleFinder(data, test, dataset_dir, data.indices, len(data))
     excluded, new_labels = [], {}
@@ -1625,8 +1678,11 @@ def read_corrections(path, data, test, dataset_dir):
             f"--corrections {path} decides nothing: write a class or '{LEAVE_OUT}' in new_label"
         )
     for row_name, row in decided:
-        # The position is also the index: no image has been left out yet.
-        index = finder.find(row_name, row)
+        try:
+            # The position is also the index: no image has been left out yet.
+            index = finder.find(row_name, row)
+        except (OtherImage, NoSuchImage) as error:
+            raise UserError(f"{error}: correct or remove this row") from error
         require_given_label(row_name, row.get("label", ""), index, data)
         if row["new_label"].strip() == LEAVE_OUT:
             excluded.append(index)
@@ -1635,6 +1691,12 @@ def read_corrections(path, data, test, dataset_dir):
             new_labels[index] = find_class(row_name, row["new_label"], data.class_names, hint)
     finder.print_matches()
     print_cleaning(excluded, new_labels, len(rows) - len(decided), data)
+    num_unchecked = sum(not row.get("label", "").strip() for _, row in decided)
+    if num_unchecked and not any(data.paths):
+        print(
+            f"{num_unchecked} rows have no label, so their index is not checked: it must come from "
+            "a run with the same data flags"
+        )
     return {"excluded": excluded, "new_labels": new_labels}
 
 
@@ -1649,7 +1711,8 @@ def require_given_label(row_name, name, index, data):
     if find_class(row_name, name, data.class_names) != given:
         raise UserError(
             f"{row_name}: image {index} has the label {data.class_names[given]} before any "
-            f"cleaning, not {name}: give the data flags of that table, or remove its column label"
+            f"cleaning, not {name}: give the data flags that this file was made with, or remove "
+            "its column label"
         )
 
 
@@ -1864,8 +1927,8 @@ def margin(logits, labels):
 # functions and constants in them decide scores, too. Comments, layout and docstrings are not
 # hashed.
 #
-# A file may be edited during a run, while the imported code runs on. So the files are read at the
-# start of the run.
+# A file may be edited during a run, but the run keeps the code that it imported. So the files are
+# read at the start of the run.
 
 MODULE_TEXTS = {}  # the texts of Python files, by the name of the module
 SETTING_TYPES = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
@@ -1913,8 +1976,8 @@ def code_digest(model, entry_points=()):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # Finds the headings, and not the next two lines: in the text of this file, these contain a
-    # backslash and an n, and no line break.
+    # This file is searched for its own headings. What is searched for begins with a line break, as
+    # a heading does. In the next two lines, it begins with a backslash and an n: they do not match.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -1979,6 +2042,11 @@ def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
     if cleaned:
         name += "_cleaned"
     return Path(checkpoint_dir) / f"{name}.pth"
+
+
+def unfinished_path(checkpoint):
+    """Returns the path of the state of an interrupted training, beside its checkpoint."""
+    return Path(checkpoint).with_suffix(".unfinished")
 
 
 def save_checkpoint(path, model, metadata):
@@ -2074,9 +2142,11 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
         raise other_data_error(path, metadata)
     if is_main_process():
         print(
-            f"{path}: trained on {len(data)} images ({data.is_corrupted.sum()} corrupted labels), "
+            f"{path}: trained on {count_examples(data)}, "
             f"test accuracy {100 * metadata['accuracy']['test']:.2f} %"
         )
+        if unfinished_path(path).exists():
+            print(f"{unfinished_path(path)} is of a training that has not ended: it is not used")
     return model, metadata, data
 
 
@@ -2092,22 +2162,21 @@ def other_data_error(path, metadata):
     )
 
 
-def earlier_models(path, model, snapshots, num_models):
-    """Returns the last `num_models` - 1 snapshots as networks, in the order of the training.
+def earlier_models(path, model, snapshots, num_wanted):
+    """Returns the last `num_wanted` - 1 snapshots as networks, in the order of the training.
 
-    model: the final network. snapshots: a dictionary from epoch to weights by name. Raises
-    UserError if there are fewer.
+    model: the final network, which is one of those wanted. snapshots: a dictionary from epoch to
+    weights by name. Raises UserError if there are too few.
     """
-    num_networks = len(snapshots) + 1
-    if num_models > num_networks:
-        advice = f"give at most {num_networks}"
-        if num_models <= 3:  # what a longer training keeps
+    num_kept = len(snapshots) + 1
+    if num_wanted > num_kept:
+        advice = f"give at most {num_kept}"
+        if num_wanted <= 3:  # what a longer training keeps
             advice += ", or train again, for four epochs or more"
         raise UserError(
-            f"--snapshots {num_models}: {path} keeps {num_networks} networks of its training: "
-            f"{advice}"
+            f"--snapshots {num_wanted}: {path} keeps {num_kept} networks of its training: {advice}"
         )
-    num_skipped = num_networks - num_models
+    num_skipped = num_kept - num_wanted
     epochs = sorted(snapshots)[num_skipped:]
     if epochs and is_main_process():
         print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")
@@ -2134,9 +2203,9 @@ class ClassificationTask(Task):
     def compute_train_loss(self, batch, model, sample=False):
         """Returns the summed cross-entropy; with `sample`, the labels are pseudo-labels.
 
-        A pseudo-label is drawn from the model's predicted distribution: it is the class in whose
-        part of the cumulative distribution the example's uniform number falls. So a pseudo-label
-        depends neither on the other images of the batch nor on the process.
+        A pseudo-label is drawn from the model's predicted distribution: it is the first class whose
+        cumulative probability is at least the example's uniform number. So a pseudo-label depends
+        neither on the other images of the batch nor on the process.
         """
         images, labels, uniforms = batch
         logits = model(images)
@@ -2215,9 +2284,10 @@ def computation_dtypes(dtype, strategy):
         # `products` is the dtype of per-sample gradients, of rotated gradients, and of each layer's
         # pairwise scores.
         products=dtype,
-        # `covariances` is the dtype of the patches and gradients that form a covariance.
-        # Rounding changes its small eigenvalues. EKFAC replaces the eigenvalues, but KFAC inverts
-        # them.
+        # `covariances` is the precision of a covariance's inputs. On a GPU, they are converted to
+        # it before the product. On a CPU they stay float32, and the product itself rounds them.
+        # Rounding changes the small eigenvalues. This does no harm to EKFAC, which refits the
+        # eigenvalues. KFAC inverts them, so it does not round.
         covariances=dtype if strategy == "ekfac" else sums,
         # `sums` is the dtype of factors, and of sums over positions, images and layers. After a few
         # hundred terms, a sum in bfloat16 stops growing, and scores become equal.
@@ -2249,9 +2319,7 @@ def computation_dtypes(dtype, strategy):
 # In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
 # are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
 
-CACHED_ELEMENTS = 2**20  # 4 MB in float32
-# Columns per block. Smaller blocks compute fewer products; larger blocks run faster. Measured.
-SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
+ELEMENTS_IN_CPU_CACHE = 2**20  # numbers that fit into the processor's cache, 4 MB in float32
 
 
 def padding_sides(layer):
@@ -2308,9 +2376,9 @@ def convolution_patches(layer, inputs):
 
 
 def rotated_patches(layer, inputs, q_a):
-    """Returns A Q_A: the patches in the basis of the eigenvectors, [B, T, c] or [B, groups, T, c].
+    """Returns a Q_A: the patches in the basis of the eigenvectors, [B, T, c] or [B, groups, T, c].
 
-    inputs, patches A: as for `patches`; the columns of q_a [I, c] are eigenvectors. A convolution
+    inputs, patches a: as for `patches`; the columns of q_a [I, c] are eigenvectors. A convolution
     with the eigenvectors as filters gives the same result, and is faster.
     """
     is_linear = isinstance(layer, nn.Linear)
@@ -2324,11 +2392,14 @@ def rotated_patches(layer, inputs, q_a):
     return by_position(layer, rotated)
 
 
-def by_position(layer, gradient):
-    """Returns the gradient of a layer's output, [B, O, H', W'] or [B, ..., O], as [B, T, O]."""
+def by_position(layer, output):
+    """Reshapes a layer's output, or the gradient of its output, to [B, T, O].
+
+    output: [B, O, H', W'] for a convolution, [B, ..., O] for a linear layer.
+    """
     if isinstance(layer, nn.Linear):
-        return gradient.reshape(len(gradient), -1, gradient.shape[-1])
-    return gradient.flatten(2).mT
+        return output.reshape(len(output), -1, output.shape[-1])
+    return output.flatten(2).mT
 
 
 def gradient_size(layer):
@@ -2357,7 +2428,7 @@ def input_rotated_gradient(a, g, q_a):
 
 
 def rotates_first(g, q_a):
-    """Returns whether G Q_A needs fewer multiplications as g^T (A Q_A) than as (g^T A) Q_A.
+    """Returns whether G Q_A needs fewer multiplications as g^T (a Q_A) than as (g^T a) Q_A.
 
     g: [B, T, O]; q_a: [I, c]. Groups are not considered.
     """
@@ -2382,14 +2453,14 @@ def rotated_gradient(a, g, q_a, q_g):
 
 def num_kept(inputs, fraction):
     """Returns how many of a layer's `inputs` eigenvectors are kept: a fraction, at least one."""
-    return math.ceil(fraction * inputs)
+    return math.ceil(round(fraction * inputs, 6))  # 0.07 * 1600 is a little more than 112
 
 
 def keep_leading(storage, fraction):
-    """Keeps the columns of Q_A with the largest eigenvalues, and the same ones of the eigenvalues.
+    """Keeps the columns of Q_A with the largest eigenvalues of the input covariance.
 
-    In place of lambda, the storage already holds 1 / (lambda + damping). The kept columns are the
-    last ones, because eigh sorts eigenvalues in ascending order.
+    Keeps the same columns of 1 / (lambda + damping), which the storage holds in place of lambda.
+    They are the last columns, because eigh sorts eigenvalues in ascending order.
     """
     q_a = storage[constants.ACTIVATION_EIGENVECTORS_NAME]
     kept = num_kept(q_a.shape[1], fraction)
@@ -2400,6 +2471,12 @@ def keep_leading(storage, fraction):
 def is_truncated(q_a):
     """Returns whether q_a [I, c] lacks some of the I eigenvectors."""
     return q_a is not None and q_a.shape[1] < q_a.shape[0]
+
+
+# Columns per block of `symmetric_product`. A block on the diagonal is symmetric, but is computed as
+# a whole, so smaller blocks waste less. Larger ones use the hardware better. The sizes
+# were chosen by measuring.
+SYMMETRIC_BLOCKS = {"cpu": 256, "cuda": 512}
 
 
 def symmetric_product(rows):
@@ -2429,7 +2506,7 @@ def squares(gradient, dtype):
     """
     num_samples = len(gradient)
     if not gradient.is_cuda:
-        num_samples = max(1, CACHED_ELEMENTS // gradient[0].numel())
+        num_samples = max(1, ELEMENTS_IN_CPU_CACHE // gradient[0].numel())
     for samples in gradient.split(num_samples):
         yield samples.to(dtype).square()
 
@@ -2585,7 +2662,7 @@ class PreconditionedQuery(BatchHooks, PreconditionTracker):
         storage = self.module.storage
         gradients = storage[constants.PRECONDITIONED_GRADIENT_NAME].flatten(1)
         held = storage[constants.ACCUMULATED_PRECONDITIONED_GRADIENT_NAME]
-        if held is None:  # then this is the largest batch
+        if held is None:  # the first batch; no later one is larger
             num_batches = self.module.score_args.query_gradient_accumulation_steps
             rows = gradients.new_empty(num_batches * len(gradients), gradients.shape[1])
             held = HeldQueries(rows)
@@ -2615,7 +2692,8 @@ class HeldQueries:
 class TruncatedHooks(BatchHooks):
     """Computes G, or G Q_A if only some eigenvectors are kept.
 
-    Then `update` gets A Q_A in place of the patches A, if that needs fewer multiplications.
+    G Q_A is g^T (a Q_A) or (g^T a) Q_A, whichever needs fewer multiplications. In the first case,
+    `layer_inputs` returns a Q_A in place of the patches a, and `gradient` multiplies by g^T only.
     """
 
     def layer_inputs(self, layer, activation, g):
@@ -2625,7 +2703,7 @@ class TruncatedHooks(BatchHooks):
         return super().layer_inputs(layer, activation, g)
 
     def gradient(self, a, g):
-        """Returns G [B, O, I], or G Q_A [B, O, c]."""
+        """Returns G [B, O, I], or G Q_A [B, O, c]; a: what `layer_inputs` returned."""
         gradient = per_sample_gradient(a, g)
         q_a, _ = self.eigenvectors(g)
         if is_truncated(q_a) and not rotates_first(g, q_a):
@@ -2650,9 +2728,9 @@ class PairwiseInfluence(TruncatedHooks, PairwiseScoreTracker):
 def install_trackers(module, dtypes):
     """Gives a TrackedModule the trackers above and changes how it prepares its factors.
 
-    Eigenvalues below zero are rounding errors and become zero. For a fraction of the eigenvectors,
-    the others are dropped after the damping, because the heuristic needs the mean over all
-    eigenvalues.
+    Eigenvalues below zero are rounding errors and become zero. If only a fraction of the
+    eigenvectors is kept, the others are dropped after the damping, because the heuristic needs the
+    mean over all eigenvalues.
     """
     prepare_by_kronfluence = module.prepare_storage
 
@@ -2690,8 +2768,8 @@ class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
     arguments: those without a keyword. `inputs` is the first one, None if there is none.
-    `differentiate` runs one backward pass for each image; its gradient is zero in all other rows.
-    So the sum over the passes holds the gradient of each image in its own row.
+    `differentiate` runs one backward pass for each image. The pass of image i gives a gradient that
+    is zero except in row i. So the sum over the passes holds the gradient of image i in row i.
     """
 
     def __init__(self, arguments, output):
@@ -2737,9 +2815,9 @@ def differentiate(model, layers, images):
     An image's gradient is that of a weighted sum of its logits. The gradient of the loss would be
     zero if the network were certain of the class.
 
-    The gradient of a layer's output comes from a hook, once for each image. In each backward pass,
-    it is zero except in the row of that image. autograd.grad cannot be asked for it, because a
-    later in-place layer may overwrite the output.
+    The gradient of a layer's output comes from the tensor hook of its LayerCall, once for each
+    image. In each backward pass, it is zero except in the row of that image. autograd.grad cannot
+    be asked for it, because a later in-place layer may overwrite the output.
     """
     model.requires_grad_(True)
     calls = {name: [] for name in layers}
@@ -2761,6 +2839,7 @@ def differentiate(model, layers, images):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     image_gradients = []
     for value in values:
+        # This backward pass also calls the hook of each LayerCall.
         gradients = torch.autograd.grad(
             value,
             list(parameters.values()),
@@ -2816,7 +2895,7 @@ def reason_to_refuse(model, layer, calls, exact):
 
 
 def fixed_parameters(model, tracked):
-    """Returns, as text, the parameters that influence takes as fixed: those of no tracked layer.
+    """Returns, as text, the parameters that influence takes as fixed: those outside tracked layers.
 
     The text counts the modules of torch.nn by class, such as "8 BatchNorm2d", and names up to three
     other parameters. It is empty if there are none. tracked: names of layers.
@@ -2990,6 +3069,7 @@ class InfluenceRun(TrainedModel):
             self.compute_in_batches(partial(compute, name))
             self.analyzer.state.wait_for_everyone()
             if main:
+                write_listing(unfinished)
                 with contextlib.suppress(OSError):  # another run was faster, with the same result
                     unfinished.rename(final)
             self.analyzer.state.wait_for_everyone()
@@ -3063,7 +3143,7 @@ class InfluenceRun(TrainedModel):
 
         return self.cached_folder("factors_", "", [], compute)
 
-    def factors_name(self):
+    def fit_and_name_factors(self):
         """Fits the factors, and returns the name by which kronfluence loads them."""
         return self.fit_factors().name.removeprefix("factors_")
 
@@ -3072,6 +3152,11 @@ class InfluenceRun(TrainedModel):
         return [
             outputs * num_kept(inputs, eigenvector_fraction) for outputs, inputs in self.layer_sizes
         ]
+
+    def index_bytes(self, eigenvector_fraction):
+        """Returns the size of a GradientIndex of this run in bytes."""
+        numbers = sum(self.gradient_sizes(eigenvector_fraction))
+        return len(self.dataset) * numbers * INDEX_DTYPE.itemsize
 
     def score_arguments(self, damping_factor, **settings):
         """Returns the InfluenceArguments for a damping factor, a number or "heuristic".
@@ -3092,7 +3177,7 @@ class InfluenceRun(TrainedModel):
 
         `damping_factor` is a number or "heuristic". Raises NumericalError if a score is NaN.
         """
-        factors_name = self.factors_name()
+        factors_name = self.fit_and_name_factors()
         # Forward and backward passes may run in bfloat16 here. For pairwise scores they run in
         # float32, because passes in bfloat16 would change the order of these scores.
         autocast_dtype = None  # no autocast
@@ -3110,13 +3195,13 @@ class InfluenceRun(TrainedModel):
         path = folder / "self_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def queries_computed(self, query_batch_size, eigenvector_fraction):
-        """Returns for how many queries this process computes gradients at a time.
+    def queries_at_once(self, query_batch_size, eigenvector_fraction):
+        """Returns the number of queries whose gradients this process computes at a time.
 
-        It is the number of queries held, divided by the number of processes: each process computes
-        its share, and receives the gradients of the others. Queries held, on a CPU: as many as fit
-        into CPU_QUERY_BYTES, and at most `query_batch_size` if that is a number. On a GPU:
-        `query_batch_size`, or for "auto" GPU_QUERIES / `eigenvector_fraction`.
+        On a CPU, as many queries are held as fit into CPU_QUERY_BYTES, and at most
+        `query_batch_size` if that is a number. On a GPU, `query_batch_size` queries are held, or
+        GPU_QUERIES / `eigenvector_fraction` for "auto". The result is this number divided by the
+        number of processes: each computes its share, and receives the gradients of the others.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
@@ -3140,7 +3225,7 @@ class InfluenceRun(TrainedModel):
         """Returns the influence of each training image on each query, and its file.
 
         Scores are float32 [num_query, num_train]. The gradients of `query_batch_size` queries (9 MB
-        each in float32) are held at a time, on a CPU at most 2 GB of them; `queries_computed`
+        each in float32) are held at a time, on a CPU at most 2 GB of them; `queries_at_once`
         describes "auto". For each of these batches, all training gradients are computed again, or
         read from a GradientIndex (`with_index`). `damping_factor` is a number or "heuristic".
         `eigenvector_fraction` is the fraction of each layer's input eigenvectors to keep, those
@@ -3149,33 +3234,34 @@ class InfluenceRun(TrainedModel):
         UserError if the disk has no space for the index.
         """
         queries = InfluenceDataset(query_data, self.dataset.seed)
-        computed = self.queries_computed(query_batch_size, eigenvector_fraction)
+        queries_at_once = self.queries_at_once(query_batch_size, eigenvector_fraction)
         args = self.score_arguments(damping_factor, eigenvector_fraction=eigenvector_fraction)
         settings = ["pairwise", args.damping_factor, eigenvector_fraction, query_data.digest]
         if with_index:
             index = GradientIndex(self, args)
             settings += ["index", index.basis]
-            compute = partial(index.write_scores, queries, computed)
+            compute = partial(index.write_scores, queries, queries_at_once)
         else:
-            factors_name = self.factors_name()
-            compute = partial(self.write_pairwise_scores, factors_name, queries, computed, args)
+            factors_name = self.fit_and_name_factors()
+            compute = partial(
+                self.write_pairwise_scores, factors_name, queries, queries_at_once, args
+            )
         folder = self.cached_folder("scores_", "pairwise_", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
 
-    def write_pairwise_scores(self, factors_name, queries, computed, args, name, batch_size):
+    def write_pairwise_scores(self, factors_name, queries, queries_at_once, args, name, batch_size):
         """Computes pairwise scores by kronfluence, in the folder `scores_<name>`.
 
-        computed: for how many queries gradients are computed at a time; args: InfluenceArguments;
-        batch_size: number of training images.
+        queries_at_once: the number of queries whose gradients are computed at a time;
+        args: InfluenceArguments; batch_size: number of training images.
         """
         # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down, so steps * chunk is at most `computed`: 2 * 25
-        # for 51, so that 50 queries are held at a time.
+        # QUERY_CHUNK queries. It is rounded down: for 51 queries at once, there are 2 steps of 25.
         share = math.ceil(len(queries) / self.analyzer.state.num_processes)
-        computed = min(computed, share)
-        steps = math.ceil(computed / QUERY_CHUNK)
-        chunk = computed // steps
+        queries_at_once = min(queries_at_once, share)
+        steps = math.ceil(queries_at_once / QUERY_CHUNK)
+        chunk = queries_at_once // steps
         # If memory is full, batches of queries shrink as batches of training images do.
         chunk = max(1, chunk * batch_size // self.batch_size)
         with self.phase("scores", name):
@@ -3190,11 +3276,35 @@ class InfluenceRun(TrainedModel):
             )
 
 
+def require_index_space(runs, eigenvector_fraction):
+    """Raises UserError if the disk has no space for the indices of some InfluenceRuns.
+
+    It is called before factors are fitted, which take minutes. A run whose folder has an index is
+    not counted: that index may be the one that is needed.
+    """
+    size = 0
+    for run in runs:
+        if not any(run.folder.glob("index_*")):
+            size += run.index_bytes(eigenvector_fraction)
+    require_space(runs[0].folder, size)
+
+
+def require_space(folder, size):
+    """Raises UserError if the disk of a folder has no space for an index of `size` bytes."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"--index needs {size / 1e9:.1f} GB in {folder}, but only {free / 1e9:.1f} GB are "
+            "free: free space, or choose another --output_dir, or for ekfac and kfac a lower "
+            "--eigenvector_fraction"
+        )
+
+
 class GradientIndex:
     """The gradients of an InfluenceRun's training images, in files.
 
-    A file holds the gradients of some images, INDEX_DTYPE [rows, D]. D counts the numbers of all
-    layers: O x c each, with c kept eigenvectors. A score is the dot product of such a row with the
+    A file holds the gradients of some images, INDEX_DTYPE [rows, D]. D is the sum of O x c over the
+    layers, with c kept eigenvectors. A score is the dot product of such a row with the
     preconditioned gradient of a query, so the training images are needed once for all queries.
 
     args: InfluenceArguments. The constructor fits the factors; `write_scores` computes all else.
@@ -3206,30 +3316,13 @@ class GradientIndex:
         self.run = run
         self.args = args
         self.row_sizes = run.gradient_sizes(args.eigenvector_fraction)
-        # Factors take minutes, so the disk is checked before. An index that is there may be this
-        # one, which needs no more space.
-        if not any(run.folder.glob("index_*")):
-            self.require_space()
-        self.factors_name = run.factors_name()
+        self.factors_name = run.fit_and_name_factors()
         self.basis = None  # for a strategy without eigenvectors
         factors = run.folder / f"factors_{self.factors_name}"
         eigenvectors = factors / "activation_eigenvectors.safetensors"
         if eigenvectors.exists():
             with eigenvectors.open("rb") as file:
                 self.basis = hashlib.file_digest(file, "sha256").hexdigest()
-
-    def num_bytes(self):
-        """Returns the size of the index in bytes."""
-        return len(self.run.dataset) * sum(self.row_sizes) * INDEX_DTYPE.itemsize
-
-    def require_space(self):
-        """Raises UserError if the disk has no space for the index."""
-        size, free = self.num_bytes(), shutil.disk_usage(self.run.folder).free
-        if size > free:
-            raise UserError(
-                f"--index needs {size / 1e9:.1f} GB in {self.run.folder}, but only "
-                f"{free / 1e9:.1f} GB are free: choose a lower --eigenvector_fraction"
-            )
 
     def built(self):
         """Returns the folder of the index, which is built if it is missing."""
@@ -3252,9 +3345,10 @@ class GradientIndex:
         """Writes the files to the folder `index_<name>`. Raises NumericalError for a NaN."""
         folder = self.run.folder / f"index_{name}"
         shutil.rmtree(folder, ignore_errors=True)  # frees the space of an attempt before
-        self.require_space()
+        size = self.run.index_bytes(self.args.eigenvector_fraction)
+        require_space(self.run.folder, size)
         make_folder(folder)
-        print(f"The index takes {self.num_bytes() / 1e9:.1f} GB in {self.run.folder}")
+        print(f"The index takes {size / 1e9:.1f} GB in {self.run.folder}")
         batches = self.gradients(self.run.dataset, batch_size, ModuleMode.GRADIENT_AGGREGATION)
         number = 0
         with timed(self.run.seconds, "index"):
@@ -3299,16 +3393,16 @@ class GradientIndex:
             set_factors(model, name, factors, clone=True)
         prepare_modules(model, get_tracked_module_names(model), analyzer.state.device)
 
-    def write_scores(self, queries, largest, name, batch_size):
+    def write_scores(self, queries, queries_at_once, name, batch_size):
         """Writes the scores of queries, a data set, to the folder `scores_<name>`.
 
-        largest: for how many queries gradients are held at a time. If memory is full, they shrink
-        as batches of training images do.
+        queries_at_once: the number of queries whose gradients are held at a time. If memory is
+        full, fewer are held, in the same proportion as batches of training images shrink.
         """
         index = self.built()
         folder = self.run.folder / f"scores_{name}"
         make_folder(folder)
-        held = max(1, largest * batch_size // self.run.batch_size)
+        held = max(1, queries_at_once * batch_size // self.run.batch_size)
         with self.run.phase("scores", name):
             rows = []
             for start in range(0, len(queries), held):
@@ -3343,10 +3437,7 @@ class GradientIndex:
             for queries, rows in zip(queries_by_layer, rows_by_layer, strict=True):
                 sums += (queries @ rows.T).to(self.run.dtypes.sums)
             columns.append(sums.cpu())
-        scores = torch.cat(columns, 1)
-        if scores.shape[1] != len(self.run.dataset):
-            raise UserError(f"{index} lacks some of its files: delete this folder")
-        return scores
+        return torch.cat(columns, 1)
 
 
 @contextlib.contextmanager
@@ -3364,34 +3455,56 @@ def no_compiler_reset():
         torch.compiler.reset = reset
 
 
-def remove_if_damaged(folder):
-    """Removes a folder of the cache if one of its files is damaged, and prints the file.
+LISTING = "files.json"  # in a folder of the cache: the names of its other files
 
-    For tensors, only the file's header and size are checked. Hidden files and files of other kinds,
-    which a person may have added, are ignored.
+
+def write_listing(folder):
+    """Writes the names of the files in a folder of the cache, so that a missing one is noticed."""
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    (folder / LISTING).write_text(json.dumps(names))
+
+
+def remove_if_damaged(folder):
+    """Removes a folder of the cache if a file is missing or damaged, and prints that file.
+
+    For tensors, only the file's header and size are checked. Files that a person may have added are
+    ignored.
     """
-    for path in sorted([*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]):
+    if not folder.exists():
+        return
+    path = folder / LISTING
+    try:
+        for name in json.loads(path.read_text()):
+            path = folder / name
+            check_file(path)
+    except (SafetensorError, ValueError, FileNotFoundError):
+        removed = folder.with_name(f"damaged-{secrets.token_hex(8)}")
         try:
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            else:
-                # Raises if the file has another size than its header states.
-                with safe_open(path, "pt"):
-                    pass
-        except (SafetensorError, ValueError):
-            print(f"{path} is damaged: it is computed again")
-            # Renamed first: if the removal is interrupted, the rest is not taken as complete.
-            removed = folder.rename(folder.with_name(f"damaged-{secrets.token_hex(8)}"))
-            shutil.rmtree(removed)
+            # It is renamed before it is deleted: if the deletion is interrupted, what remains is
+            # not taken for a complete folder.
+            folder.rename(removed)
+        except FileNotFoundError:  # another run was faster
             return
+        print(f"{path} is missing or damaged: it is computed again")
+        shutil.rmtree(removed)
+
+
+def check_file(path):
+    """Raises an exception if a file of the cache is missing or damaged."""
+    path.stat()  # raises FileNotFoundError
+    if path.suffix == ".json":
+        json.loads(path.read_text())
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # raises if the file has another size than its header states
+            pass
 
 
 def load_runs(args, seconds, models_per_checkpoint=1):
-    """Returns an InfluenceRun for each model that the flags of `influence_parser` name.
+    """Returns an InfluenceRun for each model that the flags of an influence script name.
 
     With `--factor_strategy none`, returns a TrainedModel for each. Also returns the metadata of
     each checkpoint, and the training images, ImageData on the CPU. `models_per_checkpoint`: as in
-    `load_models`.
+    `load_models`. Raises UserError if the disk has no space for `--index`.
     """
     device = choose_device(args.device, several_processes=True)
     dtype = configure_precision(args.precision, device)
@@ -3426,6 +3539,8 @@ def load_runs(args, seconds, models_per_checkpoint=1):
     )
     if runs[0].fixed and is_main_process():
         print(f"Influence takes these parameters as fixed: {runs[0].fixed}")
+    if args.index:
+        require_index_space(runs, args.eigenvector_fraction)
     return runs, metadata, data
 
 
@@ -3466,9 +3581,9 @@ def require_different_models(runs):
 def load_models(paths, device, clean, *, model_name, fraction, labels_file, models_per_checkpoint):
     """Returns the models of several checkpoints, their metadata, and the images they trained on.
 
-    Of each checkpoint, the last `models_per_checkpoint` models are used that its training kept. The
-    other arguments are those of `load_trained`. Raises UserError if the models were not trained
-    alike.
+    Of each training, the last `models_per_checkpoint` networks are used: the final one and the
+    snapshots before it. The other arguments are those of `load_trained`. Raises UserError if the
+    models were not trained alike.
     """
     models = []
     metadata = []
@@ -3488,7 +3603,7 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, mode
         words = ""
         if model_metadata["data_sha256"] != metadata[0]["data_sha256"]:
             words = "training images or labels"
-        elif full_recipe(model_metadata) != full_recipe(metadata[0]):
+        elif training_flags_of(model_metadata) != training_flags_of(metadata[0]):
             words = "hyperparameters"
         if words:
             raise UserError(
@@ -3498,7 +3613,7 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, mode
     return models, metadata, data
 
 
-def full_recipe(metadata):
+def training_flags_of(metadata):
     """Returns the flags that decide how a network is trained, from the metadata of a checkpoint.
 
     An earlier train.py had no `--recipe`, and trained by what is now `published`.
@@ -3670,7 +3785,7 @@ def figure_file(path, width, height):
 
 # The size of a contact sheet's cell in pixels, and the height of the text at the cell's top.
 CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
-PIXELS_PER_INCH = 33
+SHEET_PIXELS_PER_INCH = 33  # decides the size of the figure; the png has 150 pixels per inch
 
 
 def draw_contact_sheet(path, images, texts, colours, columns, title):
@@ -3682,8 +3797,8 @@ def draw_contact_sheet(path, images, texts, colours, columns, title):
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * CELL_HEIGHT, columns * CELL_WIDTH, 3), 255, np.uint8)
-    width = columns * CELL_WIDTH / PIXELS_PER_INCH
-    height = rows * CELL_HEIGHT / PIXELS_PER_INCH
+    width = columns * CELL_WIDTH / SHEET_PIXELS_PER_INCH
+    height = rows * CELL_HEIGHT / SHEET_PIXELS_PER_INCH
     with figure_file(path, width, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")

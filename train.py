@@ -5,6 +5,7 @@ falls to zero. `python train.py --help` lists the flags; their defaults are thos
 CIFAR-10 example. The same command continues a training that was interrupted.
 """
 
+import contextlib
 import hashlib
 import io
 import time
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -77,9 +79,9 @@ def parse_arguments():
     parser.groups["data"].add_argument(
         "--corrections",
         metavar="CSV",
-        help="file with the decisions of a review: columns path or index, and new_label, which is "
-        f"a class or '{pipeline.LEAVE_OUT}'; index is the column of suspects_*.csv, not the index "
-        "of --noisy_labels (default: none)",
+        help="file with the decisions of a review: columns path and new_label, which is a class or "
+        f"'{pipeline.LEAVE_OUT}'; if the images have no files, the column index of suspects_*.csv "
+        "in place of path (default: none)",
     )
     parser.groups["model"].add_argument(
         "--checkpoint_dir",
@@ -169,12 +171,13 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    Its entry `recipe` is a dictionary: the name of `--recipe`, and the hyperparameters. The
-    hyperparameters are also entries of their own.
+    They include the hyperparameters twice: one by one, and in flags["recipe"], a dictionary such as
+    {"recipe": "robust", "learning_rate": 0.08, ...}.
     """
     hyperparameters = hyperparameters_of(recipe)
-    training_flags = {"recipe": args.recipe, **hyperparameters}
-    return {**vars(args), **hyperparameters, "recipe": training_flags}
+    flags = {**vars(args), **hyperparameters}
+    flags["recipe"] = {"recipe": args.recipe, **hyperparameters}  # in place of the name alone
+    return flags
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -388,7 +391,7 @@ def train(model, data, recipe, *, seed, dtype, saved=None):
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
     no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.
     2020, section 3.1). Also returns the snapshots: a dictionary from each epoch of
-    `snapshot_epochs` to the weights after it, on the CPU by name.
+    `snapshot_epochs` to a dictionary of the weights after it, by name, on the CPU.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
     training = new_training(model, data, recipe, seed=seed, dtype=dtype)
@@ -525,8 +528,8 @@ class SavedTraining:
     """The file beside a checkpoint from which the same command continues an interrupted training.
 
     On the CPU of one machine, the result is the same as without an interruption, bit for bit. The
-    file is written completely or not at all, so two simultaneous trainings of one checkpoint cannot
-    damage it.
+    file is written completely or not at all. `require_one_training` keeps a second training of the
+    same checkpoint away.
     """
 
     def __init__(self, path, run):
@@ -587,10 +590,31 @@ class SavedTraining:
     def delete(self):
         """Removes the file, after the training is complete or has diverged.
 
-        A file of another training, which `load` refused and this training has not replaced, stays.
+        The file of another training stays: `load` refused it, and `save` has not replaced it yet.
         """
         if self.holds_this_run:
             self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def require_one_training(path):
+    """Holds the lock of the checkpoint `path` in a block; raises UserError if it is held elsewhere.
+
+    Each of two trainings would delete what the other one wrote.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_path, mode=0o666)  # other users of the folder may train later
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise pipeline.UserError(
+            f"another training writes {path}: wait until it ends, choose another "
+            f"--checkpoint_dir, or delete {lock_path} if none runs"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe_run(settings, model, data, dtype):
@@ -675,8 +699,7 @@ def require_full_batch(batch_size, data):
 def print_examples(data, test):
     """Prints how many images, corrupted labels, classes and duplicates there are."""
     print(
-        f"{len(data)} training images ({data.is_corrupted.sum()} with a wrong label), "
-        f"{len(test)} test images, {len(data.class_names)} classes"
+        f"{pipeline.count_examples(data)}, {len(test)} test images, {len(data.class_names)} classes"
     )
     pipeline.print_duplicates(data, test)
 
@@ -694,25 +717,15 @@ def print_next_steps(args):
         print(f"  {line}")
 
 
-def main():
-    """Parses, loads, trains, evaluates, saves."""
-    args = parse_arguments()
-    recipe = choose_recipe(args)
-    start = time.perf_counter()
-    device = pipeline.choose_device(args.device, several_processes=False)
-    dtype = pipeline.configure_precision(args.precision, device)
-    pipeline.print_machine(device, dtype)
-    path = choose_checkpoint(args)
-    data, test, label_metadata = load_examples(args)
-    require_full_batch(recipe.train_batch_size, data)
-    pipeline.make_folder(path.parent)
-    print_examples(data, test)
+def train_checkpoint(path, data, test, label_metadata, args, recipe, dtype):
+    """Trains a network, evaluates it and writes it to `path`. Returns the seconds of the training.
 
-    data, test = data.to(device), test.to(device)
-    model = initial_model(args, len(data.class_names), device)
+    data, test: ImageData on the device of the training.
+    """
+    model = initial_model(args, len(data.class_names), data.images.device)
     settings = {**asdict(recipe), "seed": args.seed, "model": args.model}
     run = describe_run(settings, model, data, dtype)
-    saved = SavedTraining(path.with_suffix(".unfinished"), run)
+    saved = SavedTraining(pipeline.unfinished_path(path), run)
     try:
         margins, snapshots = train(model, data, recipe, seed=args.seed, dtype=dtype, saved=saved)
     except pipeline.NumericalError:
@@ -730,12 +743,32 @@ def main():
         "snapshots": snapshots,
         "accuracy": accuracy,
         "train_seconds": train_seconds,
-        "environment": pipeline.environment(device),
+        "environment": pipeline.environment(data.images.device),
     }
     pipeline.save_checkpoint(path, model, metadata)
     saved.delete()
+    return train_seconds
+
+
+def main():
+    """Parses, loads, trains, evaluates, saves."""
+    args = parse_arguments()
+    recipe = choose_recipe(args)
+    start = time.perf_counter()
+    device = pipeline.choose_device(args.device, several_processes=False)
+    dtype = pipeline.configure_precision(args.precision, device)
+    pipeline.print_machine(device, dtype)
+    path = choose_checkpoint(args)
+    data, test, label_metadata = load_examples(args)
+    require_full_batch(recipe.train_batch_size, data)
+    pipeline.make_folder(path.parent)
+    print_examples(data, test)
+
+    data, test = data.to(device), test.to(device)
+    with require_one_training(path):
+        train_seconds = train_checkpoint(path, data, test, label_metadata, args, recipe, dtype)
     seconds = time.perf_counter() - start
-    print(f"trained in {train_seconds:.1f} s ({seconds:.1f} s in all); wrote {path}")
+    print(f"trained in {train_seconds:.1f} s; this run took {seconds:.1f} s; wrote {path}")
     print_next_steps(args)
 
 

@@ -138,7 +138,7 @@ def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32,
     return model.eval()
 
 
-def minus_margin(logits, label):
+def minus_log_odds(logits, label):
     """Minus the log-odds of the label, by definition."""
     return -torch.logit(logits.softmax(0).gather(0, label[None])[0])
 
@@ -168,7 +168,7 @@ def image_data(images, labels, class_names, paths=None):
         class_names=class_names,
         paths=paths or [""] * len(labels),
         indices=indices,
-        dataset_index=indices,
+        dataset_indices=indices,
         num_available=len(labels),
     )
 
@@ -218,6 +218,8 @@ def content(path):
         ]
     if path.suffix == ".json":
         found = json.loads(path.read_text())
+        if path.name == pipeline.LISTING:
+            return found
         return {
             name: value
             for name, value in found.items()
@@ -231,7 +233,8 @@ def small_parts():
     """Limits so small that even tiny data is computed in several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "QUERY_CHUNK", 2)
-        patch.setattr(pipeline, "CACHED_ELEMENTS", 400)  # a few gradients of a tiny convolution
+        # A few gradients of a tiny convolution.
+        patch.setattr(pipeline, "ELEMENTS_IN_CPU_CACHE", 400)
         # kronfluence collects garbage around every stage. Frozen objects make this fast.
         gc.freeze()
         yield

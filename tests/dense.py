@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from conftest import image_data, influence_run, minus_margin
+from conftest import image_data, influence_run, minus_log_odds
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -175,7 +175,7 @@ def covariances(model, images, labels):
 
 
 def dense_layers(model, data, queries):
-    """Returns A, S, and the per-sample gradients [N, O*I] of two losses and the margin, by layer.
+    """Returns A, S, and the per-sample gradients [N, O*I] of two losses and the log-odds, by layer.
 
     The losses use the labels (`train`) or the pseudo-labels (`pseudo`).
     """
@@ -183,7 +183,7 @@ def dense_layers(model, data, queries):
     labels = pseudo_labels(model, images)
     pseudo = layer_derivatives(grad, model, images, labels, F.cross_entropy)
     train = per_sample_gradients(model, data, F.cross_entropy)
-    query = per_sample_gradients(model, queries, minus_margin)
+    query = per_sample_gradients(model, queries, minus_log_odds)
     return {
         name: SimpleNamespace(
             activation_covariance=a,

@@ -220,6 +220,23 @@ INSIDE = {  # flag, folder among the images, and folder of the data set
 }
 
 
+@pytest.mark.parametrize("flag", ["--checkpoint_dir", "--output_dir"])
+def test_a_folder_to_write_into_is_not_the_missing_test_split(fails, folders, flag):
+    """Its first file would turn it into a test split without classes."""
+    shutil.rmtree(folders / "test")
+    flags = ("--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert f"{flag} {folders}/test lies among" in fails(TRAIN, *flags, flag, folders / "test")
+    assert not (folders / "test").exists()
+
+
+def test_a_test_split_that_is_a_link_in_a_circle_is_refused(fails, folders):
+    (folders / "test").rename(folders.parent / "t")
+    (folders / "test").symlink_to(folders / "other")
+    (folders / "other").symlink_to(folders / "test")
+    flags = ("--dataset", "imagefolder", "--dataset_dir", folders, "--train_batch_size", 4)
+    assert f"{folders}/test must be a folder with a folder of images" in fails(TRAIN, *flags)
+
+
 @pytest.mark.parametrize("where", INSIDE)
 def test_a_folder_to_write_into_among_the_images_is_refused(fails, folders, tmp_path, where):
     flag, folder, dataset_dir = INSIDE[where]
@@ -281,6 +298,21 @@ MISTAKES = {  # script, flags, part of the sentence; the folder has a checkpoint
         ANALYZE,
         ["--factor_strategy", "identity", "--eigenvector_fraction", 0.9],
         "--eigenvector_fraction: identity has no eigenvectors",
+    ),
+    "eigenvectors to explain by the identity": (
+        DETECT,
+        ["--factor_strategy", "identity", "--explain", 3, "--eigenvector_fraction", 0.9],
+        "--eigenvector_fraction: identity has no eigenvectors",
+    ),
+    "a fraction without --explain": (
+        DETECT,
+        ["--eigenvector_fraction", 0.9],
+        "--eigenvector_fraction has an effect only with --explain: add it, or",
+    ),
+    "an index without --explain": (
+        DETECT,
+        ["--index"],
+        "--index has an effect only with --explain: add it, or",
     ),
     "no checkpoint": (DETECT, ["--checkpoint_dir", "nowhere"], "run train.py"),
     "no such checkpoint": (

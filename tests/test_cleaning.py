@@ -71,7 +71,7 @@ def test_corrections_by_path_and_by_index(written, data, capsys):
         "images/5 ü.png,,cat",
     )
     assert read(path, data) == cleaning([4], {2: 0, 5: 0})
-    lines = ["index,new_label", "4,leave out", "0,äpfel", "1,grey owl"]
+    lines = ["index,label,new_label", "4,grey owl,leave out", "0,cat,äpfel", "1,grey owl,grey owl"]
     path = written(*lines, encoding="utf-8-sig")
     assert read(path, without_files(data)) == cleaning([4], {0: 2, 1: 1})
     assert capsys.readouterr().out.splitlines() == [
@@ -89,10 +89,14 @@ def test_rows_with_an_empty_new_label_are_ignored_and_counted(written, data, cap
     assert capsys.readouterr().out.splitlines()[1] == ignored + advice
 
 
-def test_a_class_called_leave_out_is_refused(written, data):
-    named = replace(without_files(data), class_names=["cat", "leave out", "äpfel"])
-    with pytest.raises(pipeline.UserError, match="rename the class"):
-        read(written("index,new_label", "0,leave out"), named)
+def test_rows_by_index_without_a_label_are_counted(written, data, photos, capsys):
+    """A path names one image only, so its label is not missed."""
+    lines = ("index,label,new_label", "1,,cat", f"0,{data.class_names[data.labels[0]]},cat")
+    read(written(*lines), without_files(data))
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("1 rows have no label, so their index is not checked: it must")
+    read(written("path,new_label", f"{photos[0].paths[0]},cat"), *photos)
+    assert "no label" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["None", "NA", "null", "nan"])
@@ -268,7 +272,9 @@ def test_rows_matched_by_their_last_parts_are_counted_and_shown(written, photos,
 def test_an_existing_image_of_another_data_set_is_no_training_image(written, photos, tmp_path):
     """Its last parts are those of a training image, but its file exists."""
     other = Path(shutil.copytree(photos[2], tmp_path / "other"))
-    with pytest.raises(pipeline.UserError, match=r"line 2: .* among the 15 training images$"):
+    with pytest.raises(
+        pipeline.UserError, match=r"line 2: .* among the 15 training images: correct"
+    ):
         read(written("path,new_label", f"{other}/train/cat/0.png,äpfel"), *photos)
 
 
@@ -299,12 +305,15 @@ def test_the_target_of_a_link_is_its_image(written, photos, tmp_path):
 
 
 def test_the_sentence_says_that_an_image_is_in_the_test_split(written, photos):
-    with pytest.raises(pipeline.UserError, match=r"line 2: .*png is a test image"):
+    with pytest.raises(pipeline.UserError, match=r"2: .*png is a test image: correct or remove"):
         read(written("path,new_label", f"{photos[1].paths[0]},cat"), *photos)
 
 
 MISTAKES = {  # lines of the file, and part of the sentence
-    "index": (["index,new_label", "6,cat"], "line 2: there is no training image 6, only 0 to 5"),
+    "index": (
+        ["index,new_label", "6,cat"],
+        "line 2: there is no training image 6, only 0 to 5: correct or remove this row",
+    ),
     "index below a line for Excel": (
         ["sep=;", "index;new_label", "6;cat"],
         "line 3: there is no training image 6",
@@ -360,7 +369,7 @@ def test_a_mistake_in_corrections_is_named_with_its_line(written, data, mistake)
     ("row", "message"),
     [
         ("images/7.png,1", "line 2: images/7.png is not among"),
-        (",1", "line 2: needs a path; an index would mean another"),
+        (",1", "line 2: needs a path; an index is not accepted"),
     ],
 )
 def test_images_with_files_must_be_named_by_path(written, data, row, message):
@@ -456,7 +465,7 @@ def test_corrections_follow_the_printed_command(loop):
     lines = [f"{i},{clean.labels[i]}" for i in wrong[:5]] + [f"{wrong[5]},leave out"]
     (folder / "corrections.csv").write_text("\n".join(["index,new_label", *lines]))
     output = succeed(folder, *correct)
-    assert "59 training images (0 with a wrong label)" in output
+    assert "59 training images, " in output
     assert re.search(r"Corrections: (\d → \d \d, )+left out 1\n", output)
     analyze_command = [
         *printed_commands(output)[1],
@@ -518,6 +527,7 @@ def test_a_command_is_quoted_for_the_shell(monkeypatch):
 def test_a_quoted_cell_may_begin_with_a_blank_and_a_quote():
     """The page writes the name of such a class so."""
     assert pipeline.split_cells("line 2", '1,"x"," ""a"""', ",") == ["1", "x", ' "a"']
+    assert pipeline.split_cells("line 2", '1," """,x', ",") == ["1", ' "', "x"]
 
 
 # ---- Figures of few images, many classes and long names ------------------------------------------

@@ -95,7 +95,7 @@ def fake_data(count=BATCH):
         class_names=[str(label) for label in range(CLASSES)],
         paths=[""] * count,
         indices=torch.arange(count),
-        dataset_index=torch.arange(count),
+        dataset_indices=torch.arange(count),
         num_available=count,
     )
 
@@ -403,7 +403,7 @@ def test_a_symmetric_product_is_float32_for_rows_of_any_dtype(fake_cuda, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squares_are_taken_in_one_part_on_the_gpu(fake_cuda, monkeypatch, dtype):
-    monkeypatch.setattr(pipeline, "CACHED_ELEMENTS", 1)
+    monkeypatch.setattr(pipeline, "ELEMENTS_IN_CPU_CACHE", 1)
     gradient = torch.zeros(BATCH, 2, 3, dtype=dtype, device=CUDA)
     (squared,) = pipeline.squares(gradient, torch.float32)
     assert_is(squared, torch.float32, BATCH, 2, 3)
@@ -416,12 +416,12 @@ def test_the_memory_of_a_cpu_does_not_limit_the_queries_of_a_gpu(fake_cuda):
         dtype=torch.float32,
         analyzer=SimpleNamespace(state=SimpleNamespace(num_processes=2)),
     )
-    assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 500
-    assert pipeline.InfluenceRun.queries_computed(run, 1000, 0.1) == 500
-    assert pipeline.InfluenceRun.queries_computed(run, "auto", 1.0) == 500
-    assert pipeline.InfluenceRun.queries_computed(run, "auto", 0.1) == 5000
+    assert pipeline.InfluenceRun.queries_at_once(run, 1000, 1.0) == 500
+    assert pipeline.InfluenceRun.queries_at_once(run, 1000, 0.1) == 500
+    assert pipeline.InfluenceRun.queries_at_once(run, "auto", 1.0) == 500
+    assert pipeline.InfluenceRun.queries_at_once(run, "auto", 0.1) == 5000
     run.data = run.data.__class__(**{**vars(run.data), "images": torch.zeros(1)})
-    assert pipeline.InfluenceRun.queries_computed(run, 1000, 1.0) == 1
+    assert pipeline.InfluenceRun.queries_at_once(run, 1000, 1.0) == 1
 
 
 @pytest.mark.parametrize(("on_gpu", "batch_size"), [(True, 1024), (False, 64)])
@@ -462,12 +462,15 @@ def functions_that_ask_for_the_device(path):
 
 
 def test_every_function_that_reads_is_cuda_is_tested_here():
-    """A new function of this kind needs a test here. Hooks test `input_dtype`."""
+    """A new function of this kind needs a test here.
+
+    The hooks pass `is_cuda` on to `input_dtype`, which has tests of its own.
+    """
     names = set()
     for path in ("pipeline.py", "train.py", "analyze.py", "detect_mislabeled_dataset.py"):
         names |= functions_that_ask_for_the_device(path)
     hooks = {"register_hooks", "backward_hook"}
-    assert names - hooks == {"squares", "queries_computed", "__init__"}
+    assert names - hooks == {"squares", "queries_at_once", "__init__"}
 
 
 # ---- Settings and records ------------------------------------------------------------------------

@@ -120,7 +120,10 @@ def png(colour_type, channels, bits):
 
 
 def tiff(order, channels, bits, planes=False):
-    """The bytes of a TIFF file of 8 x 8 pixels with one plane per colour; byte order `<` or `>`."""
+    """The bytes of a TIFF file of 8 x 8 pixels.
+
+    order: the byte order, `<` or `>`; planes: whether each colour has a plane of its own.
+    """
     strips = channels if planes else 1
     size = 8 * 8 * channels * bits // 8
     values = 8 + 2 + 12 * 9 + 4  # values longer than 4 bytes: bits, strips, sizes
@@ -285,7 +288,18 @@ def test_hidden_and_system_folders_are_skipped_and_classes_are_counted(
     assert classes == f"3 classes in {folders}: cat 5, grey owl 5, äpfel 5"
 
 
-def test_the_ten_largest_of_many_classes_are_printed():
+def test_all_of_many_classes_are_printed(tmp_path, capsys):
+    for split in ("train", "test"):
+        for i in range(12):
+            folder = tmp_path / split / f"c{i:02}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(folder / "1.png")
+    pipeline.load_data("imagefolder", tmp_path, "train")
+    names = ", ".join(f"c{i:02} 1" for i in range(12))
+    assert f"12 classes in {tmp_path}: {names}\n" in capsys.readouterr().out
+
+
+def test_the_ten_largest_of_many_counts_are_printed():
     largest = [f"c{i} {i}" for i in range(13, 3, -1)]
     found = pipeline.ten_largest(Counter({f"c{i}": i for i in range(1, 14)}))
     assert found == ", ".join([*largest, "and 3 others down to c1 1"])
@@ -308,6 +322,33 @@ def test_a_class_folder_with_a_line_break_is_refused(folders):
     (folders / "train" / "cat").rename(folders / "train" / "wild\ncat")
     with pytest.raises(pipeline.UserError, match=r"'.*wild\\ncat' has a line break in its name"):
         pipeline.load_data("imagefolder", folders, "train")
+
+
+def test_a_class_folder_called_leave_out_is_refused(folders):
+    """A review could not tell the class from the decision."""
+    (folders / "train" / "cat").rename(folders / "train" / "leave out")
+    with pytest.raises(pipeline.UserError, match="leave out' has the name by which a review"):
+        pipeline.load_data("imagefolder", folders, "train")
+
+
+@pytest.mark.parametrize("link", ["cat/more", "zebra", "cat/all"])
+def test_a_folder_that_a_link_puts_into_two_classes_is_refused(folders, link):
+    target = folders / "train" / "grey owl"
+    if link == "cat/more":
+        target = target / "young"
+        target.mkdir()
+        Image.new("RGB", (9, 9)).save(target / "x.png")
+    (folders / "train" / link).symlink_to(target)
+    with pytest.raises(pipeline.UserError, match=f"{target} belongs to .* by a link: remove the"):
+        pipeline.load_data("imagefolder", folders, "train")
+
+
+def test_files_beside_the_class_folders_are_counted(folders, capsys):
+    for name in ("stray.png", "notes.txt", ".hidden"):
+        (folders / "train" / name).write_bytes(b"")
+    assert len(pipeline.load_data("imagefolder", folders, "train")) == 15
+    skipped, _ = capsys.readouterr().out.splitlines()
+    assert skipped == f"Skipped in {folders}/train: 2 files beside the class folders"
 
 
 def test_links_in_a_circle_are_followed_only_once(class_folders, folders):
@@ -509,10 +550,10 @@ def test_a_loader_of_a_user_is_one_entry_in_loaders(monkeypatch):
     monkeypatch.setitem(pipeline.LOADERS, "stripes", load)
     data = pipeline.load_data("stripes", "", "train", 5)
     assert data.images.shape == (5, 3, 32, 32) and data.num_available == 12
-    assert torch.equal(data.dataset_index, pipeline.draw_examples(12, 5))
-    assert data.images[:, 1, 3, 4].tolist() == data.dataset_index.tolist()
-    assert data.labels.tolist() == [number % 3 for number in data.dataset_index.tolist()]
-    assert data.paths == [f"{number}.png" for number in data.dataset_index.tolist()]
+    assert torch.equal(data.dataset_indices, pipeline.draw_examples(12, 5))
+    assert data.images[:, 1, 3, 4].tolist() == data.dataset_indices.tolist()
+    assert data.labels.tolist() == [number % 3 for number in data.dataset_indices.tolist()]
+    assert data.paths == [f"{number}.png" for number in data.dataset_indices.tolist()]
     found = data.normalize(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
     assert torch.allclose(found, torch.tensor([5.0, 2.5, 1.25]))
     assert data.digest != replace(data, channel_mean=(0.0, 0.5, 0.5)).digest
@@ -527,13 +568,17 @@ WRONG_LOADERS = {  # result of a loader, and part of the sentence
     "labels from 1": ({"labels": torch.arange(12) % 3 + 1}, "labels from 0 to 2, since it has 3"),
     "a negative label": ({"labels": torch.arange(12) % 3 - 1}, "labels from 0 to 2"),
     "one class": ({"class_names": ["cat"]}, "at least two class_names"),
-    "a class twice": ({"class_names": ["cat", "cat", "owl"]}, "different class_names"),
+    "a class twice": ({"class_names": ["cat", "cat", "owl"]}, "class_names that all differ"),
     "a class in two forms": (
         {"class_names": ["\u00e4", "a\u0308", "owl"]},
-        "different class_names",
+        "class_names that all differ",
     ),
     "a line break": ({"class_names": ["cat", "wild\ncat", "owl"]}, "without line breaks"),
     "a line break at the end": ({"class_names": ["cat\n", "owl"]}, "without line breaks"),
+    "a class called leave out": (
+        {"class_names": ["cat", "leave out "]},
+        "no class named 'leave out'",
+    ),
     "numbers of classes": ({"class_names": [0, 1, 2]}, "class_names, which are strings"),
     "too few paths": ({"paths": ["1.png"]}, "one path for each of its 12 labels"),
     "one mean": ({"channel_mean": (0.5,)}, "three means and three positive deviations"),

@@ -206,6 +206,15 @@ def test_a_table_with_a_column_that_the_user_added_is_not_replaced(tmp_path, add
         detect.require_no_added_columns(path)
 
 
+def test_a_column_that_the_user_adds_during_a_detection_is_not_lost(tmp_path):
+    files = detect.result_files(tmp_path, "ekfac")
+    files.suspects.write_text("rank,index,new_label\n1,0,cat\n")
+    with pytest.raises(pipeline.UserError, match="columns that you added"):
+        detect.write_tables_and_page(files, None, num_review=1, cleaned=False)
+    assert list(tmp_path.iterdir()) == [files.suspects]
+    assert files.suspects.read_text().endswith("1,0,cat\n")
+
+
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "byte order mark"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_table_that_a_spreadsheet_saved_without_a_new_column_is_replaced(
@@ -215,8 +224,9 @@ def test_a_table_that_a_spreadsheet_saved_without_a_new_column_is_replaced(
     columns = [*detect.FIRST_COLUMNS, *detect.RANKINGS, *detect.LAST_COLUMNS]
     path.write_text(start + separator.join(columns) + "\n")
     detect.require_no_added_columns(path)
-    path.write_text(f"{start}sep={separator}\n{separator.join(columns)}\n")
-    detect.require_no_added_columns(path)
+    for first_line in (f"sep={separator}", f'"sep={separator}"{separator}{separator}'):
+        path.write_text(f"{start}{first_line}\n{separator.join(columns)}\n")
+        detect.require_no_added_columns(path)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +245,14 @@ def test_a_table_of_an_earlier_version_is_replaced(tmp_path, columns):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--explain", 3), ("--method", "self_influence"), ("--method=self_influence",)]
+    "flags",
+    [
+        ("--explain", 3),
+        ("--method", "self_influence"),
+        ("--method=self_influence",),
+        ("--index",),
+        ("--eigenvector_fraction", 0.5),
+    ],
 )
 def test_flags_that_need_influence_are_refused_without_it(tmp_path, monkeypatch, flags):
     """The refusal comes before anything is loaded."""

@@ -10,7 +10,7 @@ import precision
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import digits, influence_run, minus_margin, relative_error, tiny_network
+from conftest import digits, influence_run, minus_log_odds, relative_error, tiny_network
 from dense import per_sample_gradients
 from kronfluence.utils import constants
 from safetensors.torch import load_file, save_file
@@ -59,7 +59,7 @@ def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
     torch.manual_seed(0)
     model = pipeline.construct_model("resnet9", 10).eval()
     train_gradients = per_sample_gradients(model, data, F.cross_entropy)
-    query_gradients = per_sample_gradients(model, queries, minus_margin)
+    query_gradients = per_sample_gradients(model, queries, minus_log_odds)
     run = make_run("identity", model=model)
     pairwise, _ = run.pairwise_influence(queries, 3, 1e-8)
     self_influence, path = run.self_influence(1e-8)
@@ -201,7 +201,7 @@ def test_the_eigenvector_fraction_1_computes_the_default_scores(make_run, querie
 
 
 def test_a_fraction_that_leaves_nothing_out_gives_the_full_scores(make_run, queries):
-    """Of 27 to 41 inputs, .99 are all, rounded up."""
+    """0.99 of 27, 73 or 41 inputs is all of them, rounded up."""
     full, path = make_run().pairwise_influence(queries, 3, 1e-3)
     found, other = make_run().pairwise_influence(queries, 3, 1e-3, 0.99)
     assert torch.equal(found, full) and other != path
@@ -220,7 +220,7 @@ def test_scores_by_an_index_in_bfloat16_are_close(make_run, queries):
     expected, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3)
     found, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
     assert 0 < relative_error(found, expected) < 1e-2
-    files = sorted(make_run().folder.glob("index_*/*"))
+    files = sorted(make_run().folder.glob("index_*/*.safetensors"))
     gradients = torch.cat([load_file(file)["gradients"] for file in files])
     assert gradients.dtype == torch.bfloat16
     assert gradients.shape == (NUM_TRAIN, sum(make_run().gradient_sizes(0.3)))
@@ -251,11 +251,24 @@ def test_an_index_that_the_disk_has_no_space_for_is_refused_before_it_is_written
     size = 2 * NUM_TRAIN * sum(run.gradient_sizes(0.3))
     usage = SimpleNamespace(free=size - 1)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(pipeline.UserError, match="choose a lower --eigenvector_fraction"):
+    with pytest.raises(pipeline.UserError, match="for ekfac and kfac a lower --eigenvector"):
         run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
-    assert not list(run.folder.iterdir())  # not even factors
+    assert not list(run.folder.glob("index_*"))
     usage.free = size
     run.pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+
+
+def test_space_for_the_indices_of_all_runs_is_required_before_factors_are_fitted(
+    make_run, queries, monkeypatch
+):
+    runs = [make_run(), make_run(folder=make_run().folder / "other")]
+    size = 2 * NUM_TRAIN * sum(runs[0].gradient_sizes(0.3))
+    usage = SimpleNamespace(free=2 * size - 1)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(pipeline.UserError, match=r"--index needs .*: free space, or choose"):
+        pipeline.require_index_space(runs, 0.3)
+    runs[0].pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
+    pipeline.require_index_space(runs, 0.3)  # the first run has an index
 
 
 def test_an_index_in_another_basis_is_not_used(make_run, queries):
@@ -269,14 +282,6 @@ def test_an_index_in_another_basis_is_not_used(make_run, queries):
     found, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
     assert relative_error(found, expected) < 1e-2
     assert len(list(make_run().folder.glob("index_*"))) == 2
-
-
-def test_an_index_without_one_of_its_files_is_refused(make_run, queries):
-    _, path = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
-    shutil.rmtree(path.parent)
-    next(make_run().folder.glob("index_*/*")).unlink()
-    with pytest.raises(pipeline.UserError, match="lacks some of its files"):
-        make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
 
 
 def test_an_index_is_built_only_for_scores_that_are_missing(make_run, queries):
@@ -305,14 +310,18 @@ def test_a_nan_stops_an_index_and_leaves_nothing(make_run, queries):
     assert not list(run.folder.glob("index_*")) and not list(run.folder.glob("scores_*"))
 
 
-def test_a_damaged_index_is_computed_again(make_run, queries, capsys):
+@pytest.mark.parametrize("missing", ["one byte", "the file"])
+def test_a_damaged_index_is_computed_again(make_run, queries, capsys, missing):
     first, path = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
     first = first.clone()
     shutil.rmtree(path.parent)
-    file = next(make_run().folder.glob("index_*/*"))
-    os.truncate(file, file.stat().st_size - 1)
+    file = next(make_run().folder.glob("index_*/*.safetensors"))
+    if missing == "one byte":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.unlink()
     again, _ = make_run().pairwise_influence(queries, 3, 1e-3, 0.3, with_index=True)
-    assert torch.equal(first, again) and f"{file} is damaged" in capsys.readouterr().out
+    assert torch.equal(first, again) and f"{file} is missing or damaged" in capsys.readouterr().out
 
 
 def test_self_influence_keeps_all_eigenvectors(make_run, queries):
@@ -329,9 +338,9 @@ def test_only_as_many_queries_are_held_as_fit_into_memory(make_run, monkeypatch,
     held = 4 * (8 * columns[0] + 40 * columns[1] + 10 * columns[2])  # bytes of a query
     monkeypatch.setattr(pipeline, "CPU_QUERY_BYTES", 5 * held + held - 1)
     run = make_run()
-    assert run.queries_computed(1000, fraction) == 5
-    assert run.queries_computed("auto", fraction) == 5
-    assert run.queries_computed(3, fraction) == 3
+    assert run.queries_at_once(1000, fraction) == 5
+    assert run.queries_at_once("auto", fraction) == 5
+    assert run.queries_at_once(3, fraction) == 3
 
 
 def test_held_gradients_of_truncated_queries_have_the_counted_size(make_run, queries, monkeypatch):
@@ -380,18 +389,28 @@ def test_factors_of_all_examples_or_more_are_those_of_the_training_images(make_r
         "factors_*/activation_eigenvectors.safetensors",
         "factors_*/factor_arguments.json",
         "scores_*/*.safetensors",
+        "factors_*/files.json",
     ],
 )
-@pytest.mark.parametrize("missing_bytes", ["one", "half"])
-def test_a_truncated_file_is_named_and_computed_again(make_run, capsys, name, missing_bytes):
+@pytest.mark.parametrize("missing_bytes", ["one", "half", "all"])
+def test_a_truncated_or_missing_file_is_named_and_computed_again(
+    make_run, capsys, name, missing_bytes
+):
     first = make_run().self_influence(1e-3)[0].clone()  # a copy: the tensor is mapped to the file
     (path,) = make_run().folder.glob(name)
     size = path.stat().st_size
-    os.truncate(path, size - 1 if missing_bytes == "one" else size // 2)
+    if missing_bytes == "all":
+        path.unlink()
+    else:
+        os.truncate(path, size - 1 if missing_bytes == "one" else size // 2)
     capsys.readouterr()
     again, _ = make_run().self_influence(1e-3)
     out = capsys.readouterr().out
-    assert torch.equal(first, again) and f"{path} is damaged" in out and out.count("Reusing") == 1
+    assert (
+        torch.equal(first, again)
+        and f"{path} is missing or damaged" in out
+        and out.count("Reusing") == 1
+    )
 
 
 def test_other_files_beside_scores_are_kept(make_run, capsys):
@@ -440,4 +459,4 @@ def test_the_batch_is_halved_if_it_does_not_fit_into_memory(make_run, queries, m
     assert relative_error(found, expected) < 1e-5
     found, _ = run.pairwise_influence(queries, 4, 1e-3, with_index=True)
     assert relative_error(found, expected) < 1e-5
-    assert len(list(run.folder.glob("index_*/*"))) == NUM_TRAIN / 2
+    assert len(list(run.folder.glob("index_*/*.safetensors"))) == NUM_TRAIN / 2

@@ -17,7 +17,7 @@ from conftest import (
     SYNTHETIC,
     TRAIN,
     influence_run,
-    minus_margin,
+    minus_log_odds,
     refused,
     relative_error,
     succeed,
@@ -186,7 +186,7 @@ def test_identity_scores_are_products_of_per_sample_gradients(tmp_path, name):
     data = random_data(NUM_TRAIN, 1, kind=Float32Data)
     queries = random_data(NUM_QUERY, 2, kind=Float32Data)
     train_gradients = per_sample_gradients(model, data, F.cross_entropy)
-    query_gradients = per_sample_gradients(model, queries, minus_margin)
+    query_gradients = per_sample_gradients(model, queries, minus_log_odds)
     run = influence_run(tmp_path, data, "identity", model=model)
     pairwise, _ = run.pairwise_influence(queries, QUERY_BATCH_SIZE, 0.0)
     self_influence, _ = run.self_influence(0.0)

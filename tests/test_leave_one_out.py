@@ -2,7 +2,7 @@
 
 The model is softmax regression, one linear layer; a random teacher draws the labels. The damping is
 the L2 strength, so the damped matrix that EKFAC approximates is the Hessian. Removing image n from
-the mean loss moves the weights by about H^-1 grad L_n / N. It moves the margin of a query by
+the mean loss moves the weights by about H^-1 grad L_n / N. It moves the log-odds of a query by
 -score / N, and the image's own loss by self-influence / N. The tests train all models without one
 image; `-rP` shows the agreement.
 
@@ -20,12 +20,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import minus_margin
+from conftest import minus_log_odds
 from dense import QUERY_BATCH_SIZE, make_run, random_data
 from torch import nn
 from torch.func import grad, hessian, vmap
 
-L2, NUM_REMOVED, NUM_ASKED, NUM_PIXELS = 0.2, 40, 5, 12
+L2, NUM_TRAIN, NUM_QUERY, NUM_PIXELS = 0.2, 40, 5, 12
 
 pytestmark = [
     pytest.mark.usefixtures("small_parts"),
@@ -74,8 +74,8 @@ def flat_inputs(data):
 
 def noisy_teachers_data(num_classes):
     """Returns images of 2 x 2 pixels, with labels drawn by a random teacher, and queries."""
-    data = random_data(NUM_REMOVED, 20 + num_classes, (3, 2, 2), num_classes)
-    queries = random_data(NUM_ASKED, 30 + num_classes, (3, 2, 2), num_classes)
+    data = random_data(NUM_TRAIN, 20 + num_classes, (3, 2, 2), num_classes)
+    queries = random_data(NUM_QUERY, 30 + num_classes, (3, 2, 2), num_classes)
     generator = torch.Generator().manual_seed(num_classes)
     teacher = 1.5 * torch.randn(num_classes, NUM_PIXELS, generator=generator, dtype=torch.float64)
     p = (flat_inputs(data)[:, :-1] @ teacher.T).softmax(1)
@@ -97,35 +97,35 @@ def linear_model(weight):
 def regression(request, tmp_path_factory):
     """A converged softmax regression, and the changes after retraining without each image.
 
-    change: [num_query, N], margin of each query without image n, minus the margin with it;
+    change: [num_query, N], log-odds of each query without image n, minus those with it;
     own_loss_change: [N], loss of image n without image n, minus the loss with it.
     """
     num_classes = request.param
     data, queries = noisy_teachers_data(num_classes)
     inputs, query_inputs = flat_inputs(data), flat_inputs(queries)
-    everything = torch.ones(1, NUM_REMOVED, dtype=torch.float64)
-    all_but_one = 1 - torch.eye(NUM_REMOVED, dtype=torch.float64)
+    everything = torch.ones(1, NUM_TRAIN, dtype=torch.float64)
+    all_but_one = 1 - torch.eye(NUM_TRAIN, dtype=torch.float64)
     weight = train_to_convergence(everything, inputs, data.labels, num_classes)
     without = train_to_convergence(all_but_one, inputs, data.labels, num_classes)  # (N, C, I)
 
     own_logits = torch.einsum("nci,ni->nc", without, inputs)
     loss_without = F.cross_entropy(own_logits, data.labels, reduction="none")
     loss_with = F.cross_entropy(inputs @ weight[0].T, data.labels, reduction="none")
-    margin_without = margins(without, query_inputs, queries.labels)
-    margin_with = margins(weight, query_inputs, queries.labels)
+    log_odds_without = log_odds(without, query_inputs, queries.labels)
+    log_odds_with = log_odds(weight, query_inputs, queries.labels)
     return SimpleNamespace(
         folder=tmp_path_factory.mktemp("regression"),
         model=linear_model(weight[0]),
         data=data,
         queries=queries,
-        change=margin_without - margin_with,
+        change=log_odds_without - log_odds_with,
         own_loss_change=loss_without - loss_with,
     )
 
 
-def margins(weights, inputs, labels):
-    """Returns the margins [N, R] of N inputs [N, I] under R weights [R, C, I]."""
-    return torch.stack([-vmap(minus_margin)(inputs @ weight.T, labels) for weight in weights], 1)
+def log_odds(weights, inputs, labels):
+    """Returns the log-odds [N, R] of N inputs [N, I] under R weights [R, C, I]."""
+    return torch.stack([-vmap(minus_log_odds)(inputs @ weight.T, labels) for weight in weights], 1)
 
 
 def agreement(title, predicted, actual):
@@ -140,8 +140,8 @@ def agreement(title, predicted, actual):
     return correlation, slope, same_sign
 
 
-def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(regression):
-    """A positive score means a helpful image: without it, the margin falls by about score / N.
+def test_pairwise_scores_predict_the_change_of_log_odds_when_an_image_is_removed(regression):
+    """A positive score means a helpful image: without it, the log-odds fall by about score / N.
 
     Removing an image also removes its curvature, which a first-order score neglects. So most slopes
     are above 1. Dot products of gradients, without the curvature, predict less.
@@ -150,7 +150,7 @@ def test_pairwise_scores_predict_the_change_in_margin_when_an_image_is_removed(r
     for strategy in ("ekfac", "identity"):
         run = make_run(regression.folder, regression.model, regression.data, strategy)
         scores, _ = run.pairwise_influence(regression.queries, QUERY_BATCH_SIZE, L2)
-        found[strategy] = agreement(strategy, -scores / NUM_REMOVED, regression.change)
+        found[strategy] = agreement(strategy, -scores / NUM_TRAIN, regression.change)
     correlation, slope, same_sign = found["ekfac"]
     assert correlation > 0.95
     assert 0.9 < slope < 1.35
@@ -165,7 +165,7 @@ def test_self_influence_predicts_the_loss_of_an_image_that_was_not_trained_on(re
     """
     run = make_run(regression.folder, regression.model, regression.data, "ekfac")
     scores, _ = run.self_influence(L2)
-    predicted = scores / NUM_REMOVED
+    predicted = scores / NUM_TRAIN
     correlation, slope, same_sign = agreement("own loss", predicted, regression.own_loss_change)
     assert correlation > 0.85
     assert 1 < slope < 1.45

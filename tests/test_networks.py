@@ -6,12 +6,14 @@ Two networks go through all scripts: a narrow ResNet-18 and one with depthwise c
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -21,7 +23,7 @@ from conftest import (
     TRAIN,
     digits,
     influence_run,
-    minus_margin,
+    minus_log_odds,
     read_table,
     refused,
     relative_error,
@@ -578,6 +580,45 @@ def test_a_network_goes_through_all_scripts(explained, strategy):
         assert_products_of_gradients(folder, scores)
 
 
+def explanation_scores(folder, *flags):
+    """Explains two suspects. Returns the suspects and their scores, and what was printed."""
+    explain = ("--explain", 2, "--method", "aum", "--factor_examples", "all")
+    printed = succeed(folder, DETECT, *flags, *explain)
+    _, rows = read_table(result_folder(folder) / "explanations_ekfac.csv")
+    suspects = [row["suspect"] for row in rows]
+    return suspects, np.array([float(row["score"]) for row in rows]), printed
+
+
+def test_explanations_keep_a_fraction_and_read_the_index_of_an_analysis(explained, tmp_path):
+    name, trained = explained
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    flags = ("--model", name, *DATA)
+    fraction = ("--eigenvector_fraction", 0.2)
+    suspects, full, _ = explanation_scores(tmp_path, *flags)
+    same, truncated, _ = explanation_scores(tmp_path, *flags, *fraction)
+    assert same == suspects and abs(truncated / full - 1).max() > 0.01
+    printed = succeed(tmp_path, ANALYZE, *flags, *fraction, "--num_query_examples", 3, "--index")
+    assert "The index takes" in printed
+    same, indexed, printed = explanation_scores(tmp_path, *flags, *fraction, "--index")
+    assert same == suspects and indexed == pytest.approx(truncated, rel=0.01)
+    assert not (indexed == truncated).all()
+    assert "The index takes" not in printed and len(list(tmp_path.rglob("index_*"))) == 1
+
+
+@pytest.mark.parametrize("script", [DETECT, ANALYZE])
+def test_an_index_without_space_is_refused_before_anything_is_computed(
+    explained, tmp_path, monkeypatch, script
+):
+    name, trained = explained
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    flags = ["--model", name, *DATA, "--index"]
+    if script == DETECT:
+        flags += ["--explain", 2]
+    assert "--index needs" in refused(tmp_path, script, *flags)
+    assert not list(tmp_path.rglob("factors_*")) and not list(tmp_path.rglob("scores_*"))
+
+
 def assert_products_of_gradients(folder, scores):
     """The scores are the products of per-sample gradients by torch.func, of the trained network."""
     model, _ = pipeline.load_checkpoint(folder / "checkpoints/model_corrupt_0.1.pth")
@@ -585,7 +626,7 @@ def assert_products_of_gradients(folder, scores):
     of_train = per_sample_gradients(
         model, data, lambda logits, label: nn.functional.cross_entropy(logits, label)
     )
-    of_queries = per_sample_gradients(model, queries, minus_margin)
+    of_queries = per_sample_gradients(model, queries, minus_log_odds)
     expected = sum(of_queries[layer] @ of_train[layer].T for layer in of_train)
     # A few activations so close to zero that rounding decides about their ReLU are off by more.
     assert relative_error(scores, expected.detach()) < 1e-3

@@ -33,10 +33,10 @@ def noisy(tmp_path_factory):
     data = pipeline.load_data("synthetic", "", "train", 60)
     labels = pipeline.training_examples(data, 0.1).labels
     given = dict.fromkeys(range(5000), 0) | dict(
-        zip(data.dataset_index.tolist(), labels.tolist(), strict=True)
+        zip(data.dataset_indices.tolist(), labels.tolist(), strict=True)
     )
     if labels[0] == data.labels[0]:
-        del given[data.dataset_index[0].item()]
+        del given[data.dataset_indices[0].item()]
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("index", "label"), *given.items()])
     return folder, succeed(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", "labels.csv")
@@ -57,7 +57,7 @@ def test_labels_from_a_file_give_the_results_of_the_same_corruption(trained, noi
     assert found["data_sha256"] == other["data_sha256"]
     assert torch.equal(found["margins"].nan_to_num(), other["margins"].nan_to_num())
     assert (
-        "labels.csv: 59 rows, and 4940 of other images; " in output
+        "labels.csv: 59 rows of training images, 4940 of others; " in output
         and "(6 with a wrong label)" in output
     )
 
@@ -97,7 +97,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
     data, path = digits(5), tmp_path / "labels.csv"
     path.write_text(lines)
     numbered = data.take(torch.arange(5))
-    numbered.dataset_index[:] = torch.arange(5)
+    numbered.dataset_indices[:] = torch.arange(5)
     with pytest.raises(pipeline.UserError, match=message):
         pipeline.read_noisy_labels(path, numbered, digits(0, "test"), "")
 
@@ -117,7 +117,10 @@ def test_a_file_names_images_by_path(class_folders, tmp_path, capsys):
         data.paths[changed].endswith("train/cat/1.png")
         and data.class_names[labels[changed]] == "äpfel"
     )
-    assert "2 rows, and 1 of other images; cat → äpfel 1" in capsys.readouterr().out
+    assert (
+        "2 rows of training images, 1 of others; changed labels: cat → äpfel 1"
+        in capsys.readouterr().out
+    )
 
 
 MISSING = {  # name in a row, and whether it names an image, whose row is only counted
@@ -146,7 +149,7 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
     path.write_text(f"path,label\n{data.paths[0]},cat\n{name},cat\n{name},cat\n")
     if is_image:
         pipeline.read_noisy_labels(path, data, test, class_folders)
-        assert "1 rows, and 2 of other images" in capsys.readouterr().out
+        assert "1 rows of training images, 2 of others" in capsys.readouterr().out
     else:
         with pytest.raises(pipeline.UserError, match=r"line 3: .*there is no such file \(2 such"):
             pipeline.read_noisy_labels(path, data, test, class_folders)
@@ -155,7 +158,7 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
 def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
     path = tmp_path / "labels.csv"
     data = digits(5)
-    path.write_text(f"index,label\n{data.dataset_index[0]},1\n5000,3\n")
+    path.write_text(f"index,label\n{data.dataset_indices[0]},1\n5000,3\n")
     with pytest.raises(
         pipeline.UserError, match="line 3: there is no training image 5000, only 0 to 4999"
     ):

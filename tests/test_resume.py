@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SYNTHETIC, TRAIN, content, digits, run, succeed
+from conftest import DETECT, SYNTHETIC, TRAIN, content, digits, run, succeed
 from torch import nn
 from tqdm import tqdm
 
@@ -141,30 +141,6 @@ def test_an_interruption_while_the_state_is_written_leaves_that_of_the_epoch_bef
     assert found == bits(model, start())
 
 
-def test_two_trainings_of_one_checkpoint_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
-    """After its second epoch one stands still, while the other one, with another seed, runs."""
-    expected = []
-    for seed in (5, 6):
-        start, model, _ = new_training(tmp_path / "reference", seed)
-        expected.append(bits(model, start()))
-    start, model, saved = new_training(tmp_path / "state")
-    save, found = saved.save, []
-
-    def save_and_wait(training):
-        save(training)
-        if training.epochs_done == 2:
-            with torch.random.fork_rng():
-                start_other, other_model, other_saved = new_training(tmp_path / "state", 6)
-                found.append(bits(other_model, start_other()))
-            other_saved.delete()
-            saved.delete()  # which the other one has done before
-
-    monkeypatch.setattr(saved, "save", save_and_wait)
-    assert [bits(model, start()), *found] == expected
-    _, _, again = new_training(tmp_path / "state")
-    assert again.read()["state"]["epochs_done"] == EPOCHS
-
-
 def test_the_state_of_another_training_is_not_used(tmp_path, capsys):
     """Nor is that of a training that was described by more, or by less, than this one."""
     interrupt(tmp_path / "state", 8)
@@ -242,8 +218,9 @@ def test_a_training_by_another_version_of_torch_is_another_one(monkeypatch):
 
 
 def files(folder):
-    """The names of the files beside the checkpoint, hidden ones too."""
-    return sorted(path.name for path in (folder / STATE.parent).iterdir())
+    """The names of the files beside the checkpoint, hidden ones too, without the lock."""
+    names = {path.name for path in (folder / STATE.parent).iterdir()}
+    return sorted(names - {f".{CHECKPOINT.name}.lock"})
 
 
 def train_until(folder, step):
@@ -361,6 +338,27 @@ def test_a_training_that_diverges_at_once_leaves_the_state_of_another_one(refere
     assert (tmp_path / STATE).read_bytes() == state
     assert f"\ncontinuing after epoch 2 of {EPOCHS}\n" in succeed(tmp_path, TRAIN, *FLAGS)
     assert content(tmp_path / CHECKPOINT) == reference
+
+
+def test_a_second_training_of_a_checkpoint_is_refused_until_the_first_one_ends(tmp_path):
+    """Each would delete what the other one wrote."""
+    train_until(tmp_path, 8)
+    state = (tmp_path / STATE).read_bytes()
+    with train.require_one_training(tmp_path / CHECKPOINT):
+        stopped = run(tmp_path, TRAIN, *FLAGS)
+        assert stopped.status == 2 and "another training writes checkpoints/model" in stopped.err
+        assert (tmp_path / STATE).read_bytes() == state
+        succeed(tmp_path, TRAIN, *FLAGS, "--checkpoint_dir", "other")
+    assert "continuing after epoch 2" in succeed(tmp_path, TRAIN, *FLAGS)
+
+
+def test_a_detection_says_that_a_later_training_has_not_ended(tmp_path):
+    succeed(tmp_path, TRAIN, *FLAGS)
+    flags = (*SYNTHETIC, "--model", "small", "--factor_strategy", "none", "--num_review", 0)
+    said = f"{STATE} is of a training that has not ended: it is not used"
+    assert said not in succeed(tmp_path, DETECT, *flags)
+    (tmp_path / STATE).write_bytes(b"")
+    assert said in succeed(tmp_path, DETECT, *flags)
 
 
 def test_after_a_full_disk_the_training_continues(reference, tmp_path):

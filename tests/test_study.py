@@ -90,7 +90,7 @@ def test_the_file_of_noisy_labels_contains_the_labels_of_a_draw(
     expected = study.corrupt(clean, noise, fraction, seed).labels.tolist()
     assert expected != study.corrupt(clean, noise, fraction, seed + 1).labels.tolist()
     assert [int(line.split(",")[2]) for line in lines[1:]] == expected
-    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.dataset_index.tolist()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == clean.dataset_indices.tolist()
 
 
 # ---- Detection and cleaning ----------------------------------------------------------------------
@@ -159,12 +159,12 @@ SCORES = np.array([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [1.0, 1.0,
 def test_the_linear_datamodeling_score_by_hand():
     """Ranks 1 2 3 4 against 1 2 3 4: 1; against 1 3 2 4: 1 - 6 * 2 / 60 = 0.8; no prediction: 0.
 
-    The last query's sums 2, 2, 2, 3 have ranks 2 2 2 4, its margins 4 3 2 1.
+    The last query's sums 2, 2, 2, 3 have ranks 2 2 2 4, its log-odds 4 3 2 1.
     Centred, these are -.5 -.5 -.5 1.5 and 1.5 .5 -.5 -1.5: -3 over the square root of 3 * 5.
     """
     first, second, constant, last = [1, 2, 4, 9], [1, 3, 2, 4], [1, 2, 3, 4], [4, 3, 2, 1]
-    margins = np.array([first, second, constant, last], float).T / 10
-    found = study.linear_datamodeling_scores(SCORES, MEMBERS, margins)
+    log_odds = np.array([first, second, constant, last], float).T / 10
+    found = study.linear_datamodeling_scores(SCORES, MEMBERS, log_odds)
     assert found.tolist() == pytest.approx([1.0, 0.8, 0.0, -3 / 15**0.5])
 
 
@@ -178,7 +178,7 @@ def test_a_half_depends_on_its_index_alone():
 
 
 def test_each_half_is_trained_again_with_another_seed(store):
-    """With the fake logits, the margin of a query is the number of training images."""
+    """The fake logits give log-odds of 2 and 0 after each training."""
 
     def logits(seen, queries):
         assert len(seen) == 4
@@ -188,8 +188,8 @@ def test_each_half_is_trained_again_with_another_seed(store):
     trainer = FakeTrainer(data, logits)
     sizes = {"num_queries": 2, "halves": 3}
     for trainings in (1, 2, 2):
-        members, margins = study.retrained(trainer, store, data, trainings=trainings, **sizes)
-        assert margins.shape == (trainings, 3, 2) and (margins == [2, 0]).all()
+        members, log_odds = study.retrained(trainer, store, data, trainings=trainings, **sizes)
+        assert log_odds.shape == (trainings, 3, 2) and (log_odds == [2, 0]).all()
         for number in range(3):
             half = study.half_of(8, number).tolist()
             assert members[number].nonzero()[0].tolist() == half
@@ -199,7 +199,9 @@ def test_each_half_is_trained_again_with_another_seed(store):
 
 def test_log_odds_of_two_trainings_are_averaged(store, monkeypatch):
     """The correlation of ranks is 1 for the first query, and 0.5 for the second."""
-    margins = np.array([[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]])
+    log_odds = np.array(
+        [[[1.0, 5.0], [2.0, 7.0], [3.0, 6.0]], [[4.0, 1.0], [5.0, 2.0], [6.0, 3.0]]]
+    )
     seen = []
 
     def scores(*parts):
@@ -207,7 +209,7 @@ def test_log_odds_of_two_trainings_are_averaged(store, monkeypatch):
         return np.array([0.5, 0.7])
 
     monkeypatch.setattr(study, "linear_datamodeling_scores", scores)
-    monkeypatch.setattr(study, "retrained", lambda *_, **sizes: (MEMBERS[:3], margins))
+    monkeypatch.setattr(study, "retrained", lambda *_, **sizes: (MEMBERS[:3], log_odds))
     monkeypatch.setattr(study, "pairwise", lambda *_: {"scores": SCORES, "seconds": np.array(1)})
     sizes = {"num_queries": 2, "halves": 3, "trainings": 2}
     settings = study.Prediction(models=2)

@@ -345,7 +345,7 @@ def test_a_sentence_explains_why_a_gpu_cannot_be_used(monkeypatch, capsys):
     pipeline.print_machine(torch.device("cpu"), torch.float32)
     first, second = capsys.readouterr().out.splitlines()
     reason = "The NVIDIA driver is too old (found version 11040)"
-    words = f"torch cannot use the NVIDIA GPU ({reason}): install torch for"
+    words = f"torch cannot use the NVIDIA GPU ({reason}): install the torch for"
     assert first == f"{torch.get_num_threads()} CPU threads, float32" and words in second
     with pytest.raises(pipeline.UserError, match=re.escape(words)):
         pipeline.choose_device("cuda", several_processes=False)

@@ -41,6 +41,8 @@ TRAINING_FLAGS = ("train_batch_size", "num_train_epochs", "learning_rate", "weig
 REFERENCE_FLAGS = ("reference_batch_size", "reference_query_batch_size", "reference_examples")
 PHASES = ("covariance", "eigendecomposition", "lambda", "scores")
 ALL = ("--factor_examples", "all")  # the reference, too, fits its factors on all images
+# Flags of each run of the scripts. `as-run` has the scripts' defaults: a detection then fits its
+# factors on 1,000 images.
 RUNS = {
     "auto": ALL,
     "fp32": ("--precision", "fp32", *ALL),
@@ -53,7 +55,7 @@ RUNS = {
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """Images that are transformed one by one by torchvision, with the scripts' pseudo-labels."""
+    """Images that torchvision transforms one by one, with the numbers that draw pseudo-labels."""
 
     def __init__(self, data, augmented=False, seed=1004):
         from torchvision import transforms
@@ -230,8 +232,7 @@ def run_training(args, checkpoint_dir, precision, seed):
 def run_script(args, part, flags, checkpoint_dir, output_dir):
     """Runs the script that computes self-influence or pairwise scores. Returns its measurements.
 
-    seconds: the sum of PHASES; seconds_to_start: the time before the first of these phases, with
-    imports and loading. It includes the end of the process, which is not measured on its own.
+    seconds: the sum of PHASES; seconds_around: imports, loading, and the end of the process.
     """
     script = ROOT / "detect_mislabeled_dataset.py"
     if part == "pairwise":
@@ -250,7 +251,7 @@ def run_script(args, part, flags, checkpoint_dir, output_dir):
     return {
         "seconds": sum(phases[phase] for phase in PHASES),
         "seconds_by_phase": phases,
-        "seconds_to_start": wall - phases["total"] + phases["load"],
+        "seconds_around": wall - phases["total"] + phases["load"],
         "start_to_exit": wall,
         "peak_memory_bytes": record["peak_memory_bytes"],
         "scores": str(next(output_dir.rglob("*_scores.safetensors"))),
@@ -304,7 +305,11 @@ def product_speed(device, dtype, size=2048, repeats=10):
 
 
 def measure(args, is_corrupted, folder):
-    """Runs all parts `args.repeats` times. Yields part, name of the run, and measurements."""
+    """Runs all parts `args.repeats` times. Yields part, name of the run, and measurements.
+
+    All scores are those of the checkpoint of repeat 0. Only if trainings are compared, each repeat
+    trains again.
+    """
     checkpoint_dir = folder / f"checkpoints-{args.precision}-0"
     for repeat in range(args.repeats if args.parts else 0):
         precisions = ["auto", "fp32"] if "training" in args.parts else [args.precision]
@@ -368,8 +373,9 @@ def print_scores(measured, part):
     for who, rows in runs.items():
         by_phase = [row["seconds_by_phase"] for row in rows]
         phases = ", ".join(f"{phase} {median(by_phase, phase):.1f}" for phase in PHASES)
-        whole, start = median(rows, "start_to_exit"), median(rows, "seconds_to_start")
-        print(f"{who}: {whole:.1f} s from start to exit, {start:.1f} before the first of {phases}")
+        whole, around = median(rows, "start_to_exit"), median(rows, "seconds_around")
+        print(f"{who}: {whole:.1f} s from start to exit, of which {phases},")
+        print(f"and {around:.1f} s for imports, loading and the end of the process")
 
 
 def print_training(measured):
@@ -395,7 +401,7 @@ def parse_arguments():
     )
     flag = parser.add_argument_group("data and training").add_argument
     some = pipeline.number(float, "a fraction above 0 and below 1", lambda value: 0 < value < 1)
-    flag("--dataset", default="synthetic", help="data set to train on")
+    flag("--dataset", choices=pipeline.LOADERS, default="synthetic", help="data set to train on")
     flag("--dataset_dir", default="./data", help="directory of the data set")
     flag("--device", default="auto", help="auto: a GPU is used if one is available")
     flag("--num_train_examples", type=int, default=400, help="number of training images")
@@ -417,15 +423,28 @@ def parse_arguments():
 
 def add_benchmark_flags(flag):
     """Adds the flags that choose what is compared; `flag` is add_argument of a group."""
-    few = "run the reference on N images only, and extrapolate its seconds to all images"
-    trained = "precision of the training of the model that is scored"
     flag("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to compare")
     flag("--runs", nargs="*", choices=RUNS, default=["auto", "fp32"], help="runs of the scripts")
-    flag("--repeats", type=int, default=3, help="number of repeats, whose median is printed")
-    flag("--precision", choices=("auto", "fp32"), default="auto", help=trained)
+    flag(
+        "--repeats",
+        type=pipeline.positive_int,
+        default=3,
+        help="number of repeats, whose median is printed",
+    )
+    flag(
+        "--precision",
+        choices=("auto", "fp32"),
+        default="auto",
+        help="precision of the training of the model that is scored",
+    )
     flag("--reference_batch_size", type=int, default=128, help="training images per step")
     flag("--reference_query_batch_size", type=int, default=200, help="queries per step")
-    flag("--reference_examples", type=int, help=few)
+    flag(
+        "--reference_examples",
+        type=int,
+        metavar="N",
+        help="run the reference on N images only, and extrapolate its seconds to all images",
+    )
 
 
 def main():

@@ -159,7 +159,7 @@ def main():
     clean = pipeline.load_data("synthetic", "", "train", args.num_train_examples)
     _, _, data = pipeline.load_trained(checkpoint, "cpu", clean, model_name="resnet9", fraction=0.1)
     test = pipeline.load_data("synthetic", "", "test")
-    queries = test.take(torch.arange(args.num_query_examples))
+    queries = test.take(torch.arange(min(args.num_query_examples, len(test))))
     scored = data.take(torch.arange(min(args.num_scored_examples, len(data))))
 
     def load_model():

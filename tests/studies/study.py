@@ -64,15 +64,17 @@ CLEANED_FRACTIONS = (0.1, 0.15, 0.2)
 LEFT_OUT_BY = ("aum_vote", "aum", "self_influence", "loss", "random")
 CORRECTED_BY = ("aum_vote", "aum", "self_influence")
 FACTOR_EXAMPLES = (20_000, 10_000, 5000, 2000, 1000, 500, 250, 100)
-NUM_HELPFUL = 10  # most helpful images of a query, which truncated scores should have, too
+# Number of the most helpful images of a query that are compared: those by a fraction of the
+# eigenvectors, with those by all eigenvectors.
+NUM_HELPFUL = 10
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Settings of scores that are to predict retraining, and the networks they are the mean over.
+    """How to compute scores that should predict retraining, and over which networks to average.
 
-    models: number of trainings; trained_on: `all` images or `halves`; snapshots: networks of each
-    training, the last ones.
+    models: number of trainings whose networks compute scores; trained_on: `all` images or `halves`;
+    snapshots: how many networks of each training, the final one included.
     """
 
     strategy: str = "ekfac"
@@ -257,7 +259,7 @@ def write_labels(trainer, store, args, *, noise):
     data = corrupt(clean, kind, fraction, args.corruption_seed)
     names = [clean.class_names[label] for label in data.labels]
     path = store.folder / "labels.csv"
-    rows = zip(clean.dataset_index.tolist(), clean.paths, names, strict=True)
+    rows = zip(clean.dataset_indices.tolist(), clean.paths, names, strict=True)
     pipeline.write_table(path, ("index", "path", "label"), rows)
     print(f"wrote {path}")
 
@@ -272,63 +274,66 @@ def detection(trainer, store, args):
     """
     for noise, fraction in NOISES[: args.num_noises]:
         for draw, turn in product(range(args.corruption_seeds), range(args.seeds)):
-            run = {
+            case = {
                 "noise": noise,
                 "fraction": fraction,
                 "corruption_seed": args.corruption_seed + draw,
                 "seed": FIRST_SEED + turn,
             }
-            detected(trainer, store, run)
+            complete_detection(trainer, store, case)
             for folds in args.folds:
-                job = {"study": "cross_validation", "folds": folds, **run}
-                store.complete(job, partial(cross_validation, trainer, folds, run))
+                job = {"study": "cross_validation", "folds": folds, **case}
+                store.complete(job, partial(cross_validation, trainer, folds, case))
 
 
-def detected(trainer, store, run):
-    """Returns the result of a detection: test accuracy, and the recall of each ranking."""
+def complete_detection(trainer, store, case):
+    """Computes a detection unless the store has it. Returns test accuracy, and recall by ranking.
+
+    case: a dictionary with noise, fraction, corruption_seed, and the seed of the training.
+    """
 
     def compute():
-        data = corrupted_for(trainer, run)
-        scores = detection_scores(trainer, store, run)
+        data = corrupted_for(trainer, case)
+        scores = detection_scores(trainer, store, case)
         accuracy = float(scores.pop("test_accuracy"))
         return {"accuracy": accuracy, "methods": evaluate(scores, data)}
 
-    return store.complete({"study": "detection", **run}, compute)
+    return store.complete({"study": "detection", **case}, compute)
 
 
-def corrupted_for(trainer, run):
-    """Returns the images with the corrupted labels of a run, ImageData."""
-    return corrupt(trainer.clean, run["noise"], run["fraction"], run["corruption_seed"])
+def corrupted_for(trainer, case):
+    """Returns the images with the corrupted labels of a case, ImageData."""
+    return corrupt(trainer.clean, case["noise"], case["fraction"], case["corruption_seed"])
 
 
-def detection_scores(trainer, store, run):
+def detection_scores(trainer, store, case):
     """Returns the suspicion [N] by ranking, and `test_accuracy`.
 
     The damping of `self_influence` is 1e-8; `self_influence, heuristic` has the heuristic damping.
     """
 
     def compute():
-        data = corrupted_for(trainer, run)
-        model, margins, _ = trainer.train(data, run["seed"])
+        data = corrupted_for(trainer, case)
+        model, margins, _ = trainer.train(data, case["seed"])
         accuracy = trainer.accuracy(model)
-        with trainer.influence(model, data) as influence_run:
+        with trainer.influence(model, data) as run:
             metadata = {"margins": margins, "accuracy": {"test": accuracy}}
-            signals, _, _ = detect.measure(influence_run, metadata, 1e-8)
-            heuristic, _ = influence_run.self_influence("heuristic")
+            signals, _, _ = detect.measure(run, metadata, 1e-8)
+            heuristic, _ = run.self_influence("heuristic")
         scores = detect.suspicion_by_ranking([signals])
         scores["self_influence, heuristic"] = heuristic.numpy()
         return scores | {"test_accuracy": np.array(accuracy)}
 
-    return store.arrays("scores", list(run.values()), compute)
+    return store.arrays("scores", list(case.values()), compute)
 
 
-def cross_validation(trainer, folds, run):
+def cross_validation(trainer, folds, case):
     """Evaluates the ranking by the loss of a network that was trained without the image's fold."""
-    data = corrupted_for(trainer, run)
+    data = corrupted_for(trainer, case)
     losses = torch.zeros(len(data))
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run["seed"]))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(case["seed"]))
     for fold in order.chunk(folds):
-        model, _, _ = trainer.train(data.without(fold), run["seed"])
+        model, _, _ = trainer.train(data.without(fold), case["seed"])
         part = data.take(fold)
         logits = trainer.logits(model, part)
         losses[fold] = F.cross_entropy(logits, part.labels, reduction="none")
@@ -408,7 +413,7 @@ def cleaned_accuracy(trainer, store, seed, labels, by=None, fraction=None):
     `left out` of the training, or `corrected` to the true labels.
     """
     if labels == "corrupted":
-        return {"accuracy": detected(trainer, store, cleaning_run(seed))["accuracy"]}
+        return {"accuracy": complete_detection(trainer, store, cleaning_run(seed))["accuracy"]}
     data = trainer.clean
     if labels != "true":
         data = corrupt(trainer.clean)
@@ -499,27 +504,31 @@ def study_sizes(trainer, args):
 def prediction(trainer, store, settings, **sizes):
     """Returns a dictionary: `lds`, the linear datamodeling score (mean over queries), and others.
 
-    The scores are means over some networks. settings: a Prediction. The networks are those of all
-    images, or of halves that are not among the predicted ones. lds_by_half: the means over every
-    second query, and over the other queries; agreement: Spearman's correlation of two trainings on
-    the same halves, None if there is only one; gain: lds minus that of the final networks of the
-    same trainings with all eigenvectors; gain_error: its standard error; full_spearman,
-    full_helpful: agreement with the scores by all eigenvectors.
+    settings: a Prediction. The scores are means over networks that were trained on all images, or
+    on halves that are not among the predicted ones. The dictionary has:
+
+    lds_by_half: the mean over every second query, and the mean over the other queries
+    agreement: Spearman's correlation of two trainings on the same halves, or None
+    gain: lds minus that of a baseline: the final networks of these trainings, all eigenvectors
+    gain_error: the standard error of gain
+    full_spearman, full_helpful: agreement with the scores by all eigenvectors
     """
     data = corrupt(trainer.clean)
     queries = trainer.test.take(torch.arange(sizes["num_queries"]))
+    # A seed below FIRST_SEED is the number of the half to train on. The halves before number
+    # sizes["halves"] are predicted, so networks that compute scores are trained on the next ones.
     first = FIRST_SEED if settings.trained_on == "all" else sizes["halves"]
     seeds = range(first, first + settings.models)
     scores, seconds = mean_scores(trainer, store, queries, seeds, settings)
     full, _ = mean_scores(
         trainer, store, queries, seeds, replace(settings, eigenvector_fraction=1.0)
     )
-    final = replace(settings, eigenvector_fraction=1.0, snapshots=1)
-    final_scores, _ = mean_scores(trainer, store, queries, seeds, final)
+    baseline = replace(settings, eigenvector_fraction=1.0, snapshots=1)
+    baseline_scores, _ = mean_scores(trainer, store, queries, seeds, baseline)
     members, log_odds = retrained(trainer, store, data, **sizes)
     measured = log_odds.mean(0)
     lds = linear_datamodeling_scores(scores, members, measured)
-    gains = lds - linear_datamodeling_scores(final_scores, members, measured)
+    gains = lds - linear_datamodeling_scores(baseline_scores, members, measured)
     agreement = None
     if len(log_odds) > 1:
         agreement = mean_spearman(log_odds[0].T, log_odds[1].T)
@@ -537,10 +546,10 @@ def prediction(trainer, store, settings, **sizes):
 
 def spread_over_queries(lds):
     """Returns how much the linear datamodeling score, float64 [Q], differs between queries."""
-    by_half = []
+    by_query_half = []
     if len(lds) > 1:
-        by_half = [lds[::2].mean(), lds[1::2].mean()]
-    return {"lds_by_half": by_half, "standard_error": standard_error(lds)}
+        by_query_half = [lds[::2].mean(), lds[1::2].mean()]
+    return {"lds_by_half": by_query_half, "standard_error": standard_error(lds)}
 
 
 def standard_error(values):
@@ -678,7 +687,7 @@ def print_retraining(rows, args):
     """Prints linear datamodeling scores (LDS); ± is the standard error over queries."""
     rows = select(rows, {"study": "retraining", "halves": args.halves, "trainings": args.trainings})
     columns = ["queries", "strategy", "eigenvectors", "damping"]
-    columns += ["trainings", "of", "networks of each"]
+    columns += ["scoring trainings", "trained on", "networks of each"]
     columns += [
         "LDS",
         "by half of the queries",
@@ -710,6 +719,10 @@ def print_retraining(rows, args):
 
 def factors(trainer, store, args):
     """Compares scores by factors of some images with scores by factors of all images."""
+    if args.halves == 1:
+        raise pipeline.UserError(
+            "argument --halves: 1 network has no order to predict: give 0 or 50"
+        )
     settings = [("all", FIRST_SEED), ("all", FIRST_SEED + 1)]
     for examples in FACTOR_EXAMPLES:
         if examples < len(trainer.clean):
@@ -816,38 +829,85 @@ def parse_arguments():
     )
     parser.add_argument("study", choices=STUDIES, help="study to run")
     add_training_flags(parser.add_argument_group("data and training").add_argument)
-    add_study_flags(parser.add_argument_group("study").add_argument)
+    flag = parser.add_argument_group("study").add_argument
+    add_detection_flags(flag)
+    add_retraining_flags(flag)
+    flag(
+        "--folder",
+        type=Path,
+        default=FOLDER,
+        help="directory for results.jsonl and for intermediate arrays",
+    )
     return parser.parse_args()
 
 
-def add_study_flags(flag):
-    """Adds the flags of the studies; `flag` is add_argument of a group."""
+def add_detection_flags(flag):
+    """Adds the seeds, draws and noises; `flag` is add_argument of a group."""
     count = pipeline.whole_number
-    positive = pipeline.positive_int
-    folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
-    seeds = "number of training seeds; 0 prints the existing results"
-    draws = "number of draws of the corrupted labels, at most 100"
-    first_draw = "seed of the first draw of the corrupted labels: symmetric, asymmetric, detection"
-    noises = f"use only the first N of {NOISES}"
-    queries = "number of test images to use as queries"
-    halves = "number of halves to retrain on; 0 skips the retraining in the study of factors"
-    trainings = "number of trainings on each half; the mean of their log-odds is predicted"
-    folder = "directory for results.jsonl and for intermediate arrays"
-    flag("--seeds", type=count, default=3, metavar="N", help=seeds)
     up_to_100 = pipeline.number(int, "a number from 0 to 100", lambda value: 0 <= value <= 100)
-    flag("--corruption_seeds", type=up_to_100, default=3, metavar="N", help=draws)
-    # The first batches of a training with the same seed would hold all corrupted labels.
-    seed = pipeline.number(int, "a seed from 0 to 899", lambda value: 0 <= value < 900)
-    default_seed = pipeline.CORRUPTION_SEED
-    flag("--corruption_seed", type=seed, default=default_seed, metavar="N", help=first_draw)
-    flag("--num_noises", type=count, default=len(NOISES), metavar="N", help=noises)
+    folds = pipeline.number(int, "a number of folds of at least 2", lambda value: value >= 2)
+    # In a detection, corruption and training never have the same seed: the largest seed of a
+    # corruption is 899 + 99, below FIRST_SEED. With the same seed, the first batches would hold all
+    # corrupted labels.
+    up_to_899 = pipeline.number(int, "a seed from 0 to 899", lambda value: 0 <= value < 900)
+    flag(
+        "--seeds",
+        type=count,
+        default=3,
+        metavar="N",
+        help="number of training seeds; 0 prints the existing results",
+    )
+    flag(
+        "--corruption_seeds",
+        type=up_to_100,
+        default=3,
+        metavar="N",
+        help="number of draws of the corrupted labels, at most 100",
+    )
+    flag(
+        "--corruption_seed",
+        type=up_to_899,
+        default=pipeline.CORRUPTION_SEED,
+        metavar="N",
+        help="seed of the first draw of the corrupted labels: symmetric, asymmetric, detection",
+    )
+    flag(
+        "--num_noises",
+        type=count,
+        default=len(NOISES),
+        metavar="N",
+        help=f"use only the first N of {NOISES}",
+    )
     flag("--folds", type=folds, nargs="*", default=[], help="cross-validations to run, such as 2 5")
-    flag("--num_query_examples", type=positive, default=200, metavar="N", help=queries)
-    # Below FIRST_SEED, a seed is the number of a half; ten halves follow for networks that score.
+
+
+def add_retraining_flags(flag):
+    """Adds the numbers of queries and of retrainings; `flag` is add_argument of a group."""
+    positive = pipeline.positive_int
+    # The first training on half i has the seed i, which must be below FIRST_SEED. After the
+    # predicted halves, up to ten more are used, to train the networks that compute scores.
     up_to_900 = pipeline.number(int, "a number from 0 to 900", lambda value: 0 <= value <= 900)
-    flag("--halves", type=up_to_900, default=50, metavar="N", help=halves)
-    flag("--trainings", type=positive, default=1, metavar="N", help=trainings)
-    flag("--folder", type=Path, default=FOLDER, help=folder)
+    flag(
+        "--num_query_examples",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="number of test images to use as queries",
+    )
+    flag(
+        "--halves",
+        type=up_to_900,
+        default=50,
+        metavar="N",
+        help="number of halves to retrain on; 0 skips the retraining in the study of factors",
+    )
+    flag(
+        "--trainings",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of trainings on each half; the mean of their log-odds is predicted",
+    )
 
 
 def add_training_flags(flag):
