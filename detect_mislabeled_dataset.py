@@ -176,14 +176,14 @@ def parse_arguments():
 
 def refuse_what_needs_influence(parser, args):
     """Ends the script with status 2 if a flag needs the influence that is not computed."""
-    given = {
+    is_used = {
         "--explain": args.explain > 0,
         f"--method {args.method}": RANKINGS[args.method].needs_influence,
         "--eigenvector_fraction": args.eigenvector_fraction < 1,
         "--index": args.index,
     }
-    for flag, needs_influence in given.items():
-        if needs_influence:
+    for flag, flag_is_used in is_used.items():
+        if flag_is_used:
             parser.error(
                 f"{flag} needs influence, but --factor_strategy {pipeline.NO_INFLUENCE} skips it: "
                 "choose another strategy"
@@ -330,7 +330,7 @@ def explain(runs, data, suspects, damping_factor, **pairwise_flags):
     """
     if len(suspects) == 0:
         return {}
-    # Rounding can rank images differently in each process, but all need the same queries.
+    # Under torchrun, rounding can give each process another ranking. All need the same queries.
     positions = runs[0].from_main(suspects.tolist())
     queries = data.take(torch.tensor(positions))
     queries_on_device = queries.to(runs[0].data.images.device)
@@ -694,8 +694,8 @@ def describe_suspects(detection, num_review, cleaned):
     """Returns a dictionary for the card of each suspect, and the positions of all images shown.
 
     cleaned: whether corrections were applied to the labels. The page has one picture with all
-    images, in the order of the positions. A card names an image by its tile, the number of its
-    place in the picture.
+    images, in the order of the returned positions. A card names an image by its tile, the number of
+    its place in the picture.
     """
     suspects = detection.order[:num_review].tolist()
     positions = list(suspects)
@@ -736,8 +736,8 @@ def describe_suspect(detection, suspect, suggestion, cleaned):
         "suggested": data.class_names[suggestion],
         "suggestedPercent": f"{percent[suggestion]:.1f}",
         "score": f"{detection.suspicion[suspect]:.3g}",
-        # Written to the saved file. train.py compares it with the label before all corrections,
-        # which is unknown here if corrections were applied.
+        # The saved file has the label before all corrections, so that train.py can compare it. If
+        # corrections were applied, it is unknown here, and stays empty.
         "fileLabel": "" if cleaned else label_name,
     }
 
@@ -781,8 +781,8 @@ def draw_tiles(images):
 def digit_keys(class_names):
     """Returns a list of (digit, class name): the key that chooses each class.
 
-    If all names are single digits, each key chooses the class of this name. The list is empty if
-    there are more than ten classes.
+    If all names are single digits, each key chooses the class with this digit as its name. The list
+    is empty if there are more than ten classes.
     """
     if len(class_names) > 10:
         return []
@@ -1330,15 +1330,15 @@ function copy() {
 
 // Returns the cells of a line, or null if its quotes are wrong.
 function splitLine(line, separator) {
-    // The separator in a pattern.
-    const end = "\\" + separator;
+    // The separator, escaped for a regular expression.
+    const escaped = "\\" + separator;
     // A cell in quotes: `"a ""b"", c"`.
     const quotedCell = '"(?<quoted>(?:[^"]|"")*)"';
     // Another cell: `a.png`. A quote at its start, or after blanks at its start, is a mistake.
-    const plainCell = `(?<plain>(?! *")[^${end}]*)`;
+    const plainCell = `(?<plain>(?! *")[^${escaped}]*)`;
     // Either cell with the separator behind it: `a.png,`.
-    const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})${end}`, "y");
-    // Then each cell has a separator behind it, the last one, too.
+    const nextCell = new RegExp(`(?:${quotedCell}|${plainCell})${escaped}`, "y");
+    // The pattern needs a separator behind each cell, so one is added behind the last cell.
     const text = line + separator;
     const cells = [];
     while (nextCell.lastIndex < text.length) {
@@ -1428,8 +1428,8 @@ function decodePath(path) {
     }
 }
 
-// Whether `path`, from a loaded file, means the image `key` of this page. Two paths mean the key
-// `photos/train/cat/1.png`: the absolute path `/home/me/photos/train/cat/1.png`, and
+// Whether `path`, from a loaded file, means the image `key` of this page. For the key
+// `photos/train/cat/1.png`, a file may have the absolute path `/home/me/photos/train/cat/1.png`, or
 // `train/cat/1.png`, which is relative to --dataset_dir.
 function namesKey(path, key) {
     const isAbsolute = path.endsWith(`/${key}`);
@@ -1555,9 +1555,9 @@ function leaveField() {
     go(current);
 }
 
-// Returns what the key types. But if a letter or digit key types another character without Shift
-// (a Cyrillic letter, or & on the French key 1), returns what a US keyboard has there. With Shift,
-// it always returns what the key types: `!` must not mean 1.
+// Returns the typed character. A letter or digit key may type neither a Latin letter nor a digit: a
+// Cyrillic letter, or & on the French key 1. Without Shift, it then counts as on a US keyboard.
+// With Shift, the typed character counts: `!` must not mean 1.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.
@@ -1579,11 +1579,11 @@ document.addEventListener("keydown", (event) => {
     }
     const prefix = isWithCtrl ? "ctrl+" : "";
     const action = actionsOfKeys[prefix + nameOfKey(event)];
-    // The lists and the field handle all keys but Escape; buttons and links handle Enter.
-    const takesAllKeys = event.target.matches("select, #other");
-    const takesEnter = event.target.matches("button, a");
-    const isTaken = takesAllKeys ? event.key !== "Escape" : takesEnter && event.key === "Enter";
-    if (!action || isTaken) {
+    // Menus and the text field use all keys but Escape.
+    const isForField = event.target.matches("select, #other") && event.key !== "Escape";
+    // Buttons and links use Enter.
+    const isForButton = event.target.matches("button, a") && event.key === "Enter";
+    if (!action || isForField || isForButton) {
         return;
     }
     event.preventDefault();
@@ -1603,7 +1603,7 @@ document.addEventListener("click", (event) => {
     if (card) {
         go(card);
     } else if (button && !byId("copy").contains(button)) {
-        go(current);
+        go(current); // the focus returns from the button to the card
     }
     if (button) {
         actions[button.value]();
@@ -1627,7 +1627,7 @@ byId("file").addEventListener("change", (event) => {
 
 byId("other").addEventListener("change", (event) => {
     const name = event.target.value;
-    // An empty field lists all classes again; with a text, it lists only those that match.
+    // The field is emptied, because a browser suggests only classes that match the text in it.
     event.target.value = "";
     try {
         decide(findClass("Another class", name));

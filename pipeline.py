@@ -371,8 +371,8 @@ def add_pairwise_flags(group, purpose):
         "--index",
         action="store_true",
         help=f"{purpose}, keep the gradients of all training images in files, in bfloat16: later "
-        "runs with the same --factor_examples read them in place of passing over the images; "
-        "advisable with a low --eigenvector_fraction",
+        "runs, with another --damping_factor or other queries, read them in place of passing over "
+        "the images; advisable with a low --eigenvector_fraction",
     )
 
 
@@ -1118,9 +1118,8 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # exif_transpose also rewrites the EXIF bytes, which fails if they are malformed. So
-            # getexif first reads and caches the tags, as many as are readable. Then the bytes are
-            # removed: exif_transpose rotates by the cached tags, and has nothing to rewrite.
+            # Malformed EXIF bytes would make exif_transpose fail, because it rewrites them. So we
+            # cache the readable tags, and remove the bytes before it rotates the image.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1132,7 +1131,7 @@ def read_image(path):
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     except UserError:
         raise
-    except Exception as error:  # a damaged file can raise any exception, also that memory is full
+    except Exception as error:  # damaged files can raise any exception, even MemoryError
         advice = "remove or replace it"
         if is_out_of_memory(error):
             advice = f"free some memory, or {advice}"
@@ -1377,12 +1376,11 @@ def split_cells(row_name, line, delimiter):
             f"({error}): remove line breaks and stray quotes"
         ) from error
     for cell in cells:
-        # `1, "x"` has the cell ` "x"`: the blank before the quote is most likely a mistake.
-        has_blank_before_quote = cell[:1] != '"' and cell.lstrip().startswith('"')
-        # It is no mistake if the file has quotes around the whole cell: `1," ""x"""`.
-        quoted = '"' + cell.replace('"', '""') + '"'
-        is_quoted_as_a_whole = quoted in line
-        if has_blank_before_quote and not is_quoted_as_a_whole:
+        # In `1, "x"`, the blank before the quote is most likely a mistake. In `1," ""x"""`, the
+        # whole cell is in quotes, so its blank is meant.
+        has_blank_before_quote = cell[:1].isspace() and cell.lstrip().startswith('"')
+        cell_in_quotes = '"' + cell.replace('"', '""') + '"'
+        if has_blank_before_quote and cell_in_quotes not in line:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
@@ -1465,7 +1463,8 @@ class ExampleFinder:
             )
         if not text:
             raise UserError(f"{row_name}: needs an index, a whole number from 0 on")
-        # Such as `17` or `017`. With more than 18 digits it is no index; int() fails above 4,300.
+        # An index is `17` or `017`. Longer texts are refused, because int() fails for texts of more
+        # than 4,300 digits.
         index = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
         if index in self.position_of:
             return self.position_of[index]
@@ -1666,8 +1665,8 @@ def read_corrections(path, data, test, dataset_dir):
     `new_label` are ignored. Prints what changes.
 
     Raises UserError, naming the line, for an unknown image or class, for the image of an earlier
-    row, and if a column `label` differs from the label before any cleaning. Prints how many rows
-    without a label name an image by index, because nothing checks these.
+    row, and if a column `label` differs from the label before any cleaning. If images have no
+    files, prints how many rows have no `label`, because nothing checks the index of these rows.
     """
     rows, _ = read_csv("--corrections", path, "new_label")
     finder = ExampleFinder(data, test, dataset_dir, data.indices, len(data))
@@ -1976,8 +1975,8 @@ def code_digest(model, entry_points=()):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # This file is searched for its own headings. What is searched for begins with a line break, as
-    # a heading does. In the next two lines, it begins with a backslash and an n: they do not match.
+    # The two texts below do not find themselves in this file: there, they begin with a backslash
+    # and an n. Before a heading, there is a line break.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -2171,7 +2170,7 @@ def earlier_models(path, model, snapshots, num_wanted):
     num_kept = len(snapshots) + 1
     if num_wanted > num_kept:
         advice = f"give at most {num_kept}"
-        if num_wanted <= 3:  # what a longer training keeps
+        if num_wanted <= 3:  # a training of four epochs or more keeps three networks
             advice += ", or train again, for four epochs or more"
         raise UserError(
             f"--snapshots {num_wanted}: {path} keeps {num_kept} networks of its training: {advice}"
@@ -2284,8 +2283,8 @@ def computation_dtypes(dtype, strategy):
         # `products` is the dtype of per-sample gradients, of rotated gradients, and of each layer's
         # pairwise scores.
         products=dtype,
-        # `covariances` is the precision of a covariance's inputs. On a GPU, they are converted to
-        # it before the product. On a CPU they stay float32, and the product itself rounds them.
+        # `covariances` is the precision of the inputs of a covariance, which is a matrix product. A
+        # GPU gets rounded inputs. A CPU gets float32 inputs, and rounds them during the product.
         # Rounding changes the small eigenvalues. This does no harm to EKFAC, which refits the
         # eigenvalues. KFAC inverts them, so it does not round.
         covariances=dtype if strategy == "ekfac" else sums,
@@ -2301,18 +2300,18 @@ def computation_dtypes(dtype, strategy):
 # per-sample gradients are G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3)
 # needs them in the eigenbases Q_G, Q_A of the two covariances: R = Q_G^T G Q_A. kronfluence always
 # computes G first, then R, and rotates back; our trackers choose the cheaper order of products. The
-# strategies diagonal and identity have no eigenvectors, so R is G.
+# strategies diagonal and identity have no eigenvectors, so R is G. M is the number of queries.
 #
 # tracker              result of a batch                                shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
 # LambdaSums           sum over B of R^2: EKFAC's eigenvalues times N   [O, I]
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
-# PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [Q, O, I]
-# PairwiseInfluence    sum over O and I of P G                          [Q, B]
+# PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [M, O, I]
+# PairwiseInfluence    sum over O and I of P G                          [M, B]
 # IndexedGradient      G, for a GradientIndex                           [B, O, I]
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
-# columns of lambda. Then P [Q, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
+# columns of lambda. Then P [M, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
 # replaces G. The result is EKFAC's score restricted to these eigenvectors. P takes c / I of the
 # memory.
 #
@@ -2384,10 +2383,12 @@ def rotated_patches(layer, inputs, q_a):
     is_linear = isinstance(layer, nn.Linear)
     if is_linear or layer.groups > 1 or layer.padding_mode != "zeros":
         return patches(layer, inputs) @ q_a
-    rows, bias = q_a.T, None
-    if layer.bias is not None:
-        rows, bias = q_a[:-1].T, q_a[-1]
-    filters = rows.unflatten(1, (*layer.kernel_size, layer.in_channels)).permute(0, 3, 1, 2)
+    weights, bias = q_a, None
+    if layer.bias is not None:  # then the last input is the column of ones
+        weights, bias = q_a[:-1], q_a[-1]
+    shape = (*layer.kernel_size, layer.in_channels)
+    filters = weights.T.unflatten(1, shape)  # (c, rows, columns, channels)
+    filters = filters.permute(0, 3, 1, 2)  # (c, channels, rows, columns)
     rotated = F.conv2d(inputs, filters, bias, layer.stride, layer.padding, layer.dilation)
     return by_position(layer, rotated)
 
@@ -2446,7 +2447,7 @@ def rotated_gradient(a, g, q_a, q_g):
     """
     if q_a is None:
         return per_sample_gradient(a, g)
-    if a.dim() == 4:  # Q_G mixes the outputs of all groups
+    if a.dim() == 4:  # groups: Q_G mixes the outputs of all of them, so it comes last
         return q_g.T @ input_rotated_gradient(a, g, q_a)
     return input_rotated_gradient(a, g @ q_g, q_a)
 
@@ -2459,8 +2460,8 @@ def num_kept(inputs, fraction):
 def keep_leading(storage, fraction):
     """Keeps the columns of Q_A with the largest eigenvalues of the input covariance.
 
-    Keeps the same columns of 1 / (lambda + damping), which the storage holds in place of lambda.
-    They are the last columns, because eigh sorts eigenvalues in ascending order.
+    These are the last columns, because eigh sorts eigenvalues in ascending order. Keeps the same
+    columns of 1 / (lambda + damping), which the storage holds in place of lambda.
     """
     q_a = storage[constants.ACTIVATION_EIGENVECTORS_NAME]
     kept = num_kept(q_a.shape[1], fraction)
@@ -2546,7 +2547,8 @@ class BatchHooks:
         def backward_hook(activation, gradient):
             dtype = self.input_dtype(gradient.is_cuda)
             g = by_position(layer, gradient.to(dtype))
-            self.update(self.layer_inputs(layer, activation.to(dtype), g), g)
+            a = self.layer_inputs(layer, activation.to(dtype), g)
+            self.update(a, g)
 
         def forward_hook(module, inputs, outputs):
             activation = inputs[0].detach()
@@ -2693,7 +2695,7 @@ class TruncatedHooks(BatchHooks):
     """Computes G, or G Q_A if only some eigenvectors are kept.
 
     G Q_A is g^T (a Q_A) or (g^T a) Q_A, whichever needs fewer multiplications. In the first case,
-    `layer_inputs` returns a Q_A in place of the patches a, and `gradient` multiplies by g^T only.
+    `layer_inputs` returns the product of the patches a and Q_A, and `gradient` multiplies by g^T.
     """
 
     def layer_inputs(self, layer, activation, g):
@@ -2816,8 +2818,8 @@ def differentiate(model, layers, images):
     zero if the network were certain of the class.
 
     The gradient of a layer's output comes from the tensor hook of its LayerCall, once for each
-    image. In each backward pass, it is zero except in the row of that image. autograd.grad cannot
-    be asked for it, because a later in-place layer may overwrite the output.
+    image. In each backward pass, it is zero except in the row of that image. autograd.grad could
+    not compute this gradient if a later in-place layer overwrites the output.
     """
     model.requires_grad_(True)
     calls = {name: [] for name in layers}
@@ -3050,8 +3052,8 @@ class InfluenceRun(TrainedModel):
         The folder's name is `<prefix><kind><strategy>-<dtype>-<hash>`: `prefix` is "factors_",
         "scores_" or "index_", `kind` is "self_", "pairwise_" or nothing, and the hash is that of
         `settings` and `depends_on`. `compute` gets a name without `prefix`, because kronfluence
-        adds that itself. The folder is created under another name and renamed when it is complete:
-        so a folder with this name is complete.
+        adds that itself. The folder gets its final name when it is complete, so a folder with the
+        final name is always complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -3180,9 +3182,8 @@ class InfluenceRun(TrainedModel):
         factors_name = self.fit_and_name_factors()
         # Forward and backward passes may run in bfloat16 here. For pairwise scores they run in
         # float32, because passes in bfloat16 would change the order of these scores.
-        autocast_dtype = None  # no autocast
-        if self.dtypes.products != self.dtypes.sums:
-            autocast_dtype = self.dtypes.products
+        is_bfloat16 = self.dtypes.products == torch.bfloat16
+        autocast_dtype = torch.bfloat16 if is_bfloat16 else None  # None: no autocast
         args = self.score_arguments(damping_factor, amp_dtype=autocast_dtype)
 
         def compute(name, batch_size):
@@ -3200,8 +3201,8 @@ class InfluenceRun(TrainedModel):
 
         On a CPU, as many queries are held as fit into CPU_QUERY_BYTES, and at most
         `query_batch_size` if that is a number. On a GPU, `query_batch_size` queries are held, or
-        GPU_QUERIES / `eigenvector_fraction` for "auto". The result is this number divided by the
-        number of processes: each computes its share, and receives the gradients of the others.
+        GPU_QUERIES / `eigenvector_fraction` for "auto". Each process computes an equal share of the
+        held queries, and receives the gradients of the other processes. The result is this share.
         """
         if self.data.images.is_cuda and query_batch_size == "auto":
             held = round(GPU_QUERIES / eigenvector_fraction)
@@ -3229,9 +3230,9 @@ class InfluenceRun(TrainedModel):
         describes "auto". For each of these batches, all training gradients are computed again, or
         read from a GradientIndex (`with_index`). `damping_factor` is a number or "heuristic".
         `eigenvector_fraction` is the fraction of each layer's input eigenvectors to keep, those
-        with the largest eigenvalues; the gradients of queries shrink by this factor. A fraction
-        below 1 needs one of EIGENVECTOR_STRATEGIES. Raises NumericalError if a score is NaN, and
-        UserError if the disk has no space for the index.
+        with the largest eigenvalues; the gradients of queries need this fraction of the memory. A
+        fraction below 1 needs one of EIGENVECTOR_STRATEGIES. Raises NumericalError if a score is
+        NaN, and UserError if the disk has no space for the index.
         """
         queries = InfluenceDataset(query_data, self.dataset.seed)
         queries_at_once = self.queries_at_once(query_batch_size, eigenvector_fraction)
@@ -3243,9 +3244,12 @@ class InfluenceRun(TrainedModel):
             compute = partial(index.write_scores, queries, queries_at_once)
         else:
             factors_name = self.fit_and_name_factors()
-            compute = partial(
-                self.write_pairwise_scores, factors_name, queries, queries_at_once, args
-            )
+
+            def compute(name, batch_size):
+                self.write_pairwise_scores(
+                    factors_name, queries, queries_at_once, args, name, batch_size
+                )
+
         folder = self.cached_folder("scores_", "pairwise_", settings, compute)
         path = folder / "pairwise_scores.safetensors"
         return load_file(path)[constants.ALL_MODULE_NAME], path
@@ -3256,8 +3260,8 @@ class InfluenceRun(TrainedModel):
         queries_at_once: the number of queries whose gradients are computed at a time;
         args: InfluenceArguments; batch_size: number of training images.
         """
-        # kronfluence computes the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries. It is rounded down: for 51 queries at once, there are 2 steps of 25.
+        # kronfluence holds the gradients of steps * chunk queries at a time. A chunk has at most
+        # QUERY_CHUNK queries, and all chunks are equal: of 51 queries, 2 steps of 25 are held.
         share = math.ceil(len(queries) / self.analyzer.state.num_processes)
         queries_at_once = min(queries_at_once, share)
         steps = math.ceil(queries_at_once / QUERY_CHUNK)
@@ -3308,8 +3312,8 @@ class GradientIndex:
     preconditioned gradient of a query, so the training images are needed once for all queries.
 
     args: InfluenceArguments. The constructor fits the factors; `write_scores` computes all else.
-    `basis` is a hash of the eigenvectors: another fit may have other ones. Raises UserError if the
-    disk has no space for the index.
+    `basis` is a hash of the eigenvectors: an index is valid only for those that it was built with.
+    Raises UserError if the disk has no space for the index.
     """
 
     def __init__(self, run, args):
@@ -3566,7 +3570,7 @@ def construct_runs(models, data, path, *, strategy, seed, factor_examples, **set
         ]
     require_different_models(runs)
     for run in runs:
-        make_folder(run.folder)  # an InfluenceRun has already created its folder
+        make_folder(run.folder)  # for a TrainedModel; an InfluenceRun has already created it
     return runs
 
 
@@ -3706,8 +3710,7 @@ def recorded(path, *, flags, fields, device, seconds):
     """Writes the json record of a run before the block, and again after it.
 
     The block draws figures. If that fails, the first record remains. The second record has the
-    final seconds. So a block of `timed` around the figures must be nested inside this one: it adds
-    its seconds before the second record is written.
+    final seconds: put `timed` inside this block, so that it adds the seconds of the figures before.
     """
     write = partial(
         write_record,
@@ -3785,7 +3788,7 @@ def figure_file(path, width, height):
 
 # The size of a contact sheet's cell in pixels, and the height of the text at the cell's top.
 CELL_WIDTH, CELL_HEIGHT, TEXT_HEIGHT = 42, 54, 19
-SHEET_PIXELS_PER_INCH = 33  # decides the size of the figure; the png has 150 pixels per inch
+SHEET_PIXELS_PER_INCH = 33  # how many pixels of the sheet an inch of the figure shows
 
 
 def draw_contact_sheet(path, images, texts, colours, columns, title):

@@ -171,8 +171,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    They include the hyperparameters twice: one by one, and in flags["recipe"], a dictionary such as
-    {"recipe": "robust", "learning_rate": 0.08, ...}.
+    The entry "recipe" is a dictionary of the name of the recipe and its hyperparameters, such as
+    {"recipe": "robust", "learning_rate": 0.08, ...}. Each hyperparameter also has its own entry.
     """
     hyperparameters = hyperparameters_of(recipe)
     flags = {**vars(args), **hyperparameters}
@@ -207,8 +207,9 @@ def crop_and_flip(images, offsets, flips, border="constant"):
     size = images.shape[3]
     padded = pad_borders(images, border)  # (B, 3, 40, 40)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, 32, 32), a view
+    windows = windows.permute(0, 2, 3, 1, 4, 5)  # (B, 9, 9, 3, 32, 32)
     rows = torch.arange(len(images), device=images.device)
-    crops = windows[rows, :, offsets[:, 0], offsets[:, 1]]  # (B, 3, 32, 32)
+    crops = windows[rows, offsets[:, 0], offsets[:, 1]]  # (B, 3, 32, 32)
     return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
@@ -228,8 +229,8 @@ def batch_generator(seed):
     It draws on the CPU, so the batches are the same on every device.
     """
     if seed == pipeline.CORRUPTION_SEED:
-        # The corruption and the first epoch both draw randperm(N) first, and the same seed gives
-        # the same permutation. Its first images are corrupted, and would form the first batches.
+        # The corruption takes the first images of a permutation. With its seed, the first epoch
+        # would draw the same permutation, so the first batches would hold all corrupted labels.
         seed = -seed
     return torch.Generator().manual_seed(seed)
 
@@ -285,8 +286,8 @@ def augmented_batches(data, recipe, generator, *, epoch, seed):
 def make_optimizer(model, recipe):
     """Returns SGD with two groups: the biases of batch normalisation, and all other parameters.
 
-    A group's `rate_factor` multiplies its learning rate. Its weight decay is divided by it, so that
-    weight decay shrinks all parameters equally.
+    `rate_factor` multiplies a group's learning rate and divides its weight decay, so that weight
+    decay shrinks all parameters equally.
     """
     biases = []
     for module in model.modules():
@@ -325,8 +326,8 @@ class Training:
     """The state of a training after a whole number of epochs, and what each step needs.
 
     generator: draws the batches. margins: float16 [epochs, N], NaN for epochs that are still to
-    come. label_smoothing: as in Recipe. snapshots: a dictionary from epochs of `snapshot_epochs` to
-    weights on the CPU by name.
+    come. label_smoothing: as in Recipe. snapshots: `snapshots[epoch][name]` is a weight after an
+    epoch of `snapshot_epochs`, on the CPU.
     """
 
     model: nn.Module
@@ -337,6 +338,11 @@ class Training:
     label_smoothing: float = 0.0
     epochs_done: int = 0
     snapshots: dict = field(default_factory=dict)
+
+    @property
+    def num_epochs(self):
+        """The number of epochs of the whole training."""
+        return len(self.margins)
 
     def generators(self):
         """Returns all random generators: that of the batches, and those that dropout layers use."""
@@ -386,12 +392,12 @@ def train(model, data, recipe, *, seed, dtype, saved=None):
     """Trains `model` in place on `data`, ImageData on the model's device. Prints a line per epoch.
 
     The last, partial batch of an epoch is dropped. recipe: a Recipe, whose train_batch_size is at
-    most len(data). saved: a SavedTraining, from which it continues and in which it saves each
-    epoch, or None.
+    most len(data). saved: None, or the SavedTraining from which the training continues, and to
+    which each epoch is saved.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
     no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.
-    2020, section 3.1). Also returns the snapshots: a dictionary from each epoch of
-    `snapshot_epochs` to a dictionary of the weights after it, by name, on the CPU.
+    2020, section 3.1). Also returns the snapshots: `snapshots[epoch][name]` is a weight after an
+    epoch of `snapshot_epochs`, on the CPU.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
     training = new_training(model, data, recipe, seed=seed, dtype=dtype)
@@ -438,7 +444,7 @@ def train_epoch(training, batches, rates, progress):
     mean_loss = (epoch_loss / len(rates)).item()
     speed = num_images / (time.perf_counter() - start)
     progress.write(
-        f"epoch {epoch + 1:3}/{len(training.margins)}   learning rate {rate:8.5f}   "
+        f"epoch {epoch + 1:3}/{training.num_epochs}   learning rate {rate:8.5f}   "
         f"loss {mean_loss:7.4f}   {speed:8.0f} images/s"
     )
     require_finite(training.model, mean_loss, epoch)
@@ -553,7 +559,7 @@ class SavedTraining:
         training.load_state_dict(content["state"])
         self.holds_this_run = True
         self.seconds_before = content["seconds"]
-        print(f"continuing after epoch {training.epochs_done} of {len(training.margins)}")
+        print(f"continuing after epoch {training.epochs_done} of {training.num_epochs}")
 
     def read(self):
         """Returns what `save` wrote, or None without a file. Prints why a file is not used."""
@@ -567,7 +573,7 @@ class SavedTraining:
             return None
         content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         saved_run = content["run"]
-        names = dict.fromkeys([*self.run, *saved_run])  # those of both, each once
+        names = dict.fromkeys([*self.run, *saved_run])  # names in either one, without repetition
         different = [name for name in names if saved_run.get(name) != self.run.get(name)]
         if different:
             print(
@@ -580,7 +586,7 @@ class SavedTraining:
     def save(self, training):
         """Writes the state of `training`."""
         content = {"run": self.run, "seconds": self.seconds, "state": training.state_dict()}
-        body = io.BytesIO()  # so that a full disk fails as an OSError, not inside torch
+        body = io.BytesIO()  # a full disk then raises OSError; torch.save to a file would not
         torch.save(content, body)
         digest = hashlib.sha256(body.getbuffer()).digest()
         with pipeline.atomic_path(self.path) as temporary:
@@ -655,7 +661,8 @@ def load_examples(args):
     """Returns training and test images, ImageData on the CPU, and a part of the metadata.
 
     The metadata is a dictionary. given_labels, labels_sha256: the labels of `--noisy_labels`, int64
-    [N], and the hash of their file, or None. cleaning: what `--corrections` decides, or None.
+    [N], and the hash of their file, both None without it. cleaning: what `--corrections` decides,
+    or None.
     num_loaded: number of training images before any was left out.
     """
     loaded = pipeline.load_data(
