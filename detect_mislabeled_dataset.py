@@ -8,6 +8,7 @@ ranking.
 """
 
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -238,6 +239,14 @@ def measure(run, metadata, damping_factor):
     return signals, logits.cpu(), scores_path
 
 
+def require_finite(logits):
+    """Raises NumericalError if a logit is NaN or infinite, because rankings then mean nothing."""
+    if not logits.isfinite().all():
+        raise pipeline.NumericalError(
+            "logits of the network are NaN or infinite: train again, with a lower --learning_rate"
+        )
+
+
 @torch.no_grad()
 def compute_features(run):
     """Returns the features and the logits of the training images.
@@ -413,6 +422,7 @@ def detect(runs, metadata, data, *, method, damping_factor, num_explained, **pai
     signals_by_model, logits_by_model, influence_paths = [], [], []
     for run, model_metadata in zip(runs, metadata, strict=True):
         signals, logits, influence_path = measure(run, model_metadata, damping_factor)
+        require_finite(logits)
         signals_by_model.append(signals)
         logits_by_model.append(logits)
         if influence_path is not None:
@@ -565,16 +575,21 @@ def require_no_added_columns(path):
     """Raises UserError if the table that will be replaced has a column that a user added."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline().rstrip("\r\n")
-        if pipeline.stated_delimiter(header) is not None:
-            header = file.readline().rstrip("\r\n")
-    if not header:
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line for line in text.split("\n") if line.strip()]
+    if lines and pipeline.stated_delimiter(lines[0]) is not None:
+        del lines[0]
+    if not lines:
         return
     # A spreadsheet may have saved the table with another separator.
-    columns = re.split("[,;\t]", header.replace('"', ""))
+    columns = re.split("[,;\t]", lines[0].replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
     added = [column or "unnamed" for column in columns if column not in written]
+    separator = max(",;\t", key=lines[0].count)
+    for row in csv.reader(lines[1:], delimiter=separator):
+        if any(row[len(columns) :]):  # notes in a column without a name
+            added.append(f"unnamed, in the row of rank {row[0]}")
+            break
     if added:
         raise pipeline.UserError(
             f"{path} would be replaced, but it has columns that you added ({', '.join(added)}): "
@@ -781,13 +796,14 @@ def draw_tiles(images):
 def digit_keys(class_names):
     """Returns a list of (digit, class name): the key that chooses each class.
 
-    If all names are single digits, each key chooses the class with this digit as its name. The list
-    is empty if there are more than ten classes.
+    If names are single digits, only these classes have a key, which is the digit. The list is empty
+    if there are more than ten classes.
     """
     if len(class_names) > 10:
         return []
-    if all(re.fullmatch("[0-9]", name) for name in class_names):
-        return [(name, name) for name in class_names]
+    digits = [name for name in class_names if re.fullmatch("[0-9]", name)]
+    if digits:  # the key 1 must not choose another class than 1
+        return [(digit, digit) for digit in digits]
     return list(zip("1234567890", class_names, strict=False))
 
 
@@ -1053,6 +1069,8 @@ let decisions = new Map();
 const undoStack = [];
 // False if the browser cannot store decisions: in a sandboxed frame, or if its storage is full.
 let isStored = true;
+// How often the file was saved since the page was opened.
+let numSaved = 0;
 let current = cards[0];
 
 function say(text) {
@@ -1312,7 +1330,12 @@ function save() {
     // without storage may be sandboxed.
     const isSurelySaved = window === window.top && isStored;
     if (isSurelySaved) {
-        say(`Saved ${count(decisions.size, "decision")}.`);
+        numSaved += 1;
+        let notice = `Saved ${count(decisions.size, "decision")}.`;
+        if (numSaved > 1) {
+            notice += " The browser may have numbered the file: use the newest one.";
+        }
+        say(notice);
     } else {
         say("");
         byId("copied").textContent = "";
@@ -1502,9 +1525,20 @@ function decode(bytes) {
     }
 }
 
+// Returns how many decisions of this page differ from the rows of a loaded file.
+function countReplaced(rows) {
+    readStorage();
+    const replaced = [...rows].filter(([key, row]) => {
+        const decision = decisions.get(key);
+        return decision !== undefined && decision[1] !== row[1];
+    });
+    return replaced.length;
+}
+
 async function load(file) {
     try {
         const { rows, numEmpty } = readDecisions(decode(await file.arrayBuffer()));
+        const numReplaced = countReplaced(rows);
         decideRows(rows);
         const numOnPage = cards.filter((card) => rows.has(card.key)).length;
         let notice = `Loaded ${count(rows.size, "decision")}, `;
@@ -1512,6 +1546,10 @@ async function load(file) {
         if (numEmpty > 0) {
             notice += ` Ignored ${count(numEmpty, "row")} whose new_label is empty.`;
             notice += ` To leave an image out, write “${leaveOut}”.`;
+        }
+        if (numReplaced > 0) {
+            notice += ` Replaced ${count(numReplaced, "decision")} of this page;`;
+            notice += " Undo restores what was there.";
         }
         say(notice);
     } catch (error) {

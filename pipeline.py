@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from importlib.util import resolve_name
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -549,7 +550,8 @@ def sha256(*parts):
         if isinstance(part, str):
             digest.update(part.encode())
         else:
-            digest.update(part.detach().cpu().contiguous().numpy())
+            # The bytes of the tensor, because numpy has no bfloat16.
+            digest.update(part.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1073,6 +1075,7 @@ def read_images(paths, split, cache_dir):
     if cache_dir is not None:
         cache = Path(cache_dir) / "images" / f"{split}-{sha256(*listing)[:16]}.safetensors"
     if cache and cache.exists():
+        require_readable(cache)
         try:
             return load_file(cache)["images"].numpy()
         except SafetensorError:
@@ -1085,6 +1088,15 @@ def read_images(paths, split, cache_dir):
         with atomic_path(cache) as temporary:
             save_file({"images": torch.from_numpy(images)}, temporary)
     return images
+
+
+def require_readable(path):
+    """Raises an OSError if a file cannot be read, such as the file of another user.
+
+    safetensors says of such a file that it does not exist.
+    """
+    with path.open("rb"):
+        pass
 
 
 def describe_file(path):
@@ -1590,6 +1602,7 @@ def read_noisy_labels(path, data, test, dataset_dir):
     image of an earlier row, and if no row is about a training image.
     """
     rows, file_hash = read_csv("--noisy_labels", path, "label")
+    refuse_table_of_suspects(path, rows, data)
     finder = ExampleFinder(data, test, dataset_dir, data.dataset_indices, data.num_available)
     labels = data.labels.clone()
     changes = Counter()
@@ -1619,6 +1632,20 @@ def read_noisy_labels(path, data, test, dataset_dir):
     summary = f"changed labels: {ten_largest(changes)}" if changes else "no label is changed"
     print(f"{path}: {len(finder.used)} rows of training images, {num_others} of others; {summary}")
     return labels, file_hash
+
+
+def refuse_table_of_suspects(path, rows, data):
+    """Raises UserError if rows of suspects_*.csv would name other images than in that table.
+
+    There, `index` is the position among the loaded images.
+    """
+    _, first_row = rows[0]
+    has_files = any(data.paths)
+    if "duplicate_of" in first_row and not has_files and len(data) < data.num_available:
+        raise UserError(
+            f"--noisy_labels {path} is a table of suspects, whose index counts only the loaded "
+            "images: write index as the position in the complete data set, and remove duplicate_of"
+        )
 
 
 def has_labels_of(metadata, path):
@@ -1837,7 +1864,8 @@ def construct_model(name, num_classes):
     network = MODELS[name](num_classes)
     try:
         check_parts(network)
-        check_shapes(network, num_classes)
+        check_tensors(network)
+        check_logits(network, num_classes)
     except ValueError as error:
         raise UserError(f"--model {name}: its function in MODELS must return {error}") from error
     model = ImageClassifier(network)
@@ -1857,24 +1885,66 @@ def check_parts(network):
             raise ValueError(
                 f"a module with two modules, features and head, but {part} is no module"
             )
+
+
+def check_tensors(network):
+    """Raises ValueError if a parameter or a buffer cannot be used.
+
+    The error's text continues the sentence "must return ..." of `construct_model`.
+    """
     in_parts = {*network.features.parameters(), *network.head.parameters()}
     for name, parameter in network.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layers whose sizes are given, but {name} has none yet")
+        if parameter.dim() > 4:
+            raise ValueError(f"layers for images, but {name} has {parameter.dim()} dimensions")
         if parameter not in in_parts:
             raise ValueError(
                 f"features and head that hold all parameters, but {name} is in neither"
             )
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"a module whose state_dict holds tensors, but {name} is none")
 
 
 @torch.no_grad()
-def check_shapes(network, num_classes):
-    """Raises ValueError if a shape is wrong.
+def check_logits(network, num_classes):
+    """Raises ValueError if logits have a wrong shape, differ between passes, or are other ones.
 
     The error's text continues the sentence "must return ..." of `construct_model`. The check uses a
     copy, because a forward pass may change the buffers of a module.
     """
-    model = ImageClassifier(copy.deepcopy(network)).eval()
     try:
-        features = model.features(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        network = copy.deepcopy(network).eval()
+    except RuntimeError as error:
+        raise ValueError(f"a module that can be copied ({first_line(error)})") from error
+    model = ImageClassifier(network)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    logits = compute_checked_logits(model, images, num_classes)
+    if not computes(model, images, logits):
+        raise ValueError(
+            "a module without random numbers in eval mode (F.dropout needs training=self.training)"
+        )
+    has_forward = type(network).forward is not nn.Module.forward
+    if has_forward and not computes(network, images, logits):
+        raise ValueError("a module without a forward, or whose forward is head(features(images))")
+
+
+def computes(network, images, logits):
+    """Returns whether the forward of a network computes these logits of images."""
+    try:
+        found = network(images)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    is_comparable = isinstance(found, Tensor) and found.shape == logits.shape
+    return is_comparable and torch.allclose(found, logits, rtol=1e-3, atol=1e-5)
+
+
+def compute_checked_logits(model, images, num_classes):
+    """Returns the logits of two images. Raises ValueError if a shape or a type is wrong."""
+    try:
+        features = model.features(images)
         if not isinstance(features, Tensor):
             raise ValueError(f"features returned a {type(features).__name__}")
         logits = model.logits(features)
@@ -1889,6 +1959,7 @@ def check_shapes(network, num_classes):
         raise ValueError(f"features of shape [B, D], not {[*features.shape]} for 2 images")
     if logits.shape != (2, num_classes):
         raise ValueError(f"logits of shape [B, {num_classes}], not {[*logits.shape]} for 2 images")
+    return logits
 
 
 def split_logits(logits, labels):
@@ -1923,8 +1994,8 @@ def margin(logits, labels):
 # Factors and scores are cached by a hash of the model, the data, the settings and the code. In
 # pipeline.py, ImageData and the sections from "Networks" up to "Results" are hashed. The files of
 # the network's classes and of its function in MODELS are hashed completely, because helper
-# functions and constants in them decide scores, too. Comments, layout and docstrings are not
-# hashed.
+# functions and constants in them decide scores, too. So are the files that these files import, but
+# not installed packages. Comments, layout and docstrings are not hashed.
 #
 # A file may be edited during a run, but the run keeps the code that it imported. So the files are
 # read at the start of the run.
@@ -1957,8 +2028,9 @@ def is_of_library(module_name):
 def code_digest(model, entry_points=()):
     """Returns the SHA-256, as hex digits, of the code and settings that decide a model's scores.
 
-    Hashes `score_code`, the files of the network and of `entry_points` (functions and classes), and
-    the settings of all layers. Raises UserError if a file cannot be read.
+    Hashes `score_code`, the files of the network and of `entry_points` (functions and classes), the
+    files that these import, and the settings of all layers. Raises UserError if a file cannot be
+    read.
     """
     owners = [cls for module in model.modules() for cls in type(module).__mro__]
     owners += entry_points
@@ -1967,10 +2039,37 @@ def code_digest(model, entry_points=()):
         constructor = constructor.func
     if constructor is not None:
         owners.append(constructor)
-    names = {owner.__module__ for owner in owners} - {__name__}
-    sources = [source_of(name) for name in sorted(names) if not is_of_library(name)]
+    names = {owner.__module__ for owner in owners}
+    names = with_imports({name for name in names if not is_of_library(name)})
+    sources = [source_of(name) for name in sorted(names - {__name__})]
     files = [ast.dump(parse_code(source)) for source in sources]
     return sha256(score_code(), *files, settings_of(model))
+
+
+def with_imports(names):
+    """Returns the names of modules, and of all modules in MODULE_TEXTS that they import."""
+    found, waiting = set(), {__name__, *names}  # a network in this file may use other files
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= imported_by(name) - found
+    return found
+
+
+def imported_by(name):
+    """Returns the names of the modules in MODULE_TEXTS that a module imports, a set."""
+    package = getattr(sys.modules.get(name), "__package__", None) or ""
+    imported = set()
+    for node in ast.walk(parse_code(source_of(name))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = "." * node.level + (node.module or "")
+            if node.level:
+                parent = resolve_name(parent, package)
+            imported.add(parent)
+            imported |= {f"{parent}.{alias.name}" for alias in node.names}  # may be modules
+    return imported & MODULE_TEXTS.keys()
 
 
 def score_code():
@@ -2024,6 +2123,8 @@ def is_setting(value):
 
 # A checkpoint without one of these keys was written by an earlier train.py.
 CHECKPOINT_KEYS = {"model", "margins", "given_labels"}
+NUM_CHECKED_LOGITS = 8  # training images whose logits are kept in a checkpoint
+LARGEST_LOGIT_ERROR = 0.05  # as a fraction of their norm; another device differs by less
 
 
 def checkpoint_path(checkpoint_dir, fraction, noisy=False, cleaned=False):
@@ -2139,6 +2240,7 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
     data = training_examples(clean, fraction, metadata["given_labels"], metadata["cleaning"])
     if metadata["data_sha256"] != data.digest or metadata["class_names"] != data.class_names:
         raise other_data_error(path, metadata)
+    require_same_logits(path, model, metadata, data)
     if is_main_process():
         print(
             f"{path}: trained on {count_examples(data)}, "
@@ -2147,6 +2249,33 @@ def load_trained(path, device, clean, *, model_name, fraction, labels_file=None)
         if unfinished_path(path).exists():
             print(f"{unfinished_path(path)} is of a training that has not ended: it is not used")
     return model, metadata, data
+
+
+@torch.no_grad()
+def logits_to_check(model, data):
+    """Returns the logits of the first training images, float32 on the CPU, without autocast.
+
+    model: in eval mode, on the device of `data`, ImageData.
+    """
+    images = data.normalize(data.images[:NUM_CHECKED_LOGITS].to(next(model.parameters()).device))
+    return model(images).float().cpu()
+
+
+def require_same_logits(path, model, metadata, data):
+    """Raises UserError if a loaded model computes other logits than at the end of its training.
+
+    The weights alone do not decide the logits: the code may have changed, or a tensor of the
+    network may be no parameter and no persistent buffer, so that it is not in the checkpoint.
+    """
+    expected = metadata.get("logits_to_check")  # an earlier train.py did not keep them
+    if expected is None:
+        return
+    error = (logits_to_check(model, data) - expected).norm()
+    if error > LARGEST_LOGIT_ERROR * expected.norm():
+        raise UserError(
+            f"the network in {path} computes other logits than after its training: undo changes of "
+            "its code, keep all its tensors in parameters or persistent buffers, or train again"
+        )
 
 
 def other_data_error(path, metadata):
@@ -2787,14 +2916,19 @@ class LayerCall:
 def find_tracked_layers(model, images):
     """Returns the names of the layers for which influence is computed, in the order of the model.
 
-    They are the Conv2d and Linear layers (no subclasses) on which the logits depend. images:
-    [B, 3, 32, 32]. On them, the trackers' per-sample gradients are compared with autograd's.
-    Raises UserError if these differ for a layer, or if there is no layer.
+    They are the Conv2d and Linear layers (no subclasses) that are not frozen, and on which the
+    logits depend. images: [B, 3, 32, 32]. On them, the trackers' per-sample gradients are compared
+    with autograd's. Raises UserError if these differ for a layer, or if there is no layer.
     """
     kinds = (nn.Conv2d, nn.Linear)
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}
+    layers = {}
+    for name, layer in model.named_modules():
+        if type(layer) in kinds and layer.weight.requires_grad:
+            layers[name] = layer
     if not layers:
-        raise UserError("the network has no Conv2d or Linear layer: influence needs at least one")
+        raise UserError(
+            "the network has no trained Conv2d or Linear layer: influence needs at least one"
+        )
     calls, image_gradients = differentiate(model, layers, images)
     tracked = []
     for name, layer in layers.items():
@@ -2805,7 +2939,41 @@ def find_tracked_layers(model, images):
         if reason:
             raise UserError(f"influence cannot be computed for the layer '{name}': {reason}")
         tracked.append(name)
+    if not tracked:
+        raise UserError("the logits do not depend on the parameters of any Conv2d or Linear layer")
     return tracked
+
+
+@torch.no_grad()
+def check_wrapped_layers(tracked_model, images, expected):
+    """Raises UserError if a network does not work with layers that kronfluence has wrapped.
+
+    expected: its logits of `images` before. A wrapped layer is a TrackedModule, no nn.Conv2d or
+    nn.Linear, and lacks some of their attributes.
+    """
+    remedy = "in its forward, call each layer by its attribute, and use nothing else of the layer"
+    was_called = {}
+
+    def note(module, arguments, output):
+        was_called[module.name] = True
+
+    wrapped = [module for module in tracked_model.modules() if isinstance(module, TrackedModule)]
+    hooks = [module.register_forward_hook(note) for module in wrapped]
+    try:
+        logits = tracked_model(images)
+    except AttributeError as error:
+        reason = first_line(error)
+        raise UserError(
+            f"influence cannot be computed for the network ({reason}): {remedy}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    uncalled = [module.name for module in wrapped if module.name not in was_called]
+    if uncalled:
+        raise UserError(f"the layer '{uncalled[0]}' is also called past its attribute: {remedy}")
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-5):
+        raise UserError(f"the network computes other logits if its layers are wrapped: {remedy}")
 
 
 def differentiate(model, layers, images):
@@ -2821,7 +2989,6 @@ def differentiate(model, layers, images):
     image. In each backward pass, it is zero except in the row of that image. autograd.grad could
     not compute this gradient if a later in-place layer overwrites the output.
     """
-    model.requires_grad_(True)
     calls = {name: [] for name in layers}
 
     def record(name):
@@ -2838,7 +3005,8 @@ def differentiate(model, layers, images):
     for hook in hooks:
         hook.remove()
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named_parameters = model.named_parameters(remove_duplicate=False)
+    parameters = {name: value for name, value in named_parameters if value.requires_grad}
     image_gradients = []
     for value in values:
         # This backward pass also calls the hook of each LayerCall.
@@ -2871,9 +3039,9 @@ def reason_to_refuse(model, layer, calls, exact):
     Returns None if they are right. calls: the LayerCalls of the layer in one forward pass;
     exact: the layer's gradient [O, I] by autograd, for each image.
     """
-    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
-    if len(names) > 1:
-        return f"it is also registered as '{names[1]}'; register it once"
+    reason = reason_before_calls(model, layer)
+    if reason:
+        return reason
     if len(calls) != 1:
         return f"it is called {len(calls)} times in one pass; call each layer exactly once"
     call = calls[0]
@@ -2893,6 +3061,18 @@ def reason_to_refuse(model, layer, calls, exact):
                 "its gradients do not follow from its input and the gradient of its output; "
                 "do not share or recompute its weight, and do not mix images"
             )
+    return None
+
+
+def reason_before_calls(model, layer):
+    """Returns why a layer is refused however it is called, or None."""
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is layer]
+    if len(names) > 1:
+        return f"it is also registered as '{names[1]}'; register it once"
+    if layer.bias is not None and not layer.bias.requires_grad:
+        return "its bias is frozen, but its weight is not; freeze both or none"
+    if layer._forward_pre_hooks:
+        return "it has a forward pre-hook; change its input in the network's forward instead"
     return None
 
 
@@ -3030,9 +3210,15 @@ class InfluenceRun(TrainedModel):
     def track_layers(self):
         """Returns a copy of the model whose layers have our trackers, and the layers' names."""
         images, _, _ = self.dataset.__getitems__(range(min(CHECKED_IMAGES, len(self.dataset))))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        images = images + 0.1 * noise  # so that no two images are identical
         model = copy.deepcopy(self.model).eval()
         layer_names = find_tracked_layers(model, images)
+        with torch.no_grad():
+            expected = model(images)
         tracked_model = prepare_model(model, ClassificationTask(layer_names))
+        check_wrapped_layers(tracked_model, images, expected)
         for module in tracked_model.modules():
             if isinstance(module, TrackedModule):
                 install_trackers(module, self.dtypes)
@@ -3331,7 +3517,7 @@ class GradientIndex:
     def built(self):
         """Returns the folder of the index, which is built if it is missing."""
         folder = self.run.folder
-        lock = FileLock(folder / ".index.lock")
+        lock = FileLock(folder / ".index.lock", mode=0o666)  # for other users of the folder
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -3495,7 +3681,7 @@ def remove_if_damaged(folder):
 
 def check_file(path):
     """Raises an exception if a file of the cache is missing or damaged."""
-    path.stat()  # raises FileNotFoundError
+    require_readable(path)
     if path.suffix == ".json":
         json.loads(path.read_text())
     if path.suffix == ".safetensors":

@@ -514,7 +514,7 @@ def print_accuracies(model, data, test, batch_size, dtype):
     """Prints loss and accuracy on training images and on test images. Returns the accuracies.
 
     data, test: ImageData. Returns a dictionary of fractions from 0 to 1: `train`, `test`, and with
-    corrupted labels also `train, true labels`.
+    corrupted labels also `train, true labels`. Raises NumericalError if a loss is not finite.
     """
     train_logits = compute_logits(model, data, batch_size, dtype)
     test_logits = compute_logits(model, test, batch_size, dtype)
@@ -524,6 +524,10 @@ def print_accuracies(model, data, test, batch_size, dtype):
     results["test"] = evaluate(test_logits, test.labels)
     for name, (loss, accuracy) in results.items():
         print(f"{name:18}   loss {loss:7.4f}   accuracy {100 * accuracy:6.2f} %")
+        if not np.isfinite(loss):
+            raise pipeline.NumericalError(
+                f"the loss of the trained network is {loss}: lower --learning_rate"
+            )
     return {name: accuracy for name, (_, accuracy) in results.items()}
 
 
@@ -735,11 +739,11 @@ def train_checkpoint(path, data, test, label_metadata, args, recipe, dtype):
     saved = SavedTraining(pipeline.unfinished_path(path), run)
     try:
         margins, snapshots = train(model, data, recipe, seed=args.seed, dtype=dtype, saved=saved)
+        train_seconds = saved.seconds
+        accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
     except pipeline.NumericalError:
         saved.delete()  # otherwise the next run would continue a training that diverged
         raise
-    train_seconds = saved.seconds
-    accuracy = print_accuracies(model, data, test, args.eval_batch_size, dtype)
     metadata = {
         **used_flags(args, recipe),
         **label_metadata,
@@ -749,6 +753,7 @@ def train_checkpoint(path, data, test, label_metadata, args, recipe, dtype):
         "margins": margins,
         "snapshots": snapshots,
         "accuracy": accuracy,
+        "logits_to_check": pipeline.logits_to_check(model, data),
         "train_seconds": train_seconds,
         "environment": pipeline.environment(data.images.device),
     }

@@ -205,7 +205,8 @@ def content(path):
         return {name: pipeline.sha256(tensor) for name, tensor in load_file(path).items()}
     if path.suffix == ".pth":
         checkpoint = torch.load(path, weights_only=True)
-        tensors = checkpoint["weights"] | {"margins": checkpoint["metadata"].pop("margins")}
+        names = ("margins", "logits_to_check")
+        tensors = checkpoint["weights"] | {name: checkpoint["metadata"].pop(name) for name in names}
         for epoch, weights in checkpoint["metadata"].pop("snapshots").items():
             tensors |= {f"{name} after epoch {epoch}": weights[name] for name in weights}
         del (

@@ -206,6 +206,52 @@ def test_a_table_with_a_column_that_the_user_added_is_not_replaced(tmp_path, add
         detect.require_no_added_columns(path)
 
 
+@pytest.mark.parametrize("separator", ",;\t")
+@pytest.mark.parametrize("first_lines", ["", "\n", "sep={}\n"])
+def test_a_table_with_a_note_in_a_column_without_a_name_is_not_replaced(
+    tmp_path, separator, first_lines
+):
+    path = tmp_path / "suspects_ekfac.csv"
+    header = separator.join([*detect.FIRST_COLUMNS, *detect.LAST_COLUMNS])
+    cells = ["1", "5", f'"a{separator}b.png"', "cat", "dog", "1", ""]
+    first_row = separator.join(cells)
+    start = first_lines.format(separator)
+    for others in ("", separator, f"{separator}{separator}"):  # empty cells are no notes
+        path.write_text(f"{start}{header}\n{first_row}{others}\n")
+        detect.require_no_added_columns(path)
+    path.write_text(f"{start}{header}\n{first_row}\n{first_row}{separator}look again\n")
+    with pytest.raises(pipeline.UserError, match="unnamed, in the row of rank 1"):
+        detect.require_no_added_columns(path)
+
+
+DIGIT_KEYS = {  # names of classes, and the class that each key chooses
+    "cat dog": {"1": "cat", "2": "dog"},
+    "0 1 2": {"0": "0", "1": "1", "2": "2"},
+    "0 1 2 other": {"0": "0", "1": "1", "2": "2"},
+    "1 10 2 3": {"1": "1", "2": "2", "3": "3"},
+    "a b c d e f g h i j": dict(zip("1234567890", "abcdefghij", strict=True)),
+    "a b c d e f g h i j k": {},
+}
+
+
+@pytest.mark.parametrize("names", DIGIT_KEYS)
+def test_a_digit_key_never_chooses_a_class_of_another_digit(names):
+    assert dict(detect.digit_keys(names.split())) == DIGIT_KEYS[names]
+
+
+def test_a_network_with_nan_logits_is_not_ranked(tmp_path):
+    model = pipeline.construct_model("resnet9", 10).eval()
+    with torch.no_grad():
+        model.head[0].weight.fill_(torch.nan)
+    run = pipeline.TrainedModel(
+        model, digits(4), tmp_path / "model", dtype=torch.float32, seconds={}
+    )
+    metadata = {"margins": torch.zeros(1, 4), "accuracy": {"test": 0.5}}
+    settings = {"method": "aum", "damping_factor": "heuristic", "num_explained": 0}
+    with pytest.raises(pipeline.NumericalError, match="logits of the network are NaN"):
+        detect.detect([run], [metadata], digits(4), **settings)
+
+
 def test_a_column_that_the_user_adds_during_a_detection_is_not_lost(tmp_path):
     files = detect.result_files(tmp_path, "ekfac")
     files.suspects.write_text("rank,index,new_label\n1,0,cat\n")

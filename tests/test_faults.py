@@ -5,6 +5,7 @@ images with diagonal curvature.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -459,3 +460,30 @@ def test_two_processes_give_the_scores_of_one(reference, tmp_path, name, flags):
 
 if __name__ == "__main__":
     {"kill": kill_before_each_renaming, "gpus": run_as_if_on_gpus}[sys.argv[1]](*sys.argv[2:])
+
+
+def test_a_file_of_another_user_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
+    """safetensors says of a file that may not be read that it does not exist."""
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    save_file({"layer": torch.zeros(1)}, folder / "layer.safetensors")
+    pipeline.write_listing(folder)
+    readable = Path.open
+
+    def forbidden(path, *arguments, **settings):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return readable(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(PermissionError):
+        pipeline.remove_if_damaged(folder)
+    assert (folder / "layer.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.bfloat16])
+def test_the_hash_of_a_tensor_is_that_of_its_bytes(dtype):
+    tensor = torch.tensor([[1, 0, 3], [0, 5, 6]]).to(dtype)
+    expected = hashlib.sha256(bytes(tensor.flatten().view(torch.uint8).tolist())).hexdigest()
+    assert pipeline.sha256(tensor) == expected == pipeline.sha256(tensor.T.contiguous().T)
+    assert pipeline.sha256(tensor[0, 0]) == pipeline.sha256(tensor[:1, 0])

@@ -361,7 +361,60 @@ class ImagesMixed(nn.Module):
         return x - x.mean(0)
 
 
+def with_pre_hook():
+    middle = conv(5, 3)
+    middle.register_forward_pre_hook(lambda layer, inputs: inputs[0] - 1)
+    return middle
+
+
+def with_frozen_bias():
+    middle = conv(5, 3)
+    middle.bias.requires_grad_(False)
+    return middle
+
+
+class KindDecides(nn.Module):
+    """Its activation depends on the class of the layer, which kronfluence wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([conv(5, 3), nn.BatchNorm2d(5)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                x = F.silu(x)
+        return x
+
+
+class AttributeOfLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = conv(5, 3)
+
+    def forward(self, x):
+        return self.layer(x) / self.layer.stride[0]
+
+
+class PlainListBeside(nn.Module):
+    """Calls its layer past the attribute that kronfluence replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = conv(5, 3)
+        self.steps = [self.layer]
+
+    def forward(self, x):
+        return self.steps[0](x)
+
+
 REFUSED = {
+    "a layer with a forward pre-hook": (with_pre_hook, "'3': it has a forward pre-hook"),
+    "a layer with a frozen bias": (with_frozen_bias, "'3': its bias is frozen"),
+    "a layer whose class decides": (KindDecides, "other logits if its layers are wrapped"),
+    "an attribute of a layer": (AttributeOfLayer, "has no attribute 'stride'"),
+    "a layer in a plain list": (PlainListBeside, "'3.layer' is also called past its attribute"),
     "a layer called twice": (CalledTwice, "'3.shared': it is called 2 times"),
     "a layer under two names": (TwoNames, "'3.first': it is also registered as '3.layers.0'"),
     "a weight of two layers": (TiedWeights, "'3.one': its gradients do not follow"),
@@ -385,9 +438,53 @@ def test_a_layer_whose_scores_would_be_wrong_is_refused_before_anything_is_writt
     assert not (tmp_path / "results").exists()
 
 
-def test_a_network_without_a_convolution_or_linear_layer_is_refused(tmp_path):
+class MixedInTraining(nn.Module):
+    """Batch normalisation without running statistics: it mixes images in eval mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+def test_mixed_images_are_refused_if_the_first_two_images_are_identical(tmp_path):
+    torch.manual_seed(0)
+    data = random_data(5, 1, kind=Float32Data)
+    data.images[1] = data.images[0]
+    with pytest.raises(pipeline.UserError, match="do not mix images"):
+        influence_run(tmp_path, data, "identity", model=around(MixedInTraining()).eval())
+
+
+def test_a_frozen_layer_is_a_constant_and_the_other_layers_stay_exact(tmp_path):
+    torch.manual_seed(0)
+    model = around(nn.Sequential(conv(5, 3), nn.ReLU(), nn.Conv2d(5, 5, 1))).eval()
+    model[3][0].requires_grad_(False)
+    data = random_data(NUM_TRAIN, 1, kind=Float32Data)
+    run = influence_run(tmp_path, data, "identity", model=model)
+    assert run.fixed == "1 BatchNorm2d, 1 Conv2d"
+    gradients = per_sample_gradients(model, data, F.cross_entropy)
+    found, _ = run.self_influence(0.1)
+    expected = sum(
+        gradient.square().sum(1) for name, gradient in gradients.items() if name != "3.0"
+    )
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_a_network_whose_layers_do_not_decide_its_logits_is_refused(tmp_path):
+    model = nn.Sequential(Unused(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(pipeline.UserError, match="do not depend on the parameters"):
+        influence_run(tmp_path, random_data(5, 1, (CHANNELS, *SIZE), kind=Float32Data), model=model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_network_without_a_trained_convolution_or_linear_layer_is_refused(tmp_path, frozen):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * SIZE[0] * SIZE[1])).eval()
-    with pytest.raises(pipeline.UserError, match="no Conv2d or Linear layer"):
+    if frozen:
+        model.append(nn.Linear(3 * SIZE[0] * SIZE[1], 4).requires_grad_(False))
+    with pytest.raises(pipeline.UserError, match="no trained Conv2d or Linear layer"):
         influence_run(tmp_path, random_data(5, 1, kind=Float32Data), model=model)
     assert not list(tmp_path.iterdir())
 

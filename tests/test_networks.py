@@ -120,6 +120,49 @@ class ScaledOutside(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+class RandomInEvalMode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3072, 8)
+
+    def forward(self, images):
+        return nn.functional.dropout(self.linear(images.flatten(1)), 0.5)
+
+
+class OtherForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = flat_linear(), nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.head(self.features(images).relu())
+
+
+class OneMoreArgument(OtherForward):
+    def forward(self, images, scale):
+        return scale * self.head(self.features(images))
+
+
+class ExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class WeightOfForward(nn.Module):
+    """Its weight is computed, as by the older weight_norm: such a network cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.weight = self.scale * torch.ones(4, 3072)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight.T
+
+
 NO_NETWORKS = {  # what a function returns, and what the sentence must say
     "no parts": (flat_linear, "but features is no module"),
     "no head": (
@@ -158,6 +201,28 @@ NO_NETWORKS = {  # what a function returns, and what the sentence must say
         ),
         "features that take images",
     ),
+    "random numbers in eval mode": (
+        lambda: two_parts(RandomInEvalMode(), nn.Linear(8, 10)),
+        "without random numbers in eval mode",
+    ),
+    "another step in forward": (OtherForward, r"whose forward is head\(features\(images\)\)"),
+    "another argument of forward": (OneMoreArgument, r"whose forward is head"),
+    "a layer without sizes": (
+        lambda: two_parts(nn.Flatten(), nn.LazyLinear(10)),
+        "layers whose sizes are given, but head.weight has none",
+    ),
+    "a layer for videos": (
+        lambda: two_parts(flat_linear(), nn.Sequential(nn.Linear(4, 10), nn.Conv3d(1, 1, 1))),
+        "layers for images, but head.1.weight has 5 dimensions",
+    ),
+    "a state that is no tensor": (
+        lambda: two_parts(flat_linear(), ExtraState(4, 10)),
+        "a module whose state_dict holds tensors, but head._extra_state is none",
+    ),
+    "a weight that is computed": (
+        lambda: two_parts(WeightOfForward(), nn.Linear(4, 10)),
+        "a module that can be copied",
+    ),
     "no module": (
         lambda: SimpleNamespace(features=flat_linear(), head=nn.Linear(4, 10)),
         "must return a module of torch.nn",
@@ -171,6 +236,15 @@ def test_a_function_that_returns_no_network_is_refused(monkeypatch, what):
     monkeypatch.setitem(pipeline.MODELS, "mine", lambda num_classes: function())
     with pytest.raises(pipeline.UserError, match=f"--model mine: .*{words}"):
         pipeline.construct_model("mine", 10)
+
+
+def test_a_network_whose_forward_joins_its_parts_is_accepted(monkeypatch):
+    class Joined(OtherForward):
+        def forward(self, images):
+            return self.head(self.features(images))
+
+    monkeypatch.setitem(pipeline.MODELS, "mine", lambda num_classes: Joined())
+    assert pipeline.construct_model("mine", 10)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_construction_leaves_training_mode_and_random_numbers_alone(monkeypatch):
@@ -306,6 +380,34 @@ def test_what_changes_the_scores_changes_the_hash_of_the_code(own_digest, change
     assert OWN_NETWORK.count(old) == 1
     changed = OWN_NETWORK.replace(old, new)
     assert own_digest(changed) != own_digest(OWN_NETWORK)
+
+
+IMPORTS = {  # how the file of the network imports a file that imports the file `shared`
+    "a module": ("import helper", "helper.smooth(x)"),
+    "a function": ("from helper import smooth", "smooth(x)"),
+    "in a function": ("", "__import__('math') and x\n    import helper"),
+}
+
+
+@pytest.mark.parametrize("how", IMPORTS)
+def test_files_that_the_file_of_the_network_imports_are_part_of_the_hash(
+    own_digest, monkeypatch, tmp_path, how
+):
+    line, call = IMPORTS[how]
+    source = f"{line}\n{OWN_NETWORK.replace('return x', f'return {call}', 1)}"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helper.py").write_text("from shared import SLOPE\nsmooth = lambda x: SLOPE * x\n")
+    digests = set()
+    for slope in ("SLOPE = 1", "SLOPE = 2", "SLOPE = 2  # a comment"):
+        for name in ("helper", "shared"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "shared.py").write_text(slope)
+        importlib.invalidate_caches()
+        importlib.import_module("helper")
+        digests.add(own_digest(source))
+    for name in ("helper", "shared"):
+        monkeypatch.delitem(sys.modules, name)
+    assert len(digests) == 2
 
 
 ONLY_TORCH = """
@@ -553,6 +655,53 @@ def test_the_command_that_train_prints_names_the_network(explained):
     out = succeed(folder, TRAIN, "--model", name, *flags)
     commands = [line for line in out.splitlines() if line.startswith("  python ")]
     assert len(commands) == 2 and all(f"--model {name}" in line for line in commands)
+
+
+# ---- A loaded network computes the logits of the trained one ---------------------------------
+
+
+class NotSaved(nn.Module):
+    """Features with a random tensor that is no persistent buffer: a checkpoint does not hold it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear = nn.Linear(3072, 8)
+        matrix = torch.randn(8, 8)
+        if kind == "buffer":
+            self.register_buffer("matrix", matrix, persistent=False)
+        elif kind == "attribute":
+            self.matrix = matrix
+        else:
+            self.layers = [nn.Linear(8, 8)]
+        self.kind = kind
+
+    def forward(self, images):
+        features = self.linear(images.flatten(1))
+        if self.kind == "list":
+            return self.layers[0](features)
+        return features @ self.matrix
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list"])
+def test_a_network_with_tensors_that_are_not_saved_is_refused(tmp_path, monkeypatch, kind):
+    function = lambda num_classes: two_parts(NotSaved(kind), nn.Linear(8, num_classes))  # noqa: E731
+    monkeypatch.setitem(pipeline.MODELS, "mine", function)
+    succeed(tmp_path, TRAIN, *DATA, *TRAINING, "--model", "mine")
+    for script in (ANALYZE, DETECT):
+        sentence = refused(tmp_path, script, *DATA, "--model", "mine")
+        assert "computes other logits than after its training" in sentence
+    assert not list(tmp_path.glob("influence_results/model*"))
+
+
+def test_a_network_whose_code_changed_after_its_training_is_refused(tmp_path, monkeypatch):
+    for activation in (nn.ReLU(), nn.Tanh()):
+        features = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 8), activation)
+        function = lambda count, new=features: two_parts(new(), nn.Linear(8, count))  # noqa: E731
+        monkeypatch.setitem(pipeline.MODELS, "mine", function)
+        if isinstance(activation, nn.ReLU):
+            succeed(tmp_path, TRAIN, *DATA, *TRAINING, "--model", "mine")
+    sentence = refused(tmp_path, DETECT, *DATA, "--model", "mine", "--factor_strategy", "none")
+    assert "undo changes of its code" in sentence
 
 
 # ---- Other networks, end to end ------------------------------------------------------------------

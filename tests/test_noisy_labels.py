@@ -155,6 +155,15 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
             pipeline.read_noisy_labels(path, data, test, class_folders)
 
 
+def test_a_table_of_suspects_is_refused_because_its_index_counts_the_loaded_images(noisy, tmp_path):
+    folder = shutil.copytree(noisy[0], tmp_path / "noisy")
+    labels = ("--noisy_labels", "labels.csv")
+    succeed(folder, DETECT, *DATA, *labels, "--factor_strategy", "none")
+    table = result_folder(folder, "model_noisy-") / "suspects_none.csv"
+    sentence = refused(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", table)
+    assert "is a table of suspects, whose index counts only the loaded images" in sentence
+
+
 def test_an_index_beyond_the_data_set_is_an_error(tmp_path):
     path = tmp_path / "labels.csv"
     data = digits(5)

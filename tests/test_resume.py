@@ -330,6 +330,21 @@ def test_a_training_that_diverged_is_not_continued(reference, tmp_path):
     assert content(tmp_path / CHECKPOINT) == reference
 
 
+def test_a_network_that_diverged_in_the_last_step_is_not_saved(tmp_path, monkeypatch):
+    """The losses of the three steps are finite; those of the evaluation are not."""
+    original, calls = nn.functional.cross_entropy, []
+
+    def diverging(logits, labels, **settings):
+        calls.append(1)
+        return original(logits, labels, **settings) * (torch.inf if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", diverging)
+    stopped = run(tmp_path, TRAIN, *FLAGS, "--num_train_epochs", 1)
+    assert stopped.status == 1 and "lower --learning_rate" in stopped.err
+    assert "the loss of the trained network is" in stopped.err
+    assert files(tmp_path) == []
+
+
 def test_a_training_that_diverges_at_once_leaves_the_state_of_another_one(reference, tmp_path):
     train_until(tmp_path, 8)
     state = (tmp_path / STATE).read_bytes()

@@ -247,6 +247,25 @@ def test_decisions_survive_a_reload_and_reach_the_model(browser, folder):
 
 
 @in_browser
+def test_a_loaded_file_that_replaces_decisions_says_how_many(browser, tmp_path):
+    cards = detection(["cat", "dog"], 4).data.paths
+    open_new_page(browser, tmp_path, ["cat", "dog"], 4)
+    path = tmp_path / "corrections.csv"
+    path.write_text(f"path,new_label\n{cards[0]},cat\n{cards[1]},dog\n{cards[2]},cat\n")
+    press(browser, "x", "k")  # leaves the first image out, and keeps dog for the second
+    before = texts(browser, "h2")
+    loaded = "Loaded 3 decisions, 3 of them for images on this page."
+    load(browser, path, f"{loaded} Replaced 1 decision of this page; Undo restores what was there.")
+    assert texts(browser, "h2") != before
+    browser.find_element("css selector", "nav [value=undo]").click()
+    assert texts(browser, "h2") == before
+    save(browser)
+    assert notice(browser) == "Saved 2 decisions."
+    save(browser)
+    assert notice(browser).endswith("The browser may have numbered the file: use the newest one.")
+
+
+@in_browser
 def test_the_filter_shows_only_the_undecided_suspects_of_a_pair(browser, folder):
     cards = open_page(browser, result_folder(folder, "model-") / PAGE)
     press(browser, *"kkk")
