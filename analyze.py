@@ -258,6 +258,7 @@ def main():
     top_png = folder / f"top_influences_{args.factor_strategy}.png"
     record_json = folder / f"pairwise_{args.factor_strategy}.json"
     with pipeline.timed(seconds, "report"):
+        pipeline.remove_results(top_csv, top_png, record_json)
         scores, scores_path = mean_influence(scores_and_paths, folder, args.factor_strategy)
         write_top_influences(top_csv, scores, queries, data)
     with (

@@ -1771,6 +1771,7 @@ def write_tables_and_page(files, detection, num_review, cleaned):
     """Writes the csv files, and the page for the review; files: as `result_files` returns them."""
     require_no_added_columns(files.suspects)  # a user may have added some while the run computed
     write_suspects(files.suspects, detection)
+    pipeline.remove_results(files.page, files.contact_sheet, files.curves, files.record)
     write_explanations(files.explanations, detection)
     write_page(files.page, detection, num_review, cleaned)
 

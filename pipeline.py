@@ -134,7 +134,7 @@ def run(main):
         message = "interrupted; no file is half-written, so run the same command again"
     except (OSError, SafetensorError) as error:  # a full disk, a file that may not be written
         status = 1
-        message = f"error: {first_line(error)}; the results of earlier runs are complete"
+        message = f"error: {first_line(error)}; no file is half-written"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -550,8 +550,10 @@ def sha256(*parts):
         if isinstance(part, str):
             digest.update(part.encode())
         else:
-            # The bytes of the tensor, because numpy has no bfloat16.
-            digest.update(part.detach().cpu().flatten().view(torch.uint8).numpy())
+            tensor = part.detach().cpu().contiguous()
+            if tensor.dtype == torch.bfloat16:  # numpy does not have it
+                tensor = tensor.view(torch.int16)
+            digest.update(tensor.numpy())
     return digest.hexdigest()
 
 
@@ -3909,6 +3911,12 @@ def recorded(path, *, flags, fields, device, seconds):
     write()
     yield
     write()
+
+
+def remove_results(*paths):
+    """Removes files of an earlier run, so that a run that fails leaves no mixture of two runs."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def print_seconds(seconds):

@@ -29,10 +29,13 @@ from conftest import (
     TRAIN,
     result_folder,
     results,
+    run,
     succeed,
 )
 from safetensors.torch import load_file, save_file
 
+import analyze
+import detect_mislabeled_dataset as detect
 import pipeline
 
 FLAGS = (*SYNTHETIC, "--num_train_examples", "24", "--precision", "fp32", "--train_batch_size", "8")
@@ -487,3 +490,48 @@ def test_the_hash_of_a_tensor_is_that_of_its_bytes(dtype):
     expected = hashlib.sha256(bytes(tensor.flatten().view(torch.uint8).tolist())).hexdigest()
     assert pipeline.sha256(tensor) == expected == pipeline.sha256(tensor.T.contiguous().T)
     assert pipeline.sha256(tensor[0, 0]) == pipeline.sha256(tensor[:1, 0])
+
+
+def test_a_detection_that_fails_leaves_no_results_of_two_rankings(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained[0], tmp_path / "trained")
+    flags = (*SYNTHETIC, "--factor_strategy", "none")
+    succeed(folder, DETECT, *flags, "--method", "aum")
+    table = result_folder(folder, "model_corrupt_0.1-") / "suspects_none.csv"
+    by_aum = table.read_text()
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(detect, "write_page", full_disk)
+    stopped = run(folder, DETECT, *flags, "--method", "loss")
+    assert stopped.status == 1 and "No space left on device; no file is half-written" in stopped.err
+    assert table.read_text() != by_aum
+    assert list(table.parent.glob("*_none.*")) == [table]
+
+
+def test_an_analysis_that_fails_leaves_no_table_of_other_scores(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained[0], tmp_path / "trained")
+    shutil.copytree(folder / "checkpoints", folder / "other")
+    path = folder / "other" / "model_corrupt_0.1.pth"
+    model, metadata = pipeline.load_checkpoint(path)
+    with torch.no_grad():
+        model.head[0].weight += 1e-4
+    pipeline.save_checkpoint(path, model, metadata)
+    flags = (
+        *SYNTHETIC,
+        "--factor_strategy",
+        "identity",
+        "--checkpoint_dir",
+        "checkpoints",
+        "other",
+    )
+    succeed(folder, ANALYZE, *flags, "--query_indices", "1,2")
+    means = result_folder(folder, "model_corrupt_0.1_mean_of_2-")
+    assert len(list(means.glob("*_identity.*"))) == 4
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(analyze, "write_top_influences", full_disk)
+    assert run(folder, ANALYZE, *flags, "--query_indices", "3,4").status == 1
+    assert list(means.glob("*_identity.*")) == [means / "pairwise_identity.safetensors"]
