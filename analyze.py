@@ -6,6 +6,7 @@ that it is harmful: more training on it would lower them.
 """
 
 import argparse
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -229,6 +230,15 @@ def plot_top_influences(path, scores, queries, data, strategy):
     )
 
 
+def result_files(folder, strategy):
+    """Returns the paths of the files that an analysis writes into a folder, but for the scores."""
+    return SimpleNamespace(
+        table=folder / f"top_influences_{strategy}.csv",
+        figure=folder / f"top_influences_{strategy}.png",
+        record=folder / f"pairwise_{strategy}.json",
+    )
+
+
 def main():
     """Parses, loads, computes, reports."""
     args = parse_arguments()
@@ -254,16 +264,14 @@ def main():
         return
 
     folder = pipeline.result_folder(runs)
-    top_csv = folder / f"top_influences_{args.factor_strategy}.csv"
-    top_png = folder / f"top_influences_{args.factor_strategy}.png"
-    record_json = folder / f"pairwise_{args.factor_strategy}.json"
+    files = result_files(folder, args.factor_strategy)
     with pipeline.timed(seconds, "report"):
-        pipeline.remove_results(top_csv, top_png, record_json)
+        pipeline.remove_results(files.table, files.figure, files.record)
         scores, scores_path = mean_influence(scores_and_paths, folder, args.factor_strategy)
-        write_top_influences(top_csv, scores, queries, data)
+        write_top_influences(files.table, scores, queries, data)
     with (
         pipeline.recorded(
-            record_json,
+            files.record,
             flags=vars(args),
             fields={"num_train": len(data), "num_query": len(queries)},
             device=queries_on_device.images.device,
@@ -271,10 +279,10 @@ def main():
         ),
         pipeline.timed(seconds, "report"),
     ):
-        plot_top_influences(top_png, scores, queries, data, args.factor_strategy)
+        plot_top_influences(files.figure, scores, queries, data, args.factor_strategy)
 
     pipeline.print_seconds(seconds)
-    pipeline.print_paths([scores_path, top_csv, top_png, record_json])
+    pipeline.print_paths([scores_path, files.table, files.figure, files.record])
 
 
 if __name__ == "__main__":

@@ -587,7 +587,7 @@ def require_no_added_columns(path):
     added = [column or "unnamed" for column in columns if column not in written]
     separator = max(",;\t", key=lines[0].count)
     for row in csv.reader(lines[1:], delimiter=separator):
-        if any(row[len(columns) :]):  # notes in a column without a name
+        if any(row[len(columns) :]):  # more cells than the header: notes beside the table
             added.append(f"unnamed, in the row of rank {row[0]}")
             break
     if added:
@@ -1593,9 +1593,9 @@ function leaveField() {
     go(current);
 }
 
-// Returns the typed character. A letter or digit key may type neither a Latin letter nor a digit: a
-// Cyrillic letter, or & on the French key 1. Without Shift, it then counts as on a US keyboard.
-// With Shift, the typed character counts: `!` must not mean 1.
+// Returns the typed character, but for a letter or digit key that types something else without
+// Shift (a Cyrillic letter, or & on the French key 1): then, what a US keyboard has there. With
+// Shift, the typed character counts: `!` must not mean 1.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.

@@ -969,9 +969,9 @@ def contains_line_break(name):
 def list_files(folder):
     """Returns all files below a folder, the folders it lists, and the names of skipped folders.
 
-    Files: a list of paths. Listed folders: a set of paths without links. Hidden and system folders
-    are skipped. A folder that is reached again by a link is not listed again. Raises UserError if a
-    folder cannot be listed.
+    Files: a list of paths. Listed folders: a set of paths, with links resolved. Hidden and system
+    folders are skipped. A folder that is reached again by a link is not listed again. Raises
+    UserError if a folder cannot be listed.
     """
     paths, listed, skipped = [], set(), set()
     for parent, folders, files in os.walk(folder, onerror=refuse_unlisted, followlinks=True):
@@ -1104,8 +1104,8 @@ def require_readable(path):
 def describe_file(path):
     """Returns path, size, times of change and inode of a file, as text.
 
-    The inode differs if two files of the same size and times swapped their names. Raises UserError
-    if it is no regular file, or if its path is not UTF-8.
+    The inode shows that two files with equal sizes and times have swapped their names. Raises
+    UserError if it is no regular file, or if its path is not UTF-8.
     """
     try:
         info = os.stat(path.encode())  # noqa: PTH116, pathlib is too slow for many files
@@ -1132,8 +1132,8 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # Malformed EXIF bytes would make exif_transpose fail, because it rewrites them. So we
-            # cache the readable tags, and remove the bytes before it rotates the image.
+            # exif_transpose rewrites the EXIF bytes, and would fail if they are malformed. So
+            # getexif stores the readable tags in the image, and then the bytes are removed.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1391,10 +1391,11 @@ def split_cells(row_name, line, delimiter):
         ) from error
     for cell in cells:
         # In `1, "x"`, the blank before the quote is most likely a mistake. In `1," ""x"""`, the
-        # whole cell is in quotes, so its blank is meant.
+        # line contains the cell in quotes as a whole, so its blank is meant.
         has_blank_before_quote = cell[:1].isspace() and cell.lstrip().startswith('"')
-        cell_in_quotes = '"' + cell.replace('"', '""') + '"'
-        if has_blank_before_quote and cell_in_quotes not in line:
+        quoted_cell = '"' + cell.replace('"', '""') + '"'
+        is_quoted_as_a_whole = quoted_cell in line
+        if has_blank_before_quote and not is_quoted_as_a_whole:
             raise UserError(f"{row_name}: a blank stands before a quote: remove the blank")
     return cells
 
@@ -1911,10 +1912,11 @@ def check_tensors(network):
 
 @torch.no_grad()
 def check_logits(network, num_classes):
-    """Raises ValueError if logits have a wrong shape, differ between passes, or are other ones.
+    """Raises ValueError for logits of a wrong shape, and for logits that differ between passes.
 
-    The error's text continues the sentence "must return ..." of `construct_model`. The check uses a
-    copy, because a forward pass may change the buffers of a module.
+    Also raises it if they differ from those of the network's own forward. The error's text
+    continues the sentence "must return ..." of `construct_model`. The check uses a copy, because a
+    forward pass may change the buffers of a module.
     """
     try:
         network = copy.deepcopy(network).eval()
@@ -2076,8 +2078,8 @@ def imported_by(name):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # The two texts below do not find themselves in this file: there, they begin with a backslash
-    # and an n. Before a heading, there is a line break.
+    # `index` finds only the headings, which follow a line break, and not the next two lines: they
+    # contain a backslash and an n in its place.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -2430,7 +2432,7 @@ def computation_dtypes(dtype, strategy):
 # A layer has input patches a [B, T, I] and output gradients g [B, T, O], with T positions. Its
 # per-sample gradients are G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3)
 # needs them in the eigenbases Q_G, Q_A of the two covariances: R = Q_G^T G Q_A. kronfluence always
-# computes G first, then R, and rotates back; our trackers choose the cheaper order of products. The
+# computes G first, then R; our trackers choose the cheaper order of products. The
 # strategies diagonal and identity have no eigenvectors, so R is G. M is the number of queries.
 #
 # tracker              result of a batch                                shape
@@ -2442,9 +2444,9 @@ def computation_dtypes(dtype, strategy):
 # IndexedGradient      G, for a GradientIndex                           [B, O, I]
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
-# columns of lambda. Then P [M, O, c] is not rotated back on the input side, and G Q_A [B, O, c]
-# replaces G. The result is EKFAC's score restricted to these eigenvectors. P takes c / I of the
-# memory.
+# columns of lambda. Then P [M, O, c] is not rotated back on the input side, and PairwiseInfluence
+# and IndexedGradient use G Q_A [B, O, c] in place of G. The result is EKFAC's score restricted to
+# these eigenvectors. P takes c / I of the memory.
 #
 # In a convolution with `groups`, an output sees only the I inputs of its own group. Then patches
 # are [B, groups, T, I], G is still [B, O, I], and the covariance of a is also summed over groups.
@@ -2585,7 +2587,7 @@ def rotated_gradient(a, g, q_a, q_g):
 
 def num_kept(inputs, fraction):
     """Returns how many of a layer's `inputs` eigenvectors are kept: a fraction, at least one."""
-    return math.ceil(round(fraction * inputs, 6))  # 0.07 * 1600 is a little more than 112
+    return math.ceil(round(fraction * inputs, 6))  # in float64, 0.07 * 1600 is above 112
 
 
 def keep_leading(storage, fraction):
@@ -2900,7 +2902,7 @@ LARGEST_ERROR = 0.01
 class LayerCall:
     """The input of one call of a layer, and the gradient of its output for all images.
 
-    arguments: those without a keyword. `inputs` is the first one, None if there is none.
+    arguments: the positional arguments of the call. `inputs` is the first one, or None.
     `differentiate` runs one backward pass for each image. The pass of image i gives a gradient that
     is zero except in row i. So the sum over the passes holds the gradient of image i in row i.
     """
@@ -2973,8 +2975,11 @@ def check_wrapped_layers(tracked_model, images, expected):
             hook.remove()
     uncalled = [module.name for module in wrapped if module.name not in was_called]
     if uncalled:
-        raise UserError(f"the layer '{uncalled[0]}' is also called past its attribute: {remedy}")
-    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"the layer '{uncalled[0]}' is called by another reference than its attribute: {remedy}"
+        )
+    # A NaN is reported later, with its phase.
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UserError(f"the network computes other logits if its layers are wrapped: {remedy}")
 
 
@@ -3449,11 +3454,13 @@ class InfluenceRun(TrainedModel):
         args: InfluenceArguments; batch_size: number of training images.
         """
         # kronfluence holds the gradients of steps * chunk queries at a time. A chunk has at most
-        # QUERY_CHUNK queries, and all chunks are equal: of 51 queries, 2 steps of 25 are held.
+        # QUERY_CHUNK queries.
         share = math.ceil(len(queries) / self.analyzer.state.num_processes)
         queries_at_once = min(queries_at_once, share)
         steps = math.ceil(queries_at_once / QUERY_CHUNK)
-        chunk = queries_at_once // steps
+        chunk = queries_at_once // steps  # 51 are held as 2 times 25, not as more than 51
+        if queries_at_once == share:  # the last chunk is smaller: 51 are held as 26 and 25
+            chunk = math.ceil(share / steps)
         # If memory is full, batches of queries shrink as batches of training images do.
         chunk = max(1, chunk * batch_size // self.batch_size)
         with self.phase("scores", name):
@@ -3898,7 +3905,8 @@ def recorded(path, *, flags, fields, device, seconds):
     """Writes the json record of a run before the block, and again after it.
 
     The block draws figures. If that fails, the first record remains. The second record has the
-    final seconds: put `timed` inside this block, so that it adds the seconds of the figures before.
+    final seconds. Put `timed` inside this block: it then adds the seconds of the figures before the
+    second record is written.
     """
     write = partial(
         write_record,

@@ -171,8 +171,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    The entry "recipe" is a dictionary of the name of the recipe and its hyperparameters, such as
-    {"recipe": "robust", "learning_rate": 0.08, ...}. Each hyperparameter also has its own entry.
+    The entry "recipe" is a dictionary: the recipe's name, again under the key "recipe", and all
+    hyperparameters. Each hyperparameter also has its own entry.
     """
     hyperparameters = hyperparameters_of(recipe)
     flags = {**vars(args), **hyperparameters}
@@ -600,7 +600,7 @@ class SavedTraining:
     def delete(self):
         """Removes the file, after the training is complete or has diverged.
 
-        The file of another training stays: `load` refused it, and `save` has not replaced it yet.
+        If the file is still that of another training, because `save` was not called, it stays.
         """
         if self.holds_this_run:
             self.path.unlink(missing_ok=True)

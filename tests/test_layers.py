@@ -414,7 +414,7 @@ REFUSED = {
     "a layer with a frozen bias": (with_frozen_bias, "'3': its bias is frozen"),
     "a layer whose class decides": (KindDecides, "other logits if its layers are wrapped"),
     "an attribute of a layer": (AttributeOfLayer, "has no attribute 'stride'"),
-    "a layer in a plain list": (PlainListBeside, "'3.layer' is also called past its attribute"),
+    "a layer in a plain list": (PlainListBeside, "'3.layer' is called by another reference"),
     "a layer called twice": (CalledTwice, "'3.shared': it is called 2 times"),
     "a layer under two names": (TwoNames, "'3.first': it is also registered as '3.layers.0'"),
     "a weight of two layers": (TiedWeights, "'3.one': its gradients do not follow"),

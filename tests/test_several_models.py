@@ -63,6 +63,7 @@ def earlier_checkpoint(folder, name, epoch):
     path = folder / name / "model_corrupt_0.1.pth"
     model, metadata = pipeline.load_checkpoint(path)
     model.load_state_dict(metadata["snapshots"].pop(epoch))
+    del metadata["logits_to_check"]  # those of the final network
     pipeline.save_checkpoint(folder / f"{name}_{epoch}" / path.name, model, metadata)
     return f"{name}_{epoch}"
 
