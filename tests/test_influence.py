@@ -1,5 +1,6 @@
 """Influence in float32 and bfloat16 against per-sample gradients by torch.func, and the cache."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
@@ -68,6 +69,40 @@ def test_identity_scores_of_resnet9_are_dot_products_of_per_sample_gradients(
     assert relative_error(pairwise, products) < 1e-4
     squares = sum(train.square().sum(1) for train in train_gradients.values())
     assert relative_error(self_influence, squares) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "num_queries, allowed, steps, chunk",
+    [
+        (51, 1000, 2, 26),
+        (51, 51, 2, 26),
+        (52, 51, 2, 25),
+        (100, 1000, 2, 50),
+        (2000, 235, 5, 47),
+        (3, 1, 1, 1),
+    ],
+)
+def test_all_queries_are_held_at_once_if_that_is_allowed(num_queries, allowed, steps, chunk):
+    """Otherwise as many are held as fit into equal chunks, and no more than allowed."""
+    found = []
+
+    def compute_pairwise_scores(*arguments, score_args):
+        found.append((score_args.query_gradient_accumulation_steps, arguments[4]))
+
+    run = SimpleNamespace(
+        analyzer=SimpleNamespace(
+            state=SimpleNamespace(num_processes=1),
+            compute_pairwise_scores=compute_pairwise_scores,
+        ),
+        dataset=None,
+        batch_size=64,
+        phase=lambda *names: contextlib.nullcontext(),
+    )
+    args = pipeline.InfluenceArguments()
+    pipeline.InfluenceRun.write_pairwise_scores(
+        run, "factors", range(num_queries), allowed, args, "scores", 64
+    )
+    assert found == [(steps, chunk)]
 
 
 def test_kfac_sets_negative_eigenvalues_to_zero(make_run, data):
