@@ -27,7 +27,9 @@ PROMISED = {
     "fp32 against float64": (0.9999, 0.9999),
     "bf16 against float64": (0.995, 0.999),
 }
-PROMISED_RECALL = 0.005  # largest accepted difference of recall at 10 %
+# Largest accepted number of mislabeled images by which recall at 10 % differs. A few hundred images
+# have some 30 corrupted labels, and another seed of the pseudo-labels also moves one of them.
+PROMISED_IMAGES = 1
 
 
 def spearman(a, b):
@@ -86,6 +88,7 @@ def compare(scores, reference, is_corrupted):
         "self_influence_spearman": spearman(self_influence, expected_self),
         "recall_at_10": recall,
         "recall_at_10_difference": recall - expected_recall,
+        "images_of_difference": round(abs(recall - expected_recall) * is_corrupted.sum()),
     }
 
 
@@ -120,7 +123,7 @@ def broken_promises(table):
         is_kept = (
             row["per_query_spearman_mean"] >= per_query
             and row["self_influence_spearman"] >= self_influence
-            and abs(row["recall_at_10_difference"]) <= PROMISED_RECALL
+            and row["images_of_difference"] <= PROMISED_IMAGES
         )
         if not is_kept:
             broken.append(name)
