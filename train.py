@@ -665,9 +665,8 @@ def load_examples(args):
     """Returns training and test images, ImageData on the CPU, and a part of the metadata.
 
     The metadata is a dictionary. given_labels, labels_sha256: the labels of `--noisy_labels`, int64
-    [N], and the hash of their file, both None without it. cleaning: what `--corrections` decides,
-    or None.
-    num_loaded: number of training images before any was left out.
+    [N], and the hash of their file, both None without the flag. cleaning: what `--corrections`
+    decides, or None. num_loaded: number of training images before any was left out.
     """
     loaded = pipeline.load_data(
         args.dataset, args.dataset_dir, "train", args.num_train_examples, args.output_dir

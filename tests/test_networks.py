@@ -382,10 +382,10 @@ def test_what_changes_the_scores_changes_the_hash_of_the_code(own_digest, change
     assert own_digest(changed) != own_digest(OWN_NETWORK)
 
 
-IMPORTS = {  # how the file of the network imports a file that imports the file `shared`
-    "a module": ("import helper", "helper.smooth(x)"),
-    "a function": ("from helper import smooth", "smooth(x)"),
-    "in a function": ("", "__import__('math') and x\n    import helper"),
+IMPORTS = {  # how the file of the network imports `helper`: its first line, and a function's body
+    "a module": ("import helper", "return helper.smooth(x)"),
+    "a function": ("from helper import smooth", "return smooth(x)"),
+    "in a function": ("", "import helper\n    return helper.smooth(x)"),
 }
 
 
@@ -393,8 +393,8 @@ IMPORTS = {  # how the file of the network imports a file that imports the file 
 def test_files_that_the_file_of_the_network_imports_are_part_of_the_hash(
     own_digest, monkeypatch, tmp_path, how
 ):
-    line, call = IMPORTS[how]
-    source = f"{line}\n{OWN_NETWORK.replace('return x', f'return {call}', 1)}"
+    first_line, body = IMPORTS[how]
+    source = f"{first_line}\n" + OWN_NETWORK.replace("return x\n", f"{body}\n", 1)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "helper.py").write_text("from shared import SLOPE\nsmooth = lambda x: SLOPE * x\n")
     digests = set()
@@ -684,8 +684,10 @@ class NotSaved(nn.Module):
 
 @pytest.mark.parametrize("kind", ["buffer", "attribute", "list"])
 def test_a_network_with_tensors_that_are_not_saved_is_refused(tmp_path, monkeypatch, kind):
-    function = lambda num_classes: two_parts(NotSaved(kind), nn.Linear(8, num_classes))  # noqa: E731
-    monkeypatch.setitem(pipeline.MODELS, "mine", function)
+    def mine(num_classes):
+        return two_parts(NotSaved(kind), nn.Linear(8, num_classes))
+
+    monkeypatch.setitem(pipeline.MODELS, "mine", mine)
     succeed(tmp_path, TRAIN, *DATA, *TRAINING, "--model", "mine")
     for script in (ANALYZE, DETECT):
         sentence = refused(tmp_path, script, *DATA, "--model", "mine")
@@ -694,12 +696,13 @@ def test_a_network_with_tensors_that_are_not_saved_is_refused(tmp_path, monkeypa
 
 
 def test_a_network_whose_code_changed_after_its_training_is_refused(tmp_path, monkeypatch):
-    for activation in (nn.ReLU(), nn.Tanh()):
-        features = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 8), activation)
-        function = lambda count, new=features: two_parts(new(), nn.Linear(8, count))  # noqa: E731
-        monkeypatch.setitem(pipeline.MODELS, "mine", function)
-        if isinstance(activation, nn.ReLU):
-            succeed(tmp_path, TRAIN, *DATA, *TRAINING, "--model", "mine")
+    def mine(num_classes, activation):
+        features = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), activation)
+        return two_parts(features, nn.Linear(8, num_classes))
+
+    monkeypatch.setitem(pipeline.MODELS, "mine", partial(mine, activation=nn.ReLU()))
+    succeed(tmp_path, TRAIN, *DATA, *TRAINING, "--model", "mine")
+    monkeypatch.setitem(pipeline.MODELS, "mine", partial(mine, activation=nn.Tanh()))
     sentence = refused(tmp_path, DETECT, *DATA, "--model", "mine", "--factor_strategy", "none")
     assert "undo changes of its code" in sentence
 

@@ -248,10 +248,9 @@ def test_decisions_survive_a_reload_and_reach_the_model(browser, folder):
 
 @in_browser
 def test_a_loaded_file_that_replaces_decisions_says_how_many(browser, tmp_path):
-    cards = detection(["cat", "dog"], 4).data.paths
-    open_new_page(browser, tmp_path, ["cat", "dog"], 4)
+    paths = open_new_page(browser, tmp_path, ["cat", "dog"], 4).data.paths
     path = tmp_path / "corrections.csv"
-    path.write_text(f"path,new_label\n{cards[0]},cat\n{cards[1]},dog\n{cards[2]},cat\n")
+    path.write_text(f"path,new_label\n{paths[0]},cat\n{paths[1]},dog\n{paths[2]},cat\n")
     press(browser, "x", "k")  # leaves the first image out, and keeps dog for the second
     before = texts(browser, "h2")
     loaded = "Loaded 3 decisions, 3 of them for images on this page."
