@@ -751,8 +751,8 @@ def describe_suspect(detection, suspect, suggestion, cleaned):
         "suggested": data.class_names[suggestion],
         "suggestedPercent": f"{percent[suggestion]:.1f}",
         "score": f"{detection.suspicion[suspect]:.3g}",
-        # The saved file has the label before all corrections, so that train.py can compare it. If
-        # corrections were applied, it is unknown here, and stays empty.
+        # In corrections.csv, the column `label` is the label before all corrections, so that
+        # train.py can compare it. After --cleaned, that label is unknown here: the cell is empty.
         "fileLabel": "" if cleaned else label_name,
     }
 
@@ -1586,16 +1586,16 @@ const actionsOfKeys = {
     arrowdown: () => move(countColumns()),
 };
 
-// Goes back to the suspect. First it empties the field, because a field that loses the focus with
-// a name in it decides by that name.
+// Goes back to the suspect. First it empties the field: when a field with a class name loses the
+// focus, the browser reports a change, which would decide for that class.
 function leaveField() {
     byId("other").value = "";
     go(current);
 }
 
-// Returns the typed character, but for a letter or digit key that types something else without
-// Shift (a Cyrillic letter, or & on the French key 1): then, what a US keyboard has there. With
-// Shift, the typed character counts: `!` must not mean 1.
+// Returns the typed character, with one exception: if a letter or digit key types something else
+// without Shift (a Cyrillic letter, or & on the French key 1), returns what a US keyboard has
+// there. With Shift, the typed character counts: `!` must not mean 1.
 function nameOfKey(event) {
     const key = event.key.toLowerCase();
     // The position of a letter or digit on a US keyboard: `KeyK`.

@@ -611,7 +611,7 @@ class ImageData:
 
     images: uint8 [N, 3, 32, 32]. labels: int64 [N], the labels to train on. true_labels: int64 [N],
     the labels without corruption: those of the data set, or of corrections. class_names: one per
-    class. paths: one per image, empty if images have no files of their own.
+    class. paths: one text per image, which is empty if images have no files of their own.
     indices: int64 [N] on the CPU, positions among the loaded images, for tables and corrections.
     dataset_indices: int64 [N] on the CPU, positions in the whole data set, for `--noisy_labels`.
     num_available: number of images in the whole data set.
@@ -1133,7 +1133,8 @@ def read_image(path):
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
             # exif_transpose rewrites the EXIF bytes, and would fail if they are malformed. So
-            # getexif stores the readable tags in the image, and then the bytes are removed.
+            # getexif reads the tags, which the image object keeps. Then only the bytes are removed:
+            # exif_transpose still finds the orientation, and has nothing to rewrite.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1642,9 +1643,9 @@ def refuse_table_of_suspects(path, rows, data):
 
     There, `index` is the position among the loaded images.
     """
-    _, first_row = rows[0]
     has_files = any(data.paths)
-    if "duplicate_of" in first_row and not has_files and len(data) < data.num_available:
+    is_table = any("duplicate_of" in row for _, row in rows)
+    if is_table and not has_files and len(data) < data.num_available:
         raise UserError(
             f"--noisy_labels {path} is a table of suspects, whose index counts only the loaded "
             "images: write index as the position in the complete data set, and remove duplicate_of"
@@ -2078,8 +2079,8 @@ def imported_by(name):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # `index` finds only the headings, which follow a line break, and not the next two lines: they
-    # contain a backslash and an n in its place.
+    # `index` finds only the headings, which follow a line break. The same words in the next two
+    # lines follow a backslash and an n.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -2326,7 +2327,8 @@ class ClassificationTask(Task):
 
     With this sign, a positive score means: training on this image more would raise the log-odds of
     the query's label. A batch is (images float [B, 3, 32, 32], labels int64 [B], uniforms float32
-    [B]). `layer_names`: the layers that kronfluence tracks; None means all that it can track.
+    [B]). Uniforms are the random numbers that decide the pseudo-labels. `layer_names`: the layers
+    that kronfluence tracks; None means all that it can track.
     """
 
     def __init__(self, layer_names=None):
@@ -3129,7 +3131,8 @@ class TrainedModel:
     `model`, on the device of `data`, is not changed. `folder` is `<path>-<hash>`, with the first
     eight digits of the fingerprint; it is not created. The fingerprint is a hash of weights, images
     and labels. `batch_size` is 64 by default, on CUDA 1,024. `seconds` collects the seconds by
-    phase. `fixed` is a text for InfluenceRun: the parameters that influence takes as fixed.
+    phase. `fixed` is empty here; in an InfluenceRun, it names the parameters that influence takes
+    as fixed.
     """
 
     strategy = NO_INFLUENCE
@@ -3458,8 +3461,10 @@ class InfluenceRun(TrainedModel):
         share = math.ceil(len(queries) / self.analyzer.state.num_processes)
         queries_at_once = min(queries_at_once, share)
         steps = math.ceil(queries_at_once / QUERY_CHUNK)
-        chunk = queries_at_once // steps  # 51 are held as 2 times 25, not as more than 51
-        if queries_at_once == share:  # the last chunk is smaller: 51 are held as 26 and 25
+        # If 51 of more queries may be held, 2 chunks of 25 are: 2 of 26 would be too many.
+        chunk = queries_at_once // steps
+        # If all queries may be held, the last chunk can be smaller: 51 are held as 26 and 25.
+        if queries_at_once == share:
             chunk = math.ceil(share / steps)
         # If memory is full, batches of queries shrink as batches of training images do.
         chunk = max(1, chunk * batch_size // self.batch_size)
@@ -3815,7 +3820,8 @@ def load_models(paths, device, clean, *, model_name, fraction, labels_file, mode
 def training_flags_of(metadata):
     """Returns the flags that decide how a network is trained, from the metadata of a checkpoint.
 
-    An earlier train.py had no `--recipe`, and trained by what is now `published`.
+    An earlier train.py had no `--recipe`, so its checkpoints lack the recipe's name. It trained by
+    what is now `published`.
     """
     training_flags = dict(metadata["recipe"])
     training_flags.setdefault("recipe", "published")

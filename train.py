@@ -171,8 +171,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    The entry "recipe" is a dictionary: the recipe's name, again under the key "recipe", and all
-    hyperparameters. Each hyperparameter also has its own entry.
+    Each of the HYPERPARAMETERS has an entry. The entry "recipe" is a dictionary of the same
+    hyperparameters, in which `recipe` is the name of the recipe.
     """
     hyperparameters = hyperparameters_of(recipe)
     flags = {**vars(args), **hyperparameters}
@@ -229,8 +229,9 @@ def batch_generator(seed):
     It draws on the CPU, so the batches are the same on every device.
     """
     if seed == pipeline.CORRUPTION_SEED:
-        # The corruption takes the first images of a permutation. With its seed, the first epoch
-        # would draw the same permutation, so the first batches would hold all corrupted labels.
+        # The corruption takes the first images of a permutation. A training with the corruption's
+        # seed would draw the same permutation for its first epoch, so the first batches would hold
+        # all corrupted labels.
         seed = -seed
     return torch.Generator().manual_seed(seed)
 
@@ -326,8 +327,8 @@ class Training:
     """The state of a training after a whole number of epochs, and what each step needs.
 
     generator: draws the batches. margins: float16 [epochs, N], NaN for epochs that are still to
-    come. label_smoothing: as in Recipe. snapshots: `snapshots[epoch][name]` is a weight after an
-    epoch of `snapshot_epochs`, on the CPU.
+    come. label_smoothing: as in Recipe. snapshots: for each epoch of `snapshot_epochs`, what
+    `copy_weights` returned after it.
     """
 
     model: nn.Module
@@ -396,8 +397,8 @@ def train(model, data, recipe, *, seed, dtype, saved=None):
     which each epoch is saved.
     Returns the margin of each example in its training batch, float16 [epochs, N], NaN if it was in
     no batch. The margin is the logit of the label minus the largest other logit (Pleiss et al.
-    2020, section 3.1). Also returns the snapshots: `snapshots[epoch][name]` is a weight after an
-    epoch of `snapshot_epochs`, on the CPU.
+    2020, section 3.1). Also returns the snapshots: a dictionary from each epoch of
+    `snapshot_epochs` to what `copy_weights` returned after it.
     Raises NumericalError after an epoch in which the loss or a weight stopped being finite.
     """
     training = new_training(model, data, recipe, seed=seed, dtype=dtype)

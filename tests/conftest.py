@@ -107,12 +107,11 @@ def influence_run(
     )
 
 
-def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32, 32)):
+def tiny_network(seed=1, num_classes=10, channels=(4, 5)):
     """A strided and a padded convolution, batch-norm, max-pooling, and a linear layer, float64.
 
-    It is in eval mode. Its running statistics come from `images`, or from random images of `size`,
-    and are then changed at random. The last weights are enlarged, so that some predictions are
-    confident and others are not.
+    It is in eval mode. Its running statistics are random. The last weights are enlarged, so that
+    some predictions are confident and others are not.
     """
     torch.manual_seed(seed)
     layers = OrderedDict(
@@ -127,7 +126,6 @@ def tiny_network(seed=1, num_classes=10, channels=(4, 5), images=None, size=(32,
         linear=nn.Linear(channels[1], num_classes),
     )
     model = nn.Sequential(layers).double()
-    model(torch.randn(64, 3, *size, dtype=torch.float64) if images is None else images.double())
     for norm in (model.norm1, model.norm2):
         norm.running_mean.normal_(std=0.3)
         norm.running_var.uniform_(0.2, 1)

@@ -19,7 +19,8 @@ from torch.func import functional_call, grad, vmap
 import pipeline
 
 SEED, NUM_TRAIN, NUM_QUERY, NUM_CLASSES = 3, 50, 7, 4
-# Partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, and 3 = 2 + 1 in chunks of two queries.
+# Partial last batches: 50 = 6 * 8 + 2, 7 = 4 + 3, and 3 = 2 + 1 with the QUERY_CHUNK of 2 that
+# `small_parts` sets.
 BATCH_SIZE, QUERY_BATCH_SIZE = 8, 4
 SIZE = (7, 9)  # of the images; a test fails if height and width are swapped
 # Errors are 1e-14 to 1e-13. One step in float32 would give an error above 1e-8.
@@ -126,9 +127,9 @@ def pseudo_labels(model, images):
 
 
 def patches(layer, inputs):
-    """Returns the input patches of all images, positions and groups, [N*T, I], by torch's unfold.
+    """Returns the input patches of all images, groups and positions, by torch's unfold.
 
-    If the layer has a bias, a column of ones is added.
+    They are [N*groups*T, I]. If the layer has a bias, a column of ones is added.
     """
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -175,9 +176,10 @@ def covariances(model, images, labels):
 
 
 def dense_layers(model, data, queries):
-    """Returns A, S, and the per-sample gradients [N, O*I] of two losses and the log-odds, by layer.
+    """Returns A, S, and per-sample gradients [N, O*I], by layer.
 
-    The losses use the labels (`train`) or the pseudo-labels (`pseudo`).
+    The gradients are those of the loss with the labels (`train`), of the loss with the
+    pseudo-labels (`pseudo`), and of minus the log-odds of queries (`query`).
     """
     images = data.normalize(data.images)
     labels = pseudo_labels(model, images)
@@ -230,8 +232,9 @@ def dense_damped(strategy, layer, damping):
 def truncated_scores(layers, strategy, damping, fraction):
     """Returns the exact scores [Q, N] of queries with eigenvectors of the inputs left out.
 
-    V, the kept eigenvectors of the curvature, are those of S times those of A with the largest
-    eigenvalues, rounded up. A score is the sum over layers of q^T V (V^T H V)^-1 V^T g.
+    V are the kept eigenvectors of the curvature: Kronecker products of all eigenvectors of S with
+    some of A. Of the I eigenvectors of A, those with the ceil(fraction * I) largest eigenvalues are
+    kept. A score is the sum over layers of q^T V (V^T H V)^-1 V^T g.
     """
     scores = 0
     for layer in layers.values():
@@ -240,7 +243,8 @@ def truncated_scores(layers, strategy, damping, fraction):
         _, q_g = torch.linalg.eigh(layer.gradient_covariance)
         largest = q_a.flip(1)[:, : math.ceil(fraction * len(q_a))]
         kept = torch.kron(q_g, largest)  # (O*I, O*c)
-        eigenvalues = (matrix @ kept * kept).sum(0) + dense_damping(matrix, damping)
+        eigenvalues = ((matrix @ kept) * kept).sum(0)  # the diagonal of V^T H V
+        eigenvalues = eigenvalues + dense_damping(matrix, damping)
         scores = scores + (layer.query @ kept / eigenvalues) @ (layer.train @ kept).T
     return scores
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from conftest import relative_error, tiny_network
 from dense import (
     NUM_CLASSES,
-    SIZE,
     TOLERANCE,
     fitted_factor,
     layer_derivatives,
@@ -79,7 +78,7 @@ def comparisons(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "ClassificationTask", ExpectedLabelsTask)
         for seed in range(NUM_NETWORKS):
-            model, data = tiny_network(seed, NUM_CLASSES, size=SIZE), random_data(32, 100 + seed)
+            model, data = tiny_network(seed, NUM_CLASSES), random_data(32, 100 + seed)
             repeated = data.take(torch.arange(len(data)).repeat_interleave(NUM_CLASSES))
             every_label = torch.arange(NUM_CLASSES).repeat(len(data))
             run = make_run(folder, model, replace(repeated, labels=every_label), "ekfac")

@@ -11,7 +11,6 @@ from dense import (
     NUM_QUERY,
     NUM_TRAIN,
     QUERY_BATCH_SIZE,
-    SIZE,
     TOLERANCE,
     dense_curvature,
     dense_layers,
@@ -37,7 +36,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def exact():
     """The network, its data, and the results of `dense_layers`."""
-    model = tiny_network(1, NUM_CLASSES, size=SIZE)
+    model = tiny_network(6, NUM_CLASSES)
     data, queries = random_data(NUM_TRAIN, 1), random_data(NUM_QUERY, 2)
     layers = dense_layers(model, data, queries)
     return SimpleNamespace(model=model, data=data, queries=queries, layers=layers)

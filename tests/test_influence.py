@@ -25,11 +25,9 @@ SEED, NUM_TRAIN, NUM_QUERY = 3, 10, 4
 def network():
     """A tiny network in float32, for digits.
 
-    Its rankings depend on the pseudo-labels as much as the rankings of ResNet-9.
+    Its rankings depend on the pseudo-labels as much as ResNet-9's rankings do.
     """
-    examples = digits(20)
-    images = examples.normalize(examples.images)
-    return tiny_network(seed=3, channels=(8, 40), images=images).float()
+    return tiny_network(seed=3, channels=(8, 40)).float()
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +84,8 @@ def test_all_queries_are_held_at_once_if_that_is_allowed(num_queries, allowed, s
     """Otherwise as many are held as fit into equal chunks, and no more than allowed."""
     found = []
 
-    def compute_pairwise_scores(*arguments, score_args):
-        found.append((score_args.query_gradient_accumulation_steps, arguments[4]))
+    def compute_pairwise_scores(name, factors, queries, images, chunk, batch_size, *, score_args):
+        found.append((score_args.query_gradient_accumulation_steps, chunk))
 
     run = SimpleNamespace(
         analyzer=SimpleNamespace(
@@ -227,7 +225,7 @@ def test_the_hashes_of_factors_and_scores_depend_on_all_their_inputs(
 
 @pytest.mark.parametrize("strategy", pipeline.STRATEGIES)
 def test_the_eigenvector_fraction_1_computes_the_default_scores(make_run, queries, strategy):
-    """Computed a second time, in another folder."""
+    """Computed a second time, after the first scores were deleted."""
     expected, path = make_run(strategy).pairwise_influence(queries, 3, 1e-3)
     expected = expected.clone()
     shutil.rmtree(path.parent)

@@ -35,8 +35,8 @@ def noisy(tmp_path_factory):
     given = dict.fromkeys(range(5000), 0) | dict(
         zip(data.dataset_indices.tolist(), labels.tolist(), strict=True)
     )
-    if labels[0] == data.labels[0]:
-        del given[data.dataset_indices[0].item()]
+    assert labels[0] == data.labels[0]  # it is not corrupted, so it needs no row
+    del given[data.dataset_indices[0].item()]
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("index", "label"), *given.items()])
     return folder, succeed(folder, TRAIN, *DATA, *RECIPE, "--noisy_labels", "labels.csv")
@@ -90,6 +90,7 @@ def test_a_model_of_other_labels_is_refused(noisy, tmp_path):
         ("index,label\n1,3\n1,4\n", "line 3: image 1 has a row before this one"),
         ("index,label\n1,eleven\n", "line 2: 'eleven' is none of the classes 0, 1, 2"),
         ("index,label\n77,3\n", "none of its 1 rows is about a training image"),
+        ("index,label\n", "none of its 0 rows is about a training image"),
         ("index,new_label\n1,3\n", "its first line must name the column 'label'"),
     ],
 )

@@ -288,7 +288,7 @@ def test_a_kept_network_is_the_one_after_its_epoch(store):
 
 
 def test_shared_helpful_images_by_hand(monkeypatch):
-    """The most helpful images of the first query are 4, 3 and 2, 4; of the other 0, 1 and 1, 0."""
+    """The two arrays share image 4 for the first query, and images 0 and 1 for the second query."""
     monkeypatch.setattr(study, "NUM_HELPFUL", 2)
     scores = np.array([[0.0, 1.0, 2.0, 3.0, 4.0], [9.0, 8.0, -9.0, 0.0, 1.0]])
     others = np.array([[0.0, 1.0, 4.0, 2.0, 3.0], [2.0, 3.0, -1.0, -9.0, 0.0]])
