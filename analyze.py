@@ -85,8 +85,8 @@ def add_model_flags(group):
         type=pipeline.positive_int,
         default=1,
         metavar="N",
-        help="average the scores over the last N of the three networks that a training keeps "
-        "(default: %(default)s, the final network only)",
+        help="average the scores over the last N of the networks that a training keeps, which are "
+        "three from four epochs on (default: %(default)s, the final network only)",
     )
     group.add_argument(
         "--query_batch_size",
@@ -231,7 +231,7 @@ def plot_top_influences(path, scores, queries, data, strategy):
 
 
 def result_files(folder, strategy):
-    """Returns the paths of the files that an analysis writes into a folder, but for the scores."""
+    """Returns the paths of the files that an analysis writes into a folder, except the scores."""
     return SimpleNamespace(
         table=folder / f"top_influences_{strategy}.csv",
         figure=folder / f"top_influences_{strategy}.png",

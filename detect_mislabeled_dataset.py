@@ -751,8 +751,9 @@ def describe_suspect(detection, suspect, suggestion, cleaned):
         "suggested": data.class_names[suggestion],
         "suggestedPercent": f"{percent[suggestion]:.1f}",
         "score": f"{detection.suspicion[suspect]:.3g}",
-        # In corrections.csv, the column `label` is the label before all corrections, so that
-        # train.py can compare it. After --cleaned, that label is unknown here: the cell is empty.
+        # In corrections.csv, the column `label` is the label before all corrections: train.py
+        # refuses a row whose image has another one. After --cleaned, that label is unknown here, so
+        # the cell is empty.
         "fileLabel": "" if cleaned else label_name,
     }
 
@@ -796,8 +797,8 @@ def draw_tiles(images):
 def digit_keys(class_names):
     """Returns a list of (digit, class name): the key that chooses each class.
 
-    If names are single digits, only these classes have a key, which is the digit. The list is empty
-    if there are more than ten classes.
+    If at least one name is a single digit, only classes with such names have a key: their digit.
+    The list is empty if there are more than ten classes.
     """
     if len(class_names) > 10:
         return []

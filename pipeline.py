@@ -78,7 +78,8 @@ STRATEGIES = ("ekfac", "kfac", "diagonal", "identity")
 EIGENVECTOR_STRATEGIES = ("ekfac", "kfac")
 NO_INFLUENCE = "none"  # used in place of a strategy: no influence is computed
 CHECKPOINT_DIR = "./checkpoints"
-# Parts of messages about full memory. The last one is kronfluence's: even one image did not fit.
+# Parts of messages about full memory. kronfluence raises the last one if even a single image does
+# not fit.
 FULL_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -2079,8 +2080,8 @@ def imported_by(name):
 
 def score_code():
     """Returns the code of pipeline.py that decides scores."""
-    # `index` finds only the headings, which follow a line break. The same words in the next two
-    # lines follow a backslash and an n.
+    # str.index finds the two headings, because each follows a line break. It does not find the next
+    # two lines: they contain a backslash and an n in place of the line break.
     start = SOURCE.index("\n# ---- Networks ---")
     end = SOURCE.index("\n# ---- Results ---")
     sections = ast.dump(parse_code(SOURCE[start:end]))
@@ -2554,7 +2555,8 @@ def per_sample_gradient(a, g):
 def input_rotated_gradient(a, g, q_a):
     """Returns G Q_A, [B, O, c]; the columns of q_a [I, c] are eigenvectors.
 
-    Rotates the patches first, or the gradient last: whichever needs fewer multiplications.
+    Rotates the patches first, or the gradient last: whichever needs fewer multiplications. For
+    grouped convolutions, it always rotates the gradient.
     """
     if a.dim() == 4:
         return per_sample_gradient(a, g) @ q_a
@@ -2649,10 +2651,10 @@ def squares(gradient, dtype):
 
 @contextlib.contextmanager
 def covariance_product_precision(round_on_cpu):
-    """In the block, a CPU rounds the inputs of float32 products to bfloat16 if `round_on_cpu`.
+    """Within `with`, a CPU rounds the inputs of float32 products to bfloat16 if `round_on_cpu`.
 
-    Sums stay float32. On CUDA, `CovarianceSums.input_dtype` has already rounded the inputs; the
-    block only turns TF32 off.
+    Sums stay float32. On CUDA, `CovarianceSums.input_dtype` has already rounded the inputs, so only
+    TF32 is turned off.
     """
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
@@ -3461,7 +3463,8 @@ class InfluenceRun(TrainedModel):
         share = math.ceil(len(queries) / self.analyzer.state.num_processes)
         queries_at_once = min(queries_at_once, share)
         steps = math.ceil(queries_at_once / QUERY_CHUNK)
-        # If 51 of more queries may be held, 2 chunks of 25 are: 2 of 26 would be too many.
+        # Example: 51 out of 1,000 queries may be held. Then 2 chunks of 25 are held, because 2
+        # chunks of 26 would be too many.
         chunk = queries_at_once // steps
         # If all queries may be held, the last chunk can be smaller: 51 are held as 26 and 25.
         if queries_at_once == share:
@@ -3481,7 +3484,7 @@ class InfluenceRun(TrainedModel):
 
 
 def require_index_space(runs, eigenvector_fraction):
-    """Raises UserError if the disk has no space for the indices of some InfluenceRuns.
+    """Raises UserError if the disk has no space for the gradient indexes of all these runs.
 
     It is called before factors are fitted, which take minutes. A run whose folder has an index is
     not counted: that index may be the one that is needed.

@@ -1,8 +1,9 @@
 """Trains a network and writes the checkpoint that the other scripts use.
 
 It uses SGD, and random crops and flips. The learning rate rises for a fifth of the steps and then
-falls to zero. `python train.py --help` lists the flags; their defaults are those of the published
-CIFAR-10 example. The same command continues a training that was interrupted.
+falls to zero. `python train.py --help` lists the flags; their defaults are those with which the
+published CIFAR-10 example trains for analysis. The same command continues a training that was
+interrupted.
 """
 
 import contextlib
@@ -171,8 +172,8 @@ def hyperparameters_of(recipe):
 def used_flags(args, recipe):
     """Returns all flags with the values that are used, a dictionary.
 
-    Each of the HYPERPARAMETERS has an entry. The entry "recipe" is a dictionary of the same
-    hyperparameters, in which `recipe` is the name of the recipe.
+    The entry "recipe" is what decides how a network is trained, a dictionary: the recipe's name,
+    with the key "recipe", and the HYPERPARAMETERS. These have their own entries, too.
     """
     hyperparameters = hyperparameters_of(recipe)
     flags = {**vars(args), **hyperparameters}
@@ -230,8 +231,8 @@ def batch_generator(seed):
     """
     if seed == pipeline.CORRUPTION_SEED:
         # The corruption takes the first images of a permutation. A training with the corruption's
-        # seed would draw the same permutation for its first epoch, so the first batches would hold
-        # all corrupted labels.
+        # seed would draw the same permutation for its first epoch, so all corrupted labels would be
+        # in the first batches.
         seed = -seed
     return torch.Generator().manual_seed(seed)
 

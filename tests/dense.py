@@ -250,9 +250,10 @@ def truncated_scores(layers, strategy, damping, fraction):
 
 
 def dense_scores(layers, strategy, damping, of="query"):
-    """Returns the exact scores [Q, N] of images, "query" or "train", as `dense_layers` has them.
+    """Returns the exact scores [Q, N]: the sum over layers of q^T H^-1 g.
 
-    A score is the sum over layers of q^T H^-1 g.
+    of: whose gradients are q, "query" or "train", which are attributes of what `dense_layers`
+    returns.
     """
     return sum(
         getattr(layer, of)

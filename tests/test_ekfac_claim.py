@@ -105,7 +105,7 @@ def compare(run, layer, exact):
         "ekfac": basis @ eigenvalues.diag() @ basis.T,
         "kfac": kfac,
         "kfac times positions": POSITIONS[layer] * kfac,
-        # By definition. test_exact_scores.py compares it with what the strategy fits.
+        # By definition. The strategy fits it with pseudo-labels, as test_exact_scores.py tests.
         "diagonal": exact.diag().diag(),
         "identity": torch.eye(len(exact), dtype=torch.float64),
     }

@@ -69,7 +69,7 @@ def earlier_checkpoint(folder, name, epoch):
 
 
 def test_snapshots_give_the_mean_of_the_scores_of_each_network(folder):
-    """Of the two networks of a training of two epochs, and of two such trainings."""
+    """A training of two epochs keeps two networks. The mean is over one or two such trainings."""
     singles = []
     for name in ("checkpoints", "other"):
         dirs = (earlier_checkpoint(folder, name, 1), name)

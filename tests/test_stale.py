@@ -91,7 +91,9 @@ def test_valid_results_are_reused_and_the_output_says_so(used, flags, reused):
 # ---- Foreign checkpoints -------------------------------------------------------------------------
 
 
-FOREIGN = {  # content of the wrong checkpoint: other weights and metadata, or other bytes
+# Content of the wrong checkpoint: another network, and the metadata to change or the key to delete;
+# or a function of the right content.
+FOREIGN = {
     "another network": (torch.nn.Linear(3, 3), {}),
     "another number of classes": (
         pipeline.construct_model("resnet9", 3),
