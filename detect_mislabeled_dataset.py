@@ -1064,7 +1064,7 @@ const { fingerprint, column, classes, leaveOut, digits, cards } = facts;
 
 // ---- Decisions ----
 
-// From the key of an image, its path or index, to its row of the saved file: [label, new_label].
+// Maps the key of an image (its path, or else its index) to its row of corrections.csv.
 let decisions = new Map();
 // For each change: the rows before it, and the card that was current.
 const undoStack = [];

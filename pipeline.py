@@ -1133,9 +1133,9 @@ def read_image(path):
             # A large JPEG is then decoded at a lower resolution, which is faster.
             image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
             image.load()  # also rotates a TIFF as its orientation tag requires
-            # exif_transpose rewrites the EXIF bytes, and would fail if they are malformed. So
-            # getexif reads the tags, which the image object keeps. Then only the bytes are removed:
-            # exif_transpose still finds the orientation, and has nothing to rewrite.
+            # exif_transpose rewrites the EXIF bytes, and would fail if they are malformed. So they
+            # are removed. Before that, getexif reads the tags into the image object, where
+            # exif_transpose finds the orientation.
             with contextlib.suppress(Exception):
                 image.getexif()
             for name in ("exif", "Raw profile type exif"):
@@ -1160,7 +1160,7 @@ def refuse_deep_colour(image, path):
     """Raises UserError if an opened, not yet loaded image has more than 8 bits per channel.
 
     Pillow silently keeps only the upper 8 bits of colour. If a camera used 12 of 16 bits, the image
-    is then nearly black. For grey images, the range of the values is unknown.
+    is then nearly black. Grey images are refused, too, because their brightest value is unknown.
     """
     if has_deep_colour(image, path):
         raise UserError(
@@ -1393,7 +1393,7 @@ def split_cells(row_name, line, delimiter):
         ) from error
     for cell in cells:
         # In `1, "x"`, the blank before the quote is most likely a mistake. In `1," ""x"""`, the
-        # line contains the cell in quotes as a whole, so its blank is meant.
+        # blank belongs to the cell, because it stands inside the outer quotes.
         has_blank_before_quote = cell[:1].isspace() and cell.lstrip().startswith('"')
         quoted_cell = '"' + cell.replace('"', '""') + '"'
         is_quoted_as_a_whole = quoted_cell in line
@@ -1998,10 +1998,10 @@ def margin(logits, labels):
 # ---- The code that scores depend on --------------------------------------------------------------
 #
 # Factors and scores are cached by a hash of the model, the data, the settings and the code. In
-# pipeline.py, ImageData and the sections from "Networks" up to "Results" are hashed. The files of
-# the network's classes and of its function in MODELS are hashed completely, because helper
-# functions and constants in them decide scores, too. So are the files that these files import, but
-# not installed packages. Comments, layout and docstrings are not hashed.
+# pipeline.py, ImageData and the sections from "Networks" up to "Results" are hashed. If the classes
+# of the network or its function in MODELS are in other files, these files are hashed completely,
+# because helper functions and constants in them decide scores, too. So are the files that these
+# files import, but not installed packages. Comments, layout and docstrings are not hashed.
 #
 # A file may be edited during a run, but the run keeps the code that it imported. So the files are
 # read at the start of the run.
@@ -2310,7 +2310,7 @@ def earlier_models(path, model, snapshots, num_wanted):
         raise UserError(
             f"--snapshots {num_wanted}: {path} keeps {num_kept} networks of its training: {advice}"
         )
-    num_skipped = num_kept - num_wanted
+    num_skipped = num_kept - num_wanted  # the final network is among those kept and those wanted
     epochs = sorted(snapshots)[num_skipped:]
     if epochs and is_main_process():
         print(f"{path}: with the networks after epochs {', '.join(map(str, epochs))}")

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,8 +98,7 @@ def test_a_model_of_other_labels_is_refused(noisy, tmp_path):
 def test_a_mistake_in_the_file_is_named(tmp_path, lines, message):
     data, path = digits(5), tmp_path / "labels.csv"
     path.write_text(lines)
-    numbered = data.take(torch.arange(5))
-    numbered.dataset_indices[:] = torch.arange(5)
+    numbered = replace(data, dataset_indices=torch.arange(5))
     with pytest.raises(pipeline.UserError, match=message):
         pipeline.read_noisy_labels(path, numbered, digits(0, "test"), "")
 
@@ -124,7 +124,9 @@ def test_a_file_names_images_by_path(class_folders, tmp_path, capsys):
     )
 
 
-MISSING = {  # name in a row, and whether it names an image, whose row is only counted
+# Name in a row. True: it names an image that is not trained on, so the row is only counted. False:
+# it names no image.
+NOT_TRAINED_ON = {
     "of the test split": ("test/cat/0.png", True),
     "not drawn": ("{not_drawn}", True),
     "not drawn, of a data set that was moved": ("/gone/{not_drawn}", True),
@@ -136,7 +138,7 @@ MISSING = {  # name in a row, and whether it names an image, whose row is only c
 }
 
 
-@pytest.mark.parametrize("kind", MISSING)
+@pytest.mark.parametrize("kind", NOT_TRAINED_ON)
 def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
     class_folders, tmp_path, capsys, kind
 ):
@@ -144,7 +146,7 @@ def test_a_row_that_names_no_image_is_an_error_and_other_images_are_counted(
     data = pipeline.load_data("imagefolder", class_folders, "train", 7)
     test = pipeline.load_data("imagefolder", class_folders, "test")
     absent = next(path for path in everything.paths if path not in data.paths)
-    name, is_image = MISSING[kind]
+    name, is_image = NOT_TRAINED_ON[kind]
     name = name.format(not_drawn=os.path.relpath(absent, class_folders))
     path = tmp_path / "labels.csv"
     path.write_text(f"path,label\n{data.paths[0]},cat\n{name},cat\n{name},cat\n")
