@@ -585,7 +585,7 @@ def require_no_added_columns(path):
     columns = re.split("[,;\t]", lines[0].replace('"', ""))
     written = {*FIRST_COLUMNS, *RANKINGS, *LAST_COLUMNS, *OLD_COLUMNS}
     added = [column or "unnamed" for column in columns if column not in written]
-    separator = max(",;\t", key=lines[0].count)
+    separator = max(",;\t", key=lines[0].count)  # the most frequent one in the header
     for row in csv.reader(lines[1:], delimiter=separator):
         if any(row[len(columns) :]):  # more cells than the header: notes beside the table
             added.append(f"unnamed, in the row of rank {row[0]}")

@@ -1271,8 +1271,8 @@ def corrupt_labels(labels, fraction, num_classes, seed=CORRUPTION_SEED):
 def training_examples(clean, fraction, given_labels=None, cleaning=None):
     """Returns the ImageData to train on.
 
-    clean: the images as they were loaded. Their labels are replaced by `given_labels`, int64 [N],
-    those of `--noisy_labels`. If that is None, a `fraction` of the labels is corrupted, as
+    clean: the images with the labels of the data set. These are replaced by `given_labels`, int64
+    [N], those of `--noisy_labels`. If that is None, a `fraction` of the labels is corrupted, as
     `--corrupt_percentage` requires. Then a `cleaning`, as `read_corrections` returns it, is
     applied. If it changes a label that was not corrupted, the new label counts as the true label.
     """
@@ -2440,11 +2440,13 @@ def computation_dtypes(dtype, strategy):
 #
 # tracker              result of a batch                                shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
-# LambdaSums           sum over B of R^2: EKFAC's eigenvalues times N   [O, I]
+# LambdaSums           sum over B of R^2                                [O, I]
 # SelfInfluence        sum over O and I of R^2 / (lambda + damping)     [B]
 # PreconditionedQuery  P = Q_G (R / (lambda + damping)) Q_A^T           [M, O, I]
 # PairwiseInfluence    sum over O and I of P G                          [M, B]
 # IndexedGradient      G, for a GradientIndex                           [B, O, I]
+#
+# The sum of LambdaSums over all batches is N times EKFAC's eigenvalues.
 #
 # Pairwise scores may keep only c columns of Q_A, those with the largest eigenvalues, and the same
 # columns of lambda. Then P [M, O, c] is not rotated back on the input side, and PairwiseInfluence
@@ -2711,7 +2713,7 @@ class BatchHooks:
     def eigenvectors(self, g):
         """Returns Q_A [I, c] and Q_G [O, O] in the dtype of g; None if the strategy has none.
 
-        g: any tensor of the batch.
+        g: a tensor of the batch, of which only dtype and device matter.
         """
         q_a = self.factor(constants.ACTIVATION_EIGENVECTORS_NAME, g)
         q_g = self.factor(constants.GRADIENT_EIGENVECTORS_NAME, g)
@@ -3250,8 +3252,8 @@ class InfluenceRun(TrainedModel):
         The folder's name is `<prefix><kind><strategy>-<dtype>-<hash>`: `prefix` is "factors_",
         "scores_" or "index_", `kind` is "self_", "pairwise_" or nothing, and the hash is that of
         `settings` and `depends_on`. `compute` gets a name without `prefix`, because kronfluence
-        adds that itself. The folder gets its final name when it is complete, so a folder with the
-        final name is always complete.
+        adds that itself (a GradientIndex does, too). The folder gets its final name when it is
+        complete, so a folder with the final name is always complete.
         """
         digest = sha256(json.dumps([*self.depends_on, *settings]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -3455,7 +3457,7 @@ class InfluenceRun(TrainedModel):
     def write_pairwise_scores(self, factors_name, queries, queries_at_once, args, name, batch_size):
         """Computes pairwise scores by kronfluence, in the folder `scores_<name>`.
 
-        queries_at_once: the number of queries whose gradients are computed at a time;
+        queries_at_once: the number of queries whose gradients are held at a time;
         args: InfluenceArguments; batch_size: number of training images.
         """
         # kronfluence holds the gradients of steps * chunk queries at a time. A chunk has at most
@@ -3707,7 +3709,7 @@ def check_file(path):
 
 
 def load_runs(args, seconds, models_per_checkpoint=1):
-    """Returns an InfluenceRun for each model that the flags of an influence script name.
+    """Returns an InfluenceRun for each model of `--checkpoint_dir`.
 
     With `--factor_strategy none`, returns a TrainedModel for each. Also returns the metadata of
     each checkpoint, and the training images, ImageData on the CPU. `models_per_checkpoint`: as in

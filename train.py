@@ -592,7 +592,8 @@ class SavedTraining:
     def save(self, training):
         """Writes the state of `training`."""
         content = {"run": self.run, "seconds": self.seconds, "state": training.state_dict()}
-        body = io.BytesIO()  # a full disk then raises OSError; torch.save to a file would not
+        # If the disk is full, write_bytes below raises OSError; torch.save to a file would not.
+        body = io.BytesIO()
         torch.save(content, body)
         digest = hashlib.sha256(body.getbuffer()).digest()
         with pipeline.atomic_path(self.path) as temporary:

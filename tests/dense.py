@@ -230,7 +230,7 @@ def dense_damped(strategy, layer, damping):
 
 
 def truncated_scores(layers, strategy, damping, fraction):
-    """Returns the exact scores [Q, N] of queries with eigenvectors of the inputs left out.
+    """Returns the exact scores [Q, N] of queries, computed without some eigenvectors of A.
 
     V are the kept eigenvectors of the curvature: Kronecker products of all eigenvectors of S with
     some of A. Of the I eigenvectors of A, those with the ceil(fraction * I) largest eigenvalues are

@@ -41,7 +41,7 @@ pytestmark = [
 
 
 class ExpectedLabelsTask(pipeline.ClassificationTask):
-    """The data has every image once with every label. Weights replace the drawn labels.
+    """The data has every image once with every label. No label is drawn: losses are weighted.
 
     The mean over num_classes labels must be the expectation over p(label). Factors are squares of
     gradients, so the weight of a loss is the square root of num_classes * p.

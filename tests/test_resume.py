@@ -23,7 +23,7 @@ RECIPE = ("--train_batch_size", 20, "--num_train_epochs", EPOCHS)
 FLAGS = (*SYNTHETIC, *RECIPE, "--model", "small", "--precision", "fp32")
 STATE = Path("checkpoints/model_corrupt_0.1.unfinished")
 CHECKPOINT = STATE.with_suffix(".pth")
-# What differs from the published recipe, with RECIPE.
+# The settings in which `robust` differs from `published`, if both have the flags of RECIPE.
 ROBUST = "learning_rate, weight_decay, momentum, label_smoothing, norm_bias_factor, border, "
 ROBUST += "alternate_flips"
 SENTENCE = "interrupted; no file is half-written, so run the same command again"
@@ -57,7 +57,7 @@ def stop_at(patch, number, error=KeyboardInterrupt, owner=nn.functional, name="c
 
 
 def new_training(path, seed=5, recipe="published"):
-    """Returns what trains four epochs of three steps from scratch, its network and its file."""
+    """Returns a function that trains four epochs of three steps, its network and its file."""
     data = digits(20)
     torch.manual_seed(1)
     model = pipeline.construct_model("small", 10)

@@ -52,7 +52,7 @@ def test_several_models_give_the_mean_of_their_scores(folder):
 
 
 def scores_of(folder, *flags):
-    """Analyzes, and returns the scores that it names, [num_query, num_train]."""
+    """Runs analyze.py. Returns the scores in the file that it prints, [num_query, num_train]."""
     out = succeed(folder, *ANALYSIS, *flags)
     path = next(line for line in out.splitlines() if line.startswith("scores in ")).split()[-1]
     return load_file(folder / path)["all_modules"].clone()
@@ -111,9 +111,9 @@ def test_a_detection_takes_the_mean_over_several_models(folder):
         )
         tables.append(sorted(read_table(folder / path)[1], key=lambda row: int(row["index"])))
     for name in set(detect.RANKINGS) - {detect.DEFAULT_METHOD}:
-        mean, *single = ([float(row[name]) for row in table] for table in tables)
-        assert mean == pytest.approx(np.mean(single, 0).tolist(), rel=1e-5, abs=1e-6)
-        assert single[0] != single[1]
+        mean, first, second = [[float(row[name]) for row in table] for table in tables]
+        assert mean == pytest.approx(np.mean([first, second], 0).tolist(), rel=1e-5, abs=1e-6)
+        assert first != second
 
 
 def test_models_with_other_hyperparameters_are_refused(folder, tmp_path):
