@@ -2435,8 +2435,8 @@ def computation_dtypes(dtype, strategy):
 # A layer has input patches a [B, T, I] and output gradients g [B, T, O], with T positions. Its
 # per-sample gradients are G = sum_t g_t a_t^T, [B, O, I]. EKFAC (George et al. 2018, section 3)
 # needs them in the eigenbases Q_G, Q_A of the two covariances: R = Q_G^T G Q_A. kronfluence always
-# computes G first, then R; our trackers choose the cheaper order of products. The
-# strategies diagonal and identity have no eigenvectors, so R is G. M is the number of queries.
+# computes G first, then R; our trackers choose the cheaper order of products. The strategies
+# diagonal and identity have no eigenvectors, so R is G. M is the number of queries.
 #
 # tracker              result of a batch                                shape
 # CovarianceSums       sum over B and T of a a^T and of g g^T           [I, I], [O, O]
